@@ -1,0 +1,23 @@
+"""PEFT LoRA adapters on disk: read lazily, checked, and written back.
+
+An adapter is a directory with ``adapter_config.json`` and weights. For each target module it holds factors
+``B`` [d_out, r] and ``A`` [r, d_in] of an update ``ΔW = scale · B A``, with scale = alpha/r, or alpha/√r with rsLoRA.
+"""
+
+from .collection import Collection, Skipped, open_collection
+from .config import LoraConfig
+from .module import Kind, Module
+from .reader import Adapter, open_adapter
+from .writer import write_adapter
+
+__all__ = [
+    "Adapter",
+    "Collection",
+    "Kind",
+    "LoraConfig",
+    "Module",
+    "Skipped",
+    "open_adapter",
+    "open_collection",
+    "write_adapter",
+]

@@ -1,0 +1,159 @@
+"""A directory of adapters of one base model: found, opened, and checked against each other."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import AdapterError, AdapterErrors, UsageError
+from .config import CONFIG_NAME
+from .module import Module
+from .reader import Adapter, open_adapter
+from .weights import HandlePool
+
+
+class Skipped(NamedTuple):
+    """An adapter that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Adapters in the order of their names as UTF-8 bytes, and the modules that any of them has, by name."""
+
+    root: Path
+    adapters: tuple[Adapter, ...]
+    skipped: tuple[Skipped, ...]
+    modules: tuple[Module, ...]
+    base_model: str | None
+
+    def without(self, bad: list[AdapterError]) -> Collection:
+        """The collection less adapters that turned out bad later. Raises AdapterErrors when none is left."""
+        names = {error.adapter for error in bad}
+        return _collect(self.root, [a for a in self.adapters if a.name not in names], self.skipped, bad)
+
+
+def find_adapters(root: Path) -> Iterator[tuple[str, Path]]:
+    """(name, folder) of every directory at or below ``root`` with an ``adapter_config.json``.
+
+    Hidden folders, and links that lead outside of ``root``, are skipped.
+    """
+    real_root = Path(os.path.realpath(root))
+
+    def walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+        real = os.path.realpath(folder)
+        if real in above or not inside(real_root, folder):
+            return
+        if inside(real_root, folder / CONFIG_NAME) and (folder / CONFIG_NAME).is_file():
+            yield folder
+        for entry in os.scandir(folder):
+            if not entry.name.startswith(".") and entry.is_dir():
+                yield from walk(folder / entry.name, above | {real})
+
+    found = [(folder.relative_to(root).as_posix(), folder) for folder in walk(root, frozenset())]
+    yield from sorted(found, key=lambda item: os.fsencode(item[0]))
+
+
+def inside(real_root: Path, path: Path) -> bool:
+    """Whether ``path``, links resolved, is ``real_root`` or below it."""
+    return Path(os.path.realpath(path)).is_relative_to(real_root)
+
+
+def open_collection(
+    root: Path, *, allow_pickle: bool = False, allow_mixed_base: bool = False, skip_bad: bool = False
+) -> Collection:
+    """Open every adapter below ``root``.
+
+    Raises AdapterErrors with every adapter that cannot be used, unless ``skip_bad``: then they are listed in
+    ``skipped``, and the errors are raised only when nothing is left.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a directory")
+    real_root = Path(os.path.realpath(root))
+    pool = HandlePool()
+    adapters: list[Adapter] = []
+    bad: list[AdapterError] = []
+    for name, folder in find_adapters(root):
+        try:
+            _refuse_unprintable(name)
+            adapters.append(
+                open_adapter(
+                    name,
+                    folder,
+                    allow_pickle=allow_pickle,
+                    pool=pool,
+                    present=lambda path: path.is_file() and inside(real_root, path),
+                )
+            )
+        except AdapterError as error:
+            bad.append(error)
+    if not adapters and not bad:
+        raise AdapterErrors([AdapterError(str(root), f"no {CONFIG_NAME} at or below it: no adapters here")])
+    for misfits in (_other_base(adapters, allow_mixed_base), _other_shape(adapters)):
+        bad += misfits
+        names = {error.adapter for error in misfits}
+        adapters = [adapter for adapter in adapters if adapter.name not in names]
+    if bad and not skip_bad:
+        raise AdapterErrors(bad)
+    return _collect(root, adapters, (), bad)
+
+
+def _refuse_unprintable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        printable = name.encode("utf-8", "backslashreplace").decode()
+        raise AdapterError(printable, "the name of its folder is not UTF-8", "rename it") from None
+
+
+def _collect(
+    root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]
+) -> Collection:
+    if not adapters:
+        raise AdapterErrors(bad)
+    modules = {part.module for adapter in adapters for part in adapter.parts.values()}
+    return Collection(
+        root,
+        tuple(adapters),
+        tuple(sorted((*skipped, *(Skipped(error.adapter, error.reason) for error in bad)))),
+        tuple(sorted(modules)),
+        adapters[0].config.base_model,
+    )
+
+
+def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[AdapterError]:
+    counts = Counter(adapter.config.base_model for adapter in adapters)
+    if allow_mixed_base or len(counts) < 2:
+        return []
+    usual, count = counts.most_common(1)[0]
+    return [
+        AdapterError(
+            adapter.name,
+            f"base model {adapter.config.base_model!r}, but {count} of {len(adapters)} adapters here have {usual!r}",
+            "one collection, one base model; --allow-mixed-base if these are the same weights under two names",
+        )
+        for adapter in adapters
+        if adapter.config.base_model != usual
+    ]
+
+
+def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
+    shapes: defaultdict[str, Counter[Module]] = defaultdict(Counter)
+    for adapter in adapters:
+        for name, part in adapter.parts.items():
+            shapes[name][part.module] += 1
+    usual = {name: counter.most_common(1)[0][0] for name, counter in shapes.items()}
+    bad = []
+    for adapter in adapters:
+        for name, part in adapter.parts.items():
+            if part.module != usual[name]:
+                reason = f"module {name} is {part.module.shape}, but most adapters here have {usual[name].shape}"
+                bad.append(AdapterError(adapter.name, reason, "is its base model another one?"))
+                break
+    return bad

@@ -1,0 +1,167 @@
+"""Files as lorazip wants them: canonical JSON, digests, safe names, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import LocalError, OutputExists
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte string that stands for ``value``: sorted keys, no blanks, UTF-8, no NaN, a newline at the end."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """A file name for any adapter name: readable, portable, and distinct for distinct names.
+
+    Names that differ only in case, Unicode form or characters that had to go get distinct digests.
+    """
+    readable = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    readable = re.sub(r"[^a-z0-9._-]+", "-", readable).strip(".-")[:80] or "adapter"
+    return f"{readable}-{sha256_bytes(name.encode('utf-8', 'surrogatepass'))[:10]}"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``data`` with normal permissions and have it on the disk before returning."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def settle(path: Path) -> None:
+    """Give a file that a library wrote the permissions of the umask, and have it on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    _sync(path)
+
+
+def tree(root: Path) -> Iterator[str]:
+    """Every file, link and empty directory below ``root``, as sorted POSIX paths relative to it."""
+    for folder, names, files in os.walk(root):
+        names.sort()
+        here = Path(folder)
+        linked = [name for name in names if (here / name).is_symlink()]
+        for name in sorted(files + linked):
+            yield (here / name).relative_to(root).as_posix()
+        if not names and not files and here != root:
+            yield here.relative_to(root).as_posix() + "/"
+
+
+@contextmanager
+def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
+
+    It is built beside its target as ``.NAME.partial``. A process that is killed leaves that folder, which the next run
+    clears; the kernel's lock on it tells a dead builder from one at work. With ``force`` an old ``target`` is
+    exchanged for the new one in one step, so that at any moment one of the two is there, whole.
+
+    Raises OutputExists when there is a ``target`` and not ``force``, or when ``force`` would delete what is not
+    lorazip's (``replaceable(target)`` is false); LocalError when another process builds the same target.
+    """
+    target = Path(os.path.realpath(target))
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames of _replace
+        old.rename(target)
+    check_output(target, force=force, replaceable=replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another -o") from None
+        _clear(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield partial
+            _sync_tree(partial)
+            check_output(target, force=force, replaceable=replaceable)
+            if target.exists():
+                _replace(target, partial, old)
+            else:
+                partial.rename(target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def check_output(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Raise OutputExists if ``target`` may not be written; called early so that no work is done in vain."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputExists(f"{target} exists", "choose another -o, or --force to replace it")
+    if not (target.is_dir() and (replaceable(target) or not any(target.iterdir()))):
+        raise OutputExists(f"{target} exists and was not written by lorazip", "remove it yourself if you are sure")
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``target``; what was there goes to ``old``."""
+    if _exchange(new, target):
+        new.rename(old)
+        return
+    target.rename(old)
+    new.rename(target)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step where the kernel can (Linux: renameat2 with RENAME_EXCHANGE)."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
