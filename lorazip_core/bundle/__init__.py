@@ -1,0 +1,42 @@
+"""The shared-basis bundle, format 1: what docs/format.md specifies, written and read."""
+
+from .manifest import (
+    DTYPES,
+    FORMAT_VERSION,
+    AdapterEntry,
+    ClusterEntry,
+    Dtype,
+    FileEntry,
+    Manifest,
+    Method,
+    ModuleEntry,
+    ModuleError,
+    Parameters,
+    ShardEntry,
+    SkippedEntry,
+    SourceEntry,
+    Weights,
+)
+from .reader import Bundle
+from .writer import BundleWriter, is_bundle
+
+__all__ = [
+    "DTYPES",
+    "FORMAT_VERSION",
+    "AdapterEntry",
+    "Bundle",
+    "BundleWriter",
+    "ClusterEntry",
+    "Dtype",
+    "FileEntry",
+    "Manifest",
+    "Method",
+    "ModuleEntry",
+    "ModuleError",
+    "Parameters",
+    "ShardEntry",
+    "SkippedEntry",
+    "SourceEntry",
+    "Weights",
+    "is_bundle",
+]

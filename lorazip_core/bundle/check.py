@@ -1,0 +1,312 @@
+"""Everything that can be known of a bundle's soundness without the original adapters.
+
+A file is checked for its kind and size, then its digest, then its content; what fails one step is not taken further, so
+that each damaged file is named once and nothing is parsed that its writer did not write.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from ..errors import BundleDamaged
+from ..files import sha256_file, tree
+from ..progress import Advance
+from .manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    AdapterEntry,
+    ClusterEntry,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    ShardEntry,
+)
+from .reader import Bundle
+
+# A dimension is a number, or the range it may lie in.
+_Shape = tuple[int | range, ...]
+_ANY = range(1, 2**63)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What the encoder's own QR, computed in float32, may be off from orthonormal: a few 1e-6 at d = 10^5 and R = 128.
+_ENCODER_SLACK = 5e-5
+
+
+class Finding(Struct, frozen=True):
+    """Something that does not hold: of the bundle itself (``damage``), or of what was asked about it."""
+
+    kind: str
+    path: str | None
+    """The file it is about, relative to the bundle, or to the directory of originals for kinds ``source-…``."""
+    message: str
+    damage: bool
+    adapter: str | None = None
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be written, also one whose bytes are no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def orthonormality_tolerance(dtype: torch.dtype) -> float:
+    """The largest |UᵀU − I|_ij of an orthonormal U, each of whose entries was rounded to ``dtype``.
+
+    With unit roundoff u, |Û − U| ≤ u|U| entrywise; columns have unit norm, so by Cauchy-Schwarz the Gram matrix moves
+    by at most 2u + u²: 7.8e-3 for bf16 (u = 2⁻⁸), 9.8e-4 for f16, 1.2e-7 for f32, to which the encoder's own
+    deviation is added. f16 entries below 2⁻¹⁴ round by 2⁻²⁵ absolutely, which that slack covers too.
+    """
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    return 2 * unit_roundoff + unit_roundoff**2 + _ENCODER_SLACK
+
+
+def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
+    """All damage to a bundle whose manifest could be read; ``advance`` is told the bytes of each file once read."""
+    check = _Check(bundle)
+    check.manifest()
+    check.entries()
+    for entry in bundle.manifest.files:
+        check.bytes_of(entry)
+        advance(entry.size_bytes)
+    if next(contradictions(bundle.manifest), None) is None:
+        check.contents()
+    return check.findings
+
+
+class _Check:
+    """The findings so far, and the files that may be parsed."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.findings: list[Finding] = []
+        self._sound: set[str] = set()
+        self._dtype = DTYPES[bundle.manifest.parameters.dtype]
+
+    def _found(self, kind: str, path: str, message: str) -> None:
+        self.findings.append(Finding(kind, path, message, damage=True))
+
+    def manifest(self) -> None:
+        """What the manifest says must fit together beyond the references that its reader checks."""
+        for message in contradictions(self.bundle.manifest):
+            self._found("contradiction", MANIFEST_NAME, message)
+
+    def entries(self) -> None:
+        """Every entry of the folder is a plain file that the manifest lists (or is)."""
+        listed = {entry.path for entry in self.bundle.manifest.files} | {MANIFEST_NAME}
+        plain, odd = set(), set()
+        for path in tree(self.bundle.path):
+            if path not in listed:
+                self._found("unlisted-file", printable(path), "the manifest does not list it")
+            elif not stat.S_ISREG(os.lstat(self.bundle.path / path).st_mode):
+                self._found("not-a-file", path, "a link or special file stands where a file should be")
+                odd.add(path)
+            else:
+                plain.add(path)
+        for path in sorted(listed - plain - odd):
+            self._found("missing-file", path, "the manifest lists it, but it is not there")
+        self._sound = plain
+
+    def bytes_of(self, entry: FileEntry) -> None:
+        """Size and digest of a file that is there are those of the manifest."""
+        path = self.bundle.path / entry.path
+        if entry.path not in self._sound:
+            return
+        self._sound.discard(entry.path)
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            self._found("wrong-size", entry.path, f"{size} bytes, but the manifest says {entry.size_bytes}")
+            return
+        try:
+            digest = sha256_file(path)
+        except OSError as error:
+            self._found("unreadable", entry.path, f"cannot be read: {error.strerror}")
+            return
+        if digest != entry.sha256:
+            self._found("wrong-digest", entry.path, f"sha256 {digest}, but the manifest says {entry.sha256}")
+            return
+        self._sound.add(entry.path)
+
+    def contents(self) -> None:
+        """What is in the sound files is what the manifest says, which must not contradict itself."""
+        for cluster in self.bundle.manifest.clusters:
+            ranks = self._basis(cluster)
+            for shard in cluster.shards:
+                if shard.path in self._sound:
+                    self._shard(cluster, shard, ranks)
+        for adapter in self.bundle.manifest.adapters:
+            self._adapter(adapter)
+
+    def _basis(self, cluster: ClusterEntry) -> dict[str, tuple[int, int]]:
+        """Check U and V; the columns (R_U, R_V) of each module that has both in order."""
+        if cluster.basis not in self._sound:
+            return {}
+        expected: dict[str, _Shape] = {}
+        for module in self._modules(cluster):
+            for side, size in (("U", module.d_out), ("V", module.d_in)):
+                rank = min(cluster.rank, size) if cluster.method == "joint" else cluster.rank
+                expected[f"{module.name}.{side}"] = (size, range(1, rank + 1))
+        columns = {}
+        tolerance = orthonormality_tolerance(self._dtype)
+        for name, tensor in self._tensors(cluster.basis, expected):
+            columns[name] = tensor.shape[1]
+            tensor = tensor.double()
+            if cluster.method == "joint":
+                off = tensor.mT @ tensor - torch.eye(tensor.shape[1], dtype=torch.float64)
+                kind, what = "not-orthonormal", "max |XᵀX − I|"
+            else:
+                off = tensor.square().sum(0) - 1
+                kind, what = "not-unit-norm", "max |‖column‖² − 1|"
+            worst = off.abs().max().item()
+            if worst > tolerance:
+                self._found(kind, cluster.basis, f"tensor {name}: {what} is {worst:.2e}, above {tolerance:.2e}")
+        ranks = {}
+        for module in self._modules(cluster):
+            u, v = columns.get(f"{module.name}.U"), columns.get(f"{module.name}.V")
+            if u is None or v is None:
+                continue
+            if cluster.method == "diag" and u != v:
+                message = f"module {module.name}: U has {u} columns and V has {v}"
+                self._found("wrong-shape", cluster.basis, message)
+                continue
+            ranks[module.name] = (u, v)
+        return ranks
+
+    def _shard(self, cluster: ClusterEntry, shard: ShardEntry, ranks: dict[str, tuple[int, int]]) -> None:
+        unknown = range(1, cluster.rank + 1)
+        expected: dict[str, _Shape] = {}
+        for module in self._modules(cluster):
+            rows = len(self.bundle.rows(shard, module.name))
+            columns = ranks.get(module.name, (unknown, unknown))
+            if rows:
+                expected[f"{module.name}.core"] = (rows, *(columns if cluster.method == "joint" else columns[:1]))
+        for _ in self._tensors(shard.path, expected):
+            pass
+        try:
+            named = self.bundle.metadata(shard.path).get("basis_sha256")
+        except BundleDamaged:
+            return  # _tensors has said so
+        if named != shard.basis_sha256:
+            self._found("wrong-basis", shard.path, f"its cores belong to the basis {named}, not to {cluster.basis}")
+
+    def _modules(self, cluster: ClusterEntry) -> list[ModuleEntry]:
+        """The modules that any adapter of the cluster has."""
+        manifest = self.bundle.manifest
+        sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
+        return [manifest.modules[index] for index in sorted({i for each in sets for i in manifest.module_sets[each]})]
+
+    def _adapter(self, adapter: AdapterEntry) -> None:
+        """The files of one adapter: its factors if it is kept individually, its extras, its configuration."""
+        if adapter.individual in self._sound:
+            self._individual(adapter, adapter.individual)
+        if adapter.extras in self._sound:
+            try:
+                self.bundle.names(adapter.extras)
+            except BundleDamaged as error:
+                self._found("unreadable", adapter.extras, str(error))
+        if adapter.config in self._sound:
+            try:
+                self.bundle.config(adapter)
+            except (BundleDamaged, TypeError, ValueError, RecursionError) as error:
+                self._found("unreadable", adapter.config, f"not the JSON of a configuration: {error}")
+
+    def _individual(self, adapter: AdapterEntry, path: str) -> None:
+        rank = _ANY if adapter.rank is None else range(1, adapter.rank + 1)
+        modules = self.bundle.modules(adapter)
+        original = adapter.scheme == "original"
+        expected: dict[str, _Shape] = {}
+        for module in modules:
+            expected[f"{module.name}.B"] = (module.d_out, rank)
+            expected[f"{module.name}.A"] = (rank, module.d_in)
+            if original:
+                expected[f"{module.name}.scale"] = ()
+        dtypes = _FLOATS if original else (self._dtype,)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors(path, expected, dtypes)}
+        for module in modules:
+            b, a = shapes.get(f"{module.name}.B"), shapes.get(f"{module.name}.A")
+            if b and a and b[1] != a[0]:
+                self._found("wrong-shape", path, f"module {module.name}: B is {list(b)} but A is {list(a)}")
+
+    def _tensors(
+        self, path: str, expected: dict[str, _Shape], dtypes: tuple[torch.dtype, ...] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Read a file's tensors one by one, report what is not as expected, and yield what is."""
+        try:
+            names = set(self.bundle.names(path))
+        except BundleDamaged as error:
+            self._found("unreadable", path, str(error))
+            return
+        for name in sorted(names - expected.keys()):
+            self._found("unexpected-tensor", path, f"tensor {name} belongs to nothing in the manifest")
+        for name, shape in expected.items():
+            if name not in names:
+                self._found("missing-tensor", path, f"tensor {name} is not there")
+                continue
+            tensor = self.bundle.tensor(path, name)
+            allowed = (torch.float64,) if name.endswith(".scale") and not shape else dtypes or (self._dtype,)
+            if not _fits(tensor.shape, shape):
+                message = f"tensor {name} is {list(tensor.shape)}, not {_shown(shape)}"
+                self._found("wrong-shape", path, message)
+            elif tensor.dtype not in allowed:
+                message = f"tensor {name} is {tensor.dtype}, not {' or '.join(map(str, allowed))}"
+                self._found("wrong-dtype", path, message)
+            elif not torch.isfinite(tensor).all():
+                self._found("not-finite", path, f"tensor {name} has NaN or Inf")
+            else:
+                yield name, tensor
+
+
+def contradictions(manifest: Manifest) -> Iterator[str]:
+    """What in a manifest contradicts itself, though every index and path points at something."""
+    for name, count in Counter(module.name for module in manifest.modules).items():
+        if count > 1:
+            yield f"two modules are named {name}"
+    for module in manifest.modules:
+        if (module.kind == "conv") != bool(module.kernel) or module.d_in % math.prod(module.kernel):
+            yield f"module {module.name}: kind, kernel and d_in do not fit"
+        if module.kind not in manifest.requires.get("export", []):
+            yield f"the kind {module.kind} is in use, but not required to export"
+    for indices in manifest.module_sets:
+        if not indices or indices != sorted(set(indices)):
+            yield f"module set {indices} is empty or not ascending"
+    shards = [shard for cluster in manifest.clusters for shard in cluster.shards]
+    paths = Counter(cluster.basis for cluster in manifest.clusters) + Counter(shard.path for shard in shards)
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    for cluster in manifest.clusters:
+        for shard in cluster.shards:
+            if shard.basis_sha256 != digests[cluster.basis]:
+                yield f"{shard.path} belongs to the basis {shard.basis_sha256}, not to {cluster.basis}"
+    for adapter in manifest.adapters:
+        paths.update(filter(None, (adapter.config, adapter.individual, adapter.extras)))
+        if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
+            yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
+        if (adapter.scheme == "svd") != (adapter.rank is not None):
+            yield f"adapter {adapter.name!r}: scheme {adapter.scheme} with rank {adapter.rank}"
+        names = {manifest.modules[index].name for index in manifest.module_sets[adapter.module_set]}
+        if adapter.worst_module is not None and adapter.worst_module.name not in names:
+            yield f"adapter {adapter.name!r}: its worst module is none of its modules"
+        if adapter.scheme not in manifest.requires.get("read", []):
+            yield f"the scheme {adapter.scheme} is in use, but not required to read"
+        if adapter.extras is not None and "extras" not in manifest.requires.get("export", []):
+            yield f"adapter {adapter.name!r} has extras, but they are not required to export"
+    for path, count in paths.items():
+        if count > 1:
+            yield f"{path} has two owners"
+
+
+def _fits(shape: torch.Size, expected: _Shape) -> bool:
+    return len(shape) == len(expected) and all(
+        size in allowed if isinstance(allowed, range) else size == allowed
+        for size, allowed in zip(shape, expected, strict=True)
+    )
+
+
+def _shown(shape: _Shape) -> str:
+    sizes = ["r" if size == _ANY else f"1..{size[-1]}" if isinstance(size, range) else str(size) for size in shape]
+    return f"[{', '.join(sizes)}]"

@@ -1,0 +1,236 @@
+"""``manifest.json``: its fields as types, its digest, and the features a reader must know.
+
+The types are the schema: docs/schemas/bundle-1.json is generated from them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from msgspec import Meta, Struct
+
+from ..errors import BundleDamaged, Unsupported, UsageError
+from ..files import canonical_json, sha256_bytes
+
+FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=1)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*$")]
+SquaredError = Annotated[float, Meta(ge=0)]
+Scheme = Literal["joint", "diag", "svd", "original"]
+Method = Literal["joint", "diag", "svd"]
+Weights = Literal["adapter", "module"]
+Dtype = Literal["bf16", "f16", "f32"]
+
+# Per operation, the features of format 1. A manifest that requires another one is refused, by its name.
+KNOWN_FEATURES: dict[str, set[str]] = {
+    "read": {"joint", "diag", "svd", "original"},
+    "export": {"linear", "conv", "embedding", "extras"},
+}
+
+
+class FileEntry(Struct, frozen=True):
+    """A file of the bundle."""
+
+    path: InnerPath
+    size_bytes: Count
+    sha256: Sha256
+
+
+class SourceEntry(Struct, frozen=True):
+    """A file that the adapter was read from, relative to its folder."""
+
+    path: str
+    size_bytes: Count
+    sha256: Sha256
+
+
+class ModuleEntry(Struct, frozen=True):
+    """A target module; its update is [d_out, d_in], a convolution's d_in being channels · ∏kernel."""
+
+    name: str
+    kind: Literal["linear", "conv", "embedding"]
+    d_out: Size
+    d_in: Size
+    kernel: list[Size] = []
+
+
+class ShardEntry(Struct, frozen=True):
+    """Cores of some adapters of a cluster. A module's rows are the adapters of this list that have it, in order."""
+
+    path: InnerPath
+    adapters: list[Count]
+    basis_sha256: Sha256
+
+
+class ClusterEntry(Struct, frozen=True):
+    """Adapters that share a basis."""
+
+    method: Literal["joint", "diag"]
+    rank: Size
+    basis: InnerPath
+    shards: list[ShardEntry]
+
+
+class ModuleError(Struct, frozen=True):
+    """The squared error of one module of an adapter."""
+
+    name: str
+    squared_error: SquaredError
+
+
+class AdapterEntry(Struct, frozen=True):
+    """An adapter: where it came from, how it is kept, and what that costs."""
+
+    name: str
+    scheme: Scheme
+    cluster: Count | None
+    """Index into ``clusters``, or null for an adapter that is kept individually."""
+    module_set: Count
+    """Index into ``module_sets``."""
+    rank: Size | None
+    """The rank of an individual truncated SVD; null for a shared basis and for the original factors."""
+    individual: InnerPath | None
+    extras: InnerPath | None
+    config: InnerPath
+    base_model: str | None
+    files: list[SourceEntry]
+    squared_norm: SquaredError
+    """Σ over its modules of ‖ΔW‖_F²."""
+    squared_error: SquaredError
+    """Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖² over its modules, of what is stored; 0 for an adapter whose updates are all zero."""
+    mean_module_squared_error: SquaredError
+    """Mean over its modules of ‖ΔW−ΔŴ‖² / ‖ΔW‖²."""
+    worst_module: ModuleError | None
+    because: Literal["method", "max_error"]
+    """Why it has its scheme: the method asked for, or that it would exceed ``max_error`` otherwise."""
+
+
+class SkippedEntry(Struct, frozen=True):
+    """An adapter that ``--skip-bad`` left out."""
+
+    name: str
+    reason: str
+
+
+class Parameters(Struct, frozen=True):
+    """What the run was asked for."""
+
+    method: Method
+    rank: Size | None
+    clusters: Count
+    dtype: Dtype
+    seed: int
+    weights: Weights
+    max_error: SquaredError | None
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """All of ``manifest.json`` but its own digest."""
+
+    format: Literal["lorazip.bundle"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    created_by: str
+    requires: dict[str, list[str]]
+    base_model: str | None
+    parameters: Parameters
+    modules: list[ModuleEntry]
+    module_sets: list[list[Count]]
+    """Distinct lists of indices into ``modules``, ascending."""
+    clusters: list[ClusterEntry]
+    adapters: list[AdapterEntry]
+    skipped: list[SkippedEntry]
+    files: list[FileEntry]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of ``manifest.json``: canonical JSON with ``manifest_sha256``, the digest of the rest."""
+    fields: dict[str, Any] = msgspec.to_builtins(manifest)
+    return canonical_json(fields | {"manifest_sha256": sha256_bytes(canonical_json(fields))})
+
+
+def read_manifest(bundle: Path, operations: tuple[str, ...]) -> Manifest:
+    """Read and check ``manifest.json`` on its own.
+
+    Raises UsageError when there is no such directory, BundleDamaged when the manifest is missing or not what was
+    written, and Unsupported for another format version or an unknown feature that one of ``operations`` requires.
+    """
+    path = bundle / MANIFEST_NAME
+    if not bundle.is_dir():
+        raise UsageError(f"{bundle} is not a directory")
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise BundleDamaged(f"{bundle}: no {MANIFEST_NAME}: not a lorazip bundle, or an unfinished one") from None
+    try:
+        fields = json.loads(data)
+        claimed = fields.pop("manifest_sha256")
+        canonical = canonical_json(fields | {"manifest_sha256": claimed})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BundleDamaged(f"{path}: not the JSON of a manifest", "restore the bundle, or compress again") from None
+    if data != canonical or claimed != sha256_bytes(canonical_json(fields)):
+        raise BundleDamaged(f"{path}: does not match its own digest", "restore the bundle, or compress again")
+    _refuse_unknown(path, fields, operations)
+    try:
+        manifest = msgspec.convert(fields, Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleDamaged(f"{path}: {error}") from None
+    _check_references(path, manifest)
+    return manifest
+
+
+def _refuse_unknown(path: Path, fields: dict[str, Any], operations: tuple[str, ...]) -> None:
+    if fields.get("format") != FORMAT:
+        raise BundleDamaged(f"{path}: format is {fields.get('format')!r}, not {FORMAT!r}")
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise Unsupported(
+            f"{path}: bundle format {fields.get('format_version')!r}; this lorazip reads format {FORMAT_VERSION}",
+            "update lorazip",
+        )
+    requires = fields.get("requires")
+    if not isinstance(requires, dict):
+        return  # the conversion that follows says what is wrong
+    for operation in operations:
+        features = requires.get(operation, [])
+        for feature in features if isinstance(features, list) else ():
+            if isinstance(feature, str) and feature not in KNOWN_FEATURES[operation]:
+                raise Unsupported(f"{path}: {operation} needs the feature {feature!r}", "update lorazip")
+
+
+def _check_references(path: Path, manifest: Manifest) -> None:
+    """Indices and paths that point at nothing would surface later as a crash; they are damage."""
+    listed = {entry.path for entry in manifest.files}
+    shards = [shard for cluster in manifest.clusters for shard in cluster.shards]
+    named = {cluster.basis for cluster in manifest.clusters} | {shard.path for shard in shards}
+    in_shards = sorted(index for shard in shards for index in shard.adapters)
+    in_clusters = []
+    for index, adapter in enumerate(manifest.adapters):
+        shared = adapter.scheme in ("joint", "diag")
+        if shared:
+            in_clusters.append(index)
+        if shared != (adapter.cluster is not None) or shared == (adapter.individual is not None):
+            raise BundleDamaged(f"{path}: adapter {adapter.name!r} is neither in a cluster nor individual")
+        beyond = adapter.cluster is not None and adapter.cluster >= len(manifest.clusters)
+        if beyond or adapter.module_set >= len(manifest.module_sets):
+            raise BundleDamaged(f"{path}: adapter {adapter.name!r} points at nothing")
+        named |= {adapter.config, *filter(None, (adapter.individual, adapter.extras))}
+    for number, cluster in enumerate(manifest.clusters):
+        for shard in cluster.shards:
+            for index in shard.adapters:
+                if index >= len(manifest.adapters) or manifest.adapters[index].cluster != number:
+                    raise BundleDamaged(f"{path}: {shard.path} holds an adapter that is not of its cluster")
+    if in_shards != in_clusters or named != listed or len(listed) != len(manifest.files):
+        raise BundleDamaged(f"{path}: its lists of files and adapters contradict each other")
+    if any(index >= len(manifest.modules) for indices in manifest.module_sets for index in indices):
+        raise BundleDamaged(f"{path}: a module set points at nothing")
+    if len({adapter.name for adapter in manifest.adapters}) != len(manifest.adapters):
+        raise BundleDamaged(f"{path}: two adapters have one name")
