@@ -1,0 +1,58 @@
+"""Linear algebra on updates kept as factors: ΔW = B A with B [..., d_out, r] and A [..., r, d_in].
+
+No function forms a dense ΔW. All of them take leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+
+# Below this share of ‖X‖² the Gram form of a squared distance has lost half of float64's digits to cancellation.
+_CANCELLED = 1e-9
+
+
+def squared_norm(b: Tensor, a: Tensor) -> Tensor:
+    """‖B A‖_F² = Σ (BᵀB ∘ AAᵀ), in float64, of shape [...]."""
+    b, a = b.double(), a.double()
+    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0)
+
+
+def squared_distance(x: Factors, y: Factors) -> Tensor:
+    """‖X − Y‖_F² of two factored matrices of equal shape, in float64, of shape [...].
+
+    X − Y = [B_x, −B_y] [A_x; A_y], whose norm follows from Gram matrices, and where those cancel from QR of both sides.
+    """
+    b = torch.cat([x[0].double(), -y[0].double()], dim=-1)
+    a = torch.cat([x[1].double(), y[1].double()], dim=-2)
+    distance = squared_norm(b, a)
+    close = distance <= _CANCELLED * squared_norm(*x)
+    if close.any():
+        r_b = torch.linalg.qr(b[close], mode="r").R
+        r_a = torch.linalg.qr(a[close].mT, mode="r").R
+        distance[close] = (r_b @ r_a.mT).square().sum((-2, -1))
+    return distance
+
+
+def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
+    """The best approximation of B A of rank at most ``rank``: (U Σ [..., d_out, k], Vᵀ [..., k, d_in]).
+
+    Exact, through QR of both factors and the SVD of an r×r matrix; singular values descend. The sign of each pair of
+    singular vectors is fixed by making the largest entry of v positive.
+    """
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    v = q_a @ vh.mT
+    sign = v.gather(-2, v.abs().argmax(-2, keepdim=True)).sign()
+    sign[sign == 0] = 1
+    return q_b @ (u * s.unsqueeze(-2)) * sign, (v * sign).mT
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis [..., d, k] of the columns of ``x`` [..., d, k], k ≤ d, by Householder QR."""
+    basis: Tensor = torch.linalg.qr(x).Q
+    return basis
