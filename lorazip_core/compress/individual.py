@@ -1,0 +1,93 @@
+"""Adapters kept on their own: a truncated SVD of every module, or the original factors where nothing less will do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..factorise import encode_individual
+from ..linalg import truncated_svd
+
+
+@dataclass(frozen=True)
+class Individual:
+    """One adapter as it is stored: its tensors by name, and ‖ΔW−ΔŴ‖² by module."""
+
+    scheme: Literal["svd", "original"]
+    rank: int | None
+    tensors: dict[str, Tensor]
+    squared_errors: dict[str, float]
+
+
+def keep_individually(
+    adapter: Adapter,
+    rank: int | None,
+    max_error: float | None,
+    *,
+    squared_norm: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Individual:
+    """Keep an adapter at ``rank``; where that exceeds ``max_error``, or without a rank, at the smallest that meets it.
+
+    The rank is one for all modules. When even the full rank, rounded to ``dtype``, exceeds ``max_error``, the original
+    factors are kept, whose error is 0.
+    """
+    batches = _batches(adapter, device)
+    full = max(part.rank for part in adapter.parts.values())
+    limit = float("inf") if max_error is None else max_error * squared_norm
+    candidates = [] if rank is None else [rank]
+    if max_error is not None:
+        candidates += range(_smallest_rank(batches, limit), full + 1)
+    for candidate in candidates:
+        kept = _truncated(batches, candidate, dtype)
+        if sum(kept.squared_errors.values()) <= limit:
+            return kept
+    return _original(adapter)
+
+
+_Batches = list[tuple[list[str], Tensor, Tensor]]
+
+
+def _batches(adapter: Adapter, device: torch.device) -> _Batches:
+    """The modules of equal shape and rank together: their names, B [m, d_out, r] and A [m, r, d_in]."""
+    names: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for name, part in adapter.parts.items():
+        names[part.module.d_out, part.module.d_in, part.rank].append(name)
+    batches = []
+    for group in names.values():
+        b, a = zip(*(adapter.factors(name) for name in group), strict=True)
+        batches.append((group, torch.stack(b).to(device), torch.stack(a).to(device)))
+    return batches
+
+
+def _smallest_rank(batches: _Batches, limit: float) -> int:
+    """The least rank at which the exact truncated SVDs lose no more energy than ``limit``; rounding may need more."""
+    spectra = [truncated_svd(b, a, b.shape[-1])[0].double().square().sum(-2).sum(0).cpu() for _, b, a in batches]
+    energy = torch.zeros(max(len(spectrum) for spectrum in spectra), dtype=torch.float64)
+    for spectrum in spectra:
+        energy[: len(spectrum)] += spectrum
+    lost = energy.flip(0).cumsum(0).flip(0)  # lost[r] is what a truncation at rank r loses
+    return max(1, int((lost > limit).sum()))
+
+
+def _truncated(batches: _Batches, rank: int, dtype: torch.dtype) -> Individual:
+    tensors, errors = {}, {}
+    for names, b, a in batches:
+        (stored_b, stored_a), lost = encode_individual(b, a, rank, dtype)
+        for name, module_b, module_a, error in zip(names, stored_b.cpu(), stored_a.cpu(), lost.tolist(), strict=True):
+            tensors[f"{name}.B"], tensors[f"{name}.A"], errors[name] = module_b, module_a, error
+    return Individual("svd", rank, tensors, errors)
+
+
+def _original(adapter: Adapter) -> Individual:
+    tensors = {}
+    for name, part in adapter.parts.items():
+        tensors[f"{name}.B"], tensors[f"{name}.A"] = adapter.stored_factors(name)
+        tensors[f"{name}.scale"] = torch.tensor(part.scale, dtype=torch.float64)
+    return Individual("original", None, tensors, dict.fromkeys(adapter.parts, 0.0))

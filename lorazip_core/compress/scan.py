@@ -1,0 +1,79 @@
+"""The first pass over the weights: digests, NaN and Inf, and the energy of every update."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Collection
+from ..bundle import SourceEntry
+from ..errors import AdapterError, AdapterErrors
+from ..files import sha256_file
+from ..linalg import squared_norm
+from ..progress import Advance
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A collection whose tensors are all finite, with ‖ΔW_im‖² [n, M] in float64 and the source files."""
+
+    collection: Collection
+    norms: Tensor
+    files: list[list[SourceEntry]]
+
+
+def scan(collection: Collection, *, skip_bad: bool, advance: Advance) -> Scan:
+    """Read every tensor once, adapter by adapter. ``advance`` is called with 1 for each.
+
+    Raises AdapterErrors for NaN and Inf, unless ``skip_bad``: then these adapters leave the collection.
+    """
+    norms: dict[str, dict[str, float]] = {}
+    bad: list[AdapterError] = []
+    for adapter in collection.adapters:
+        try:
+            norms[adapter.name] = _module_norms(adapter)
+            _check_extras(adapter)
+        except AdapterError as error:
+            bad.append(error)
+        advance(1)
+    if bad and not skip_bad:
+        raise AdapterErrors(bad)
+    collection = collection.without(bad)
+    table = [[norms[a.name].get(module.name, 0.0) for module in collection.modules] for a in collection.adapters]
+    files = [[_source(adapter, path) for path in adapter.files] for adapter in collection.adapters]
+    return Scan(collection, torch.tensor(table, dtype=torch.float64), files)
+
+
+def _module_norms(adapter: Adapter) -> dict[str, float]:
+    """‖ΔW‖² of every module, computed in batches of equal shape."""
+    batches: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for name, part in adapter.parts.items():
+        batches[part.module.d_out, part.module.d_in, part.rank].append(name)
+    norms: dict[str, float] = {}
+    for names in batches.values():
+        b, a = zip(*(adapter.factors(name) for name in names), strict=True)
+        found = squared_norm(torch.stack(b), torch.stack(a))
+        if not torch.isfinite(found).all():
+            for name in names:
+                for key in (adapter.parts[name].key_a, adapter.parts[name].key_b):
+                    _check_finite(adapter, key)
+        norms |= dict(zip(names, found.tolist(), strict=True))
+    return norms
+
+
+def _check_extras(adapter: Adapter) -> None:
+    for key in adapter.extras:
+        _check_finite(adapter, key)
+
+
+def _check_finite(adapter: Adapter, key: str) -> None:
+    tensor = adapter.tensor(key)
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        raise AdapterError(adapter.name, f"tensor {key} has NaN or Inf", "its training diverged; leave it out")
+
+
+def _source(adapter: Adapter, path: Path) -> SourceEntry:
+    return SourceEntry(path.relative_to(adapter.folder).as_posix(), path.stat().st_size, sha256_file(path))

@@ -1,0 +1,82 @@
+"""Adapters that share bases: cluster by cluster, module by module, with a guarantee on the worst adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..factorise import Shared, encode_shared
+from ..progress import Advance
+from ..stack import Stack
+
+
+@dataclass(frozen=True)
+class SharedJob:
+    """What encoding needs to know: M modules by number, n adapters by number, their weights and energies [n, M]."""
+
+    load: Callable[[int], Stack]
+    weights: Tensor
+    norms: Tensor
+    method: Literal["joint", "diag"]
+    rank: int
+    dtype: torch.dtype
+    seed: int
+
+    def shares(self, encoded: Encoded) -> Tensor:
+        """The squared error of every adapter over all modules, [n]; 0 where it is in no cluster or all zero."""
+        lost = torch.zeros_like(self.norms)
+        for (_, module), shared in encoded.items():
+            lost[list(shared.members), module] = shared.squared_errors
+        return lost.sum(1) / self.norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+Encoded = dict[tuple[int, int], Shared]
+"""What is stored, by (cluster, module); nothing where no adapter of the cluster has the module."""
+
+
+def encode_clusters(
+    job: SharedJob, labels: list[int | None], max_error: float | None, advance: Advance
+) -> tuple[Encoded, list[int | None]]:
+    """Encode every cluster of ``labels``; an adapter that would exceed ``max_error`` gets the label None instead.
+
+    Bases that served such an adapter are fitted again without it, once. ``advance`` is called with 1 for each module.
+    """
+    encoded = _encode(job, labels, set(labels) - {None}, advance)
+    if max_error is None:
+        return encoded, labels
+    for refit in (True, False):
+        failing = {i for i, share in enumerate(job.shares(encoded).tolist()) if share > max_error}
+        if not failing:
+            break
+        changed = {labels[i] for i in failing}
+        labels = [None if i in failing else label for i, label in enumerate(labels)]
+        kept = {i for i, label in enumerate(labels) if label is not None}
+        if refit:
+            again = _encode(job, labels, changed, lambda steps: None)
+            encoded = {key: shared for key, shared in encoded.items() if key[0] not in changed} | again
+        else:
+            encoded = {key: shared.only(kept) for key, shared in encoded.items()}
+    return {key: shared for key, shared in encoded.items() if shared.members}, labels
+
+
+def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None], advance: Advance) -> Encoded:
+    encoded: Encoded = {}
+    for module in range(job.norms.shape[1]):
+        stack = job.load(module)
+        for cluster in sorted(label for label in clusters if label is not None):
+            own = stack.select({i for i in stack.members if labels[i] == cluster})
+            if own.members:
+                encoded[cluster, module] = encode_shared(
+                    own,
+                    job.weights[list(own.members), module],
+                    method=job.method,
+                    rank=job.rank,
+                    dtype=job.dtype,
+                    seed=job.seed,
+                )
+        advance(1)
+    return encoded

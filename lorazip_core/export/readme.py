@@ -1,0 +1,98 @@
+"""The model card of an exported adapter: where it comes from, what was done to it, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NamedTuple
+
+from ..bundle import AdapterEntry, Bundle
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Changes(NamedTuple):
+    """What the export itself did to the factors."""
+
+    rank: int
+    truncated: bool
+    dropped: float
+    """Share of the squared norm of the update in the bundle that the truncation dropped."""
+    padded: bool
+    dtype: str
+
+
+def readme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
+    """The text of ``README.md``, with the front matter of a model card."""
+    base = adapter.base_model
+    front = ["library_name: peft", "tags:", "- lora", "- lorazip"]
+    if base and _HUB_ID.fullmatch(base):
+        front.insert(0, f"base_model: {json.dumps(base)}")
+    sources = "\n".join(f"| {_code(file.path)} | {file.size_bytes} | `{file.sha256}` |" for file in adapter.files)
+    return f"""---
+{chr(10).join(front)}
+---
+
+# {_line(adapter.name if adapter.name != "." else "LoRA adapter")}
+
+A LoRA adapter of {_code(base) if base else "an unnamed base model"}, exported from a lorazip bundle.
+
+## Origin
+
+The adapter {_code(adapter.name)}, read from these files. Its licence is that of the original adapter.
+
+| file | bytes | sha256 |
+|---|---|---|
+{sources}
+
+## Compression
+
+- {_scheme(bundle, adapter)}
+- {_error(adapter, changes)}
+- {_factors(changes)}
+
+## Use
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+def _scheme(bundle: Bundle, adapter: AdapterEntry) -> str:
+    if adapter.cluster is not None:
+        cluster = bundle.manifest.clusters[adapter.cluster]
+        sharing = sum(entry.cluster == adapter.cluster for entry in bundle.manifest.adapters)
+        core = "a diagonal core" if cluster.method == "diag" else "a full core"
+        return f"Scheme `{adapter.scheme}`: a basis of rank {cluster.rank} shared by {sharing} adapters, and {core}."
+    if adapter.scheme == "original":
+        return "Scheme `original`: its own factors, as they were."
+    return f"Scheme `{adapter.scheme}`: a truncated SVD of each update on its own, rank {adapter.rank}."
+
+
+def _error(adapter: AdapterEntry, changes: Changes) -> str:
+    claim = f"{adapter.squared_error:.6g} (‖ΔW − ΔŴ‖² / ‖ΔW‖² over all its modules)"
+    if not changes.truncated:
+        return f"Squared error against the original: {claim}."
+    return (
+        f"Squared error of the bundle against the original: {claim}. The export truncated this further, dropping "
+        f"{changes.dropped:.6g} of the squared norm of the update in the bundle; the total was not measured."
+    )
+
+
+def _factors(changes: Changes) -> str:
+    padded = ", padded with zeros to one rank for all modules, as vLLM needs it" if changes.padded else ""
+    return (
+        f"Rank {changes.rank}{padded}, {changes.dtype}: A = Vᵀ and B = U Σ with the scale folded in, so that "
+        "`lora_alpha` equals the rank of every module."
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    return f"`{_line(text).replace('`', chr(39)).replace('|', '/')}`"

@@ -1,0 +1,141 @@
+"""``info``: what is inside a bundle, from its manifest alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from .bundle import AdapterEntry, Bundle, ModuleEntry, Parameters, ShardEntry, SkippedEntry
+
+
+class ModuleShape(Struct, frozen=True):
+    """A shape of target modules, and how many have it."""
+
+    kind: str
+    d_out: int
+    d_in: int
+    kernel: list[int]
+    count: int
+
+
+class ClusterInfo(Struct, frozen=True):
+    """Adapters that share a basis; ``bytes_basis`` is what they share."""
+
+    method: str
+    rank: int
+    adapters: int
+    bytes_basis: int
+    bytes_cores: int
+
+
+class AdapterInfo(Struct, frozen=True):
+    """An adapter; ``bytes_own`` is what leaves with it: its own files and its share of a file of cores."""
+
+    name: str
+    scheme: str
+    cluster: int | None
+    rank: int | None
+    modules: int
+    squared_error: float
+    bytes_original: int
+    bytes_own: int
+
+
+class InfoReport(Struct, frozen=True, kw_only=True):
+    """The result of ``info``, and what ``info --json`` prints."""
+
+    schema: Literal["lorazip.info/1"] = "lorazip.info/1"
+    bundle: str
+    format_version: int
+    created_by: str
+    base_model: str | None
+    parameters: Parameters
+    bytes_original: int
+    bytes_bundle: int
+    modules: int
+    shapes: list[ModuleShape]
+    clusters: list[ClusterInfo]
+    adapters: list[AdapterInfo]
+    skipped: list[SkippedEntry]
+
+
+def info(path: Path) -> InfoReport:
+    """Describe the bundle at ``path`` as its manifest does, without reading tensors: what it claims, nothing proven.
+
+    Raises UsageError, BundleDamaged and Unsupported as opening a bundle does.
+    """
+    bundle = Bundle(path)
+    manifest = bundle.manifest
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    shares = {index: share for shard in _shards(bundle) for index, share in _shares(bundle, shard, sizes).items()}
+    shapes = Counter((module.kind, module.d_out, module.d_in, tuple(module.kernel)) for module in manifest.modules)
+    return InfoReport(
+        bundle=str(path),
+        format_version=manifest.format_version,
+        created_by=manifest.created_by,
+        base_model=manifest.base_model,
+        parameters=manifest.parameters,
+        bytes_original=sum(_original(adapter) for adapter in manifest.adapters),
+        bytes_bundle=bundle.size_bytes,
+        modules=len(manifest.modules),
+        shapes=[
+            ModuleShape(kind, d_out, d_in, list(kernel), count)
+            for (kind, d_out, d_in, kernel), count in sorted(shapes.items())
+        ],
+        clusters=[
+            ClusterInfo(
+                method=cluster.method,
+                rank=cluster.rank,
+                adapters=sum(len(shard.adapters) for shard in cluster.shards),
+                bytes_basis=sizes[cluster.basis],
+                bytes_cores=sum(sizes[shard.path] for shard in cluster.shards),
+            )
+            for cluster in manifest.clusters
+        ],
+        adapters=[
+            AdapterInfo(
+                name=adapter.name,
+                scheme=adapter.scheme,
+                cluster=adapter.cluster,
+                rank=adapter.rank if adapter.cluster is None else manifest.clusters[adapter.cluster].rank,
+                modules=len(manifest.module_sets[adapter.module_set]),
+                squared_error=adapter.squared_error,
+                bytes_original=_original(adapter),
+                bytes_own=shares.get(index, 0)
+                + sum(sizes[own] for own in (adapter.individual, adapter.extras, adapter.config) if own is not None),
+            )
+            for index, adapter in enumerate(manifest.adapters)
+        ],
+        skipped=manifest.skipped,
+    )
+
+
+def _original(adapter: AdapterEntry) -> int:
+    return sum(source.size_bytes for source in adapter.files)
+
+
+def _shards(bundle: Bundle) -> list[ShardEntry]:
+    return [shard for cluster in bundle.manifest.clusters for shard in cluster.shards]
+
+
+def _shares(bundle: Bundle, shard: ShardEntry, sizes: dict[str, int]) -> dict[int, int]:
+    """A shard's bytes, divided among its adapters by the numbers in their rows."""
+    adapters = bundle.manifest.adapters
+    numbers = {
+        index: sum(_core_numbers(bundle, adapters[index], module) for module in bundle.modules(adapters[index]))
+        for index in shard.adapters
+    }
+    total = sum(numbers.values())
+    return {index: sizes[shard.path] * number // max(total, 1) for index, number in numbers.items()}
+
+
+def _core_numbers(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> int:
+    assert adapter.cluster is not None
+    cluster = bundle.manifest.clusters[adapter.cluster]
+    if cluster.method == "diag":
+        return cluster.rank
+    return math.prod(min(cluster.rank, size) for size in (module.d_out, module.d_in))

@@ -1,0 +1,172 @@
+"""What of a bundle differs from the original adapters, and which of its claims about them are false."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .adapter import Adapter, open_collection
+from .bundle import AdapterEntry, Bundle
+from .bundle.check import Finding, printable
+from .bundle.manifest import MANIFEST_NAME
+from .errors import AdapterErrors
+from .files import sha256_file
+from .measure import Measured, Pair, measure
+from .progress import Progress
+
+# A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
+RELATIVE_TOLERANCE = 1e-4
+ABSOLUTE_TOLERANCE = 1e-10
+
+
+def compare(
+    bundle: Bundle, root: Path, damaged: set[str | None], *, allow_pickle: bool, progress: Progress
+) -> tuple[dict[str, Measured], list[Finding]]:
+    """The true errors by adapter, where they can be known, and all that differs from the originals in ``root``.
+
+    ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
+    """
+    originals, bad = _open_originals(root, allow_pickle)
+    broken = list(_not_in_bundle(bundle, originals, bad))
+    pairs = []
+    for entry in bundle.manifest.adapters:
+        if entry.name not in originals:
+            reason = bad.get(entry.name, "it is not there")
+            broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
+            continue
+        pair = Pair(entry, originals[entry.name])
+        differences = [*_source_files(pair), *_modules(bundle, pair)]
+        broken += differences
+        if MANIFEST_NAME not in damaged:
+            broken += _carried(bundle, pair, damaged)
+            if not damaged & _needed(bundle, entry) and all(found.kind != "modules-differ" for found in differences):
+                pairs.append(pair)
+    total = sum(len(bundle.modules(pair.entry)) for pair in pairs)
+    with progress.stage("measuring errors", total) as advance:
+        measured, unusable = measure(bundle, pairs, advance)
+    broken += [_source("source-unusable", error.adapter, error.reason) for error in unusable]
+    for pair in pairs:
+        if pair.entry.name in measured:
+            broken += _claims(pair.entry, measured[pair.entry.name])
+    return measured, broken
+
+
+def _open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str]]:
+    """Usable adapters by name, and for each other one why it is not."""
+    try:
+        found = open_collection(root, skip_bad=True, allow_mixed_base=True, allow_pickle=allow_pickle)
+    except AdapterErrors as error:  # not one of them is usable
+        return {}, {printable(each.adapter): each.reason for each in error.errors if each.adapter != str(root)}
+    bad = {printable(skipped.name): skipped.reason for skipped in found.skipped}
+    return {printable(adapter.name): adapter for adapter in found.adapters}, bad
+
+
+def _not_in_bundle(bundle: Bundle, originals: dict[str, Adapter], bad: dict[str, str]) -> Iterator[Finding]:
+    known = {entry.name for entry in bundle.manifest.adapters} | {entry.name for entry in bundle.manifest.skipped}
+    for name in sorted({*originals, *bad} - known):
+        yield _source("source-unlisted", name, "the bundle neither has it nor says that it was skipped")
+
+
+def _source_files(pair: Pair) -> Iterator[Finding]:
+    """The original's files are those that the bundle was made from."""
+    entry, original = pair
+    files = {path.relative_to(original.folder).as_posix(): path for path in original.files}
+    listed = {source.path: source for source in entry.files}
+    for name in sorted(files.keys() | listed.keys()):
+        path = name if entry.name == "." else f"{entry.name}/{name}"
+        if name not in listed:
+            message = "the bundle was made without this file"
+        elif name not in files:
+            message = "the bundle was made from this file, which is not there or not used now"
+        elif (size := files[name].stat().st_size) != listed[name].size_bytes:
+            message = f"{size} bytes, but the bundle was made from {listed[name].size_bytes}"
+        elif (digest := sha256_file(files[name])) != listed[name].sha256:
+            message = f"sha256 {digest}, but the bundle was made from {listed[name].sha256}"
+        else:
+            continue
+        yield Finding("source-differs", path, message, damage=False, adapter=entry.name)
+
+
+def _modules(bundle: Bundle, pair: Pair) -> Iterator[Finding]:
+    """The bundle has all modules of the original and no others."""
+    kept = {(m.name, m.kind, m.d_out, m.d_in, tuple(m.kernel)) for m in bundle.modules(pair.entry)}
+    there = {(m.name, m.kind, m.d_out, m.d_in, m.kernel) for m, *_ in pair.original.parts.values()}
+    if names := sorted({module[0] for module in kept ^ there}):
+        message = f"{len(names)} modules are not the original's, or differ in shape: {', '.join(names[:3])}"
+        yield Finding("modules-differ", None, message, damage=False, adapter=pair.entry.name)
+
+
+def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[Finding]:
+    """Base model, configuration and extras are the original's."""
+    entry, original = pair
+    if entry.base_model != original.config.base_model:
+        message = f"base model {entry.base_model!r}, but the original has {original.config.base_model!r}"
+        yield Finding("base-model-differs", None, message, damage=False, adapter=entry.name)
+    if entry.config not in damaged and (bundle.path / entry.config).read_bytes() != original.config_text:
+        message = "is not the original's adapter_config.json"
+        yield Finding("config-differs", entry.config, message, damage=False, adapter=entry.name)
+    if entry.extras in damaged:
+        return
+    kept = set() if entry.extras is None else set(bundle.names(entry.extras))
+    for name in sorted(kept | original.extras.keys()):
+        if name not in kept or name not in original.extras:
+            message = f"tensor {name} is only in {'the bundle' if name in kept else 'the original'}"
+        elif not _same(bundle.tensor(str(entry.extras), name), original.extra(name)):
+            message = f"tensor {name} is not the original's"
+        else:
+            continue
+        yield Finding("extras-differ", entry.extras, message, damage=False, adapter=entry.name)
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Equal bit by bit, so that NaN equals itself."""
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    return torch.equal(x.reshape(-1).view(torch.uint8), y.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _needed(bundle: Bundle, entry: AdapterEntry) -> set[str | None]:
+    """The files that an adapter is decoded from."""
+    if entry.cluster is None:
+        return {entry.individual}
+    cluster = bundle.manifest.clusters[entry.cluster]
+    index = bundle.index(entry)
+    return {cluster.basis, *(shard.path for shard in cluster.shards if index in shard.adapters)}
+
+
+def _claims(entry: AdapterEntry, measured: Measured) -> Iterator[Finding]:
+    """Every number that the manifest claims of an adapter is what was measured."""
+
+    def false(claim: str, claimed: object, truth: object) -> Finding:
+        message = f"the manifest claims {claim} {claimed}, but it is {truth}"
+        return Finding("claim-differs", MANIFEST_NAME, message, damage=False, adapter=entry.name)
+
+    if abs(entry.squared_norm - measured.squared_norm) > RELATIVE_TOLERANCE * measured.squared_norm:
+        yield false("squared_norm", entry.squared_norm, measured.squared_norm)
+    if not _close(entry.squared_error, measured.squared_error):
+        yield false("squared_error", entry.squared_error, measured.squared_error)
+    if not _close(entry.mean_module_squared_error, measured.mean_module_squared_error):
+        yield false("mean_module_squared_error", entry.mean_module_squared_error, measured.mean_module_squared_error)
+    claimed, worst = entry.worst_module, measured.worst_module
+    truth = f"{worst.squared_error} of {worst.name}"
+    if claimed is None:
+        if worst.squared_error > ABSOLUTE_TOLERANCE:
+            yield false("worst_module", None, truth)
+    elif not (
+        _close(claimed.squared_error, worst.squared_error)
+        and _close(measured.ratio(claimed.name), worst.squared_error)  # of a tie, either may be named
+    ):
+        yield false("worst_module", f"{claimed.squared_error} of {claimed.name}", truth)
+    if measured.squared_norm == 0 and measured.squared_distance > 0:
+        message = f"the original is zero, but what is stored has squared norm {measured.squared_distance}"
+        yield Finding("not-zero", None, message, damage=False, adapter=entry.name)
+
+
+def _close(claim: float, truth: float) -> bool:
+    return abs(claim - truth) <= RELATIVE_TOLERANCE * truth + ABSOLUTE_TOLERANCE
+
+
+def _source(kind: str, adapter: str, message: str) -> Finding:
+    return Finding(kind, adapter, message, damage=False, adapter=adapter)

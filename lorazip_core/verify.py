@@ -1,0 +1,167 @@
+"""``verify``: is the bundle sound, are its claims true, and are its errors small enough?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from .bundle import AdapterEntry, Bundle, ModuleError
+from .bundle.check import Finding, check_bundle, printable
+from .bundle.manifest import MANIFEST_NAME
+from .errors import BundleDamaged, CheckFailed, UsageError
+from .measure import Measured
+from .originals import compare
+from .progress import Progress, Silent
+from .summary import Summary, summarise
+
+_SILENT = Silent()
+
+
+class AdapterReport(Struct, frozen=True, kw_only=True):
+    """What is claimed and what was measured of one adapter."""
+
+    name: str
+    scheme: str
+    cluster: int | None
+    claimed_squared_error: float
+    squared_error: float | None
+    """Measured against the originals; null without them, or where they or the bundle do not allow it."""
+    mean_module_squared_error: float | None
+    worst_module: ModuleError | None
+    """These two are claims or measured, as ``errors_are`` of the report says."""
+
+
+class Gates(Struct, frozen=True):
+    """The limits that were asked for."""
+
+    max_error: float | None
+    max_mean_error: float | None
+
+
+class VerifyReport(Struct, frozen=True, kw_only=True):
+    """The result of ``verify``, and what ``verify --json`` prints."""
+
+    schema: Literal["lorazip.verify/1"] = "lorazip.verify/1"
+    ok: bool
+    bundle: str
+    against: str | None
+    errors_are: Literal["claimed", "measured"]
+    gates: Gates
+    adapters: list[AdapterReport]
+    summary: Summary | None
+    """Null when the manifest itself is damaged."""
+    findings: list[Finding]
+
+    @property
+    def exit_code(self) -> int:
+        """4 with any damage, 1 with any other finding, else 0."""
+        if any(finding.damage for finding in self.findings):
+            return BundleDamaged.exit_code
+        return CheckFailed.exit_code if self.findings else 0
+
+
+def verify(
+    path: Path,
+    *,
+    against: Path | None = None,
+    max_error: float | None = None,
+    max_mean_error: float | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = _SILENT,
+) -> VerifyReport:
+    """Check the bundle at ``path``, with ``against`` also every claim of its manifest against the original adapters.
+
+    ``max_error`` bounds the squared error of the worst adapter and ``max_mean_error`` the mean, as measured if there
+    are originals, else as claimed. Whatever does not hold is a finding of the report, and so is any damage. Raises
+    UsageError for a path that is no directory or a limit that is no number ≥ 0, Unsupported for another format.
+    """
+    for limit in (max_error, max_mean_error):
+        if limit is not None and not limit >= 0:
+            raise UsageError(f"a limit on the squared error must be a number ≥ 0, not {limit}")
+    if against is not None and not against.is_dir():
+        raise UsageError(f"{against} is not a directory")
+    gates = Gates(max_error, max_mean_error)
+    try:
+        bundle = Bundle(path)
+    except BundleDamaged as error:
+        finding = Finding("manifest", MANIFEST_NAME, str(error), damage=True)
+        return _report(path, against, gates, [], None, [finding])
+    with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
+        findings = check_bundle(bundle, advance)
+    if against is None:
+        adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
+        errors = [report.claimed_squared_error for report in adapters]
+    else:
+        damaged = {finding.path for finding in findings}
+        measured, broken = compare(bundle, against, damaged, allow_pickle=allow_pickle, progress=progress)
+        findings += broken
+        adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
+        errors = [report.squared_error for report in adapters if report.squared_error is not None]
+    summary = _summary(bundle, errors)
+    findings += _gates(gates, adapters, summary, measured=against is not None)
+    return _report(path, against, gates, adapters, summary, findings)
+
+
+def _report(
+    path: Path,
+    against: Path | None,
+    gates: Gates,
+    adapters: list[AdapterReport],
+    summary: Summary | None,
+    findings: list[Finding],
+) -> VerifyReport:
+    return VerifyReport(
+        ok=not findings,
+        bundle=printable(str(path)),
+        against=None if against is None else printable(str(against)),
+        errors_are="claimed" if against is None else "measured",
+        gates=gates,
+        adapters=adapters,
+        summary=summary,
+        findings=sorted(findings, key=lambda finding: not finding.damage),
+    )
+
+
+def _claimed(entry: AdapterEntry) -> AdapterReport:
+    return AdapterReport(
+        name=entry.name,
+        scheme=entry.scheme,
+        cluster=entry.cluster,
+        claimed_squared_error=entry.squared_error,
+        squared_error=None,
+        mean_module_squared_error=entry.mean_module_squared_error,
+        worst_module=entry.worst_module,
+    )
+
+
+def _measured(entry: AdapterEntry, measured: Measured | None) -> AdapterReport:
+    return AdapterReport(
+        name=entry.name,
+        scheme=entry.scheme,
+        cluster=entry.cluster,
+        claimed_squared_error=entry.squared_error,
+        squared_error=measured.squared_error if measured else None,
+        mean_module_squared_error=measured.mean_module_squared_error if measured else None,
+        worst_module=measured.worst_module if measured else None,
+    )
+
+
+def _summary(bundle: Bundle, errors: list[float]) -> Summary:
+    original = sum(source.size_bytes for entry in bundle.manifest.adapters for source in entry.files)
+    return summarise(len(bundle.manifest.adapters), errors, original, bundle.size_bytes)
+
+
+def _gates(gates: Gates, adapters: list[AdapterReport], summary: Summary, *, measured: bool) -> Iterator[Finding]:
+    source = "measured" if measured else "claimed"
+    for adapter in adapters:
+        error = adapter.squared_error if measured else adapter.claimed_squared_error
+        if gates.max_error is not None and error is not None and error > gates.max_error:
+            message = f"squared error {error:.6g} ({source}) is above the limit of {gates.max_error:g}"
+            yield Finding("max-error", None, message, damage=False, adapter=adapter.name)
+    mean = summary.mean_squared_error
+    if gates.max_mean_error is not None and mean is not None and mean > gates.max_mean_error:
+        message = f"mean squared error {mean:.6g} ({source}) is above the limit of {gates.max_mean_error:g}"
+        yield Finding("max-mean-error", None, message, damage=False)
