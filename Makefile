@@ -1,0 +1,40 @@
+# Everything runs from a virtual environment of its own, .venv. Only Python >= 3.11 and make have to be there.
+PYTHON ?= python3
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+demo: .venv/run  ## Compress, verify and export 16 small adapters that are included
+	@.venv/bin/python -m lorazip_cli demo --force -o build/demo
+
+# Two processes of one thread each are faster than one with two: most tests work on small matrices.
+test: .venv/dev  ## Run the tests (ARGS="-k verify" for some of them)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/dev  ## Check style and formatting
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+types: .venv/dev  ## Check the types
+	.venv/bin/python -m mypy
+
+clean:  ## Remove the virtual environment and all that was built or cached
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The markers are younger than what they were made from, so that a second call installs nothing.
+.venv/run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "lorazip needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+		"Name another one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/run
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	@touch $@

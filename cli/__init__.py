@@ -1,0 +1,1 @@
+"""The command line of lorazip; everything else is in `lorazip_core`."""

@@ -1,0 +1,5 @@
+"""`python -m lorazip_cli`."""
+
+from .main import run
+
+run()

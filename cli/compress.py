@@ -1,0 +1,132 @@
+"""`lorazip compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import console
+from .options import AllowPickle, Device, Dtype, Force, Json, Quiet, squared_error
+from .options import clusters as parse_clusters
+from .progress import progress
+from .table import count, error, megabytes, percent, table, times
+
+if TYPE_CHECKING:
+    from lorazip_core.compress import CompressReport, PlanReport
+
+
+def compress(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Every folder in it with an adapter_config.json is an adapter.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="BUNDLE", help="Where the bundle goes.")
+    ] = None,
+    method: Annotated[
+        Literal["svd", "joint", "diag"],
+        typer.Option("--method", help="Each adapter alone (svd), or on a shared basis with full or diagonal cores."),
+    ] = "joint",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="R", min=1, help="Default: 16, with svd 4.")] = None,
+    clusters: Annotated[
+        str, typer.Option("--clusters", metavar="K|FILE", help="Number of shared bases, or a file that assigns them.")
+    ] = "1",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle stores.")] = "bf16",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random starts.")] = 0,
+    weights: Annotated[
+        Literal["adapter", "module"], typer.Option("--weights", help="What counts equally: adapters, or their modules.")
+    ] = "adapter",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error", metavar="E", callback=squared_error, help="Keep an adapter that would exceed E on its own."
+        ),
+    ] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
+    allow_pickle: AllowPickle = False,
+    allow_mixed_base: Annotated[
+        bool, typer.Option("--allow-mixed-base", help="Accept adapters that name different base models.")
+    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without adapters that cannot be used.")] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Compress LoRA adapters of one base model into a bundle."""
+    wanted_clusters = parse_clusters(clusters)
+    if output is None and not dry_run:
+        raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    from lorazip_core.compress import CompressOptions, plan
+    from lorazip_core.compress import compress as compress_adapters
+
+    options = CompressOptions(
+        method=method,
+        rank=rank,
+        clusters=wanted_clusters,
+        dtype=dtype,
+        seed=seed,
+        weights=weights,
+        max_error=max_error,
+        device=device,
+    )
+    report: PlanReport | CompressReport
+    if output is None or dry_run:
+        report = plan(
+            directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
+        )
+        if not json:
+            _render_plan(report)
+    else:
+        report = compress_adapters(
+            directory,
+            output,
+            options,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+            force=force,
+            progress=progress(quiet),
+        )
+        if not (json or quiet):
+            _render(report)
+    if json:
+        console.json(report)
+    return 0
+
+
+def _render(report: CompressReport) -> None:
+    summary = report.summary
+    console.say(
+        f"{count(summary.adapters, 'adapter')} of {report.base_model or 'an unnamed base model'} in {report.bundle}:"
+        f" {megabytes(summary.bytes_original)} to {megabytes(summary.bytes_bundle)},"
+        f" {percent(summary.saved_ratio)} saved, {times(summary.bytes_original, summary.bytes_bundle)}"
+    )
+    console.say(
+        f"squared error: mean {error(summary.mean_squared_error)}, p95 {error(summary.p95_squared_error)},"
+        f" worst {error(summary.max_squared_error)} ({report.worst.name})"
+    )
+    for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
+        if names and report.method != "svd":
+            console.say(f"{what}: {count(len(names), 'adapter')}")
+
+
+def _render_plan(report: PlanReport) -> None:
+    console.line(
+        f"{count(report.adapters, 'adapter')} of {report.base_model or 'an unnamed base model'},"
+        f" {count(report.modules, 'module')}, {megabytes(report.bytes_original)}"
+    )
+    rows = [
+        (
+            f"{scheme.method}{' (chosen)' if scheme.chosen else ''}",
+            "-" if scheme.rank is None else str(scheme.rank),
+            str(scheme.clusters or "-"),
+            megabytes(scheme.bytes_bundle),
+            percent(scheme.saved_ratio),
+        )
+        for scheme in report.schemes
+    ]
+    console.line(table(("method", "rank", "clusters", "bundle", "saved"), rows))
+    for skipped in report.skipped:
+        console.line(f"left out: {skipped.name}: {skipped.reason}")

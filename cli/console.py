@@ -1,0 +1,63 @@
+"""The two streams: data for programs and reports on stdout, everything else that people read on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+import msgspec
+
+from lorazip_core.files import canonical_json
+
+
+def line(text: str = "") -> None:
+    """One line of a report on stdout."""
+    _write(sys.stdout, text)
+
+
+def json(report: msgspec.Struct) -> None:
+    """A command's report as the one JSON object on stdout: UTF-8 and canonical, whatever the locale."""
+    flush()
+    try:
+        sys.stdout.buffer.write(canonical_json(msgspec.to_builtins(report)))
+    except BrokenPipeError:
+        _stop_writing(sys.stdout)
+    flush()
+
+
+def say(text: str = "") -> None:
+    """One line for people, on stderr."""
+    _write(sys.stderr, text)
+
+
+def error(text: str) -> None:
+    """One line on stderr about what went wrong; -q does not silence it."""
+    say(plain(f"lorazip: error: {text}"))
+
+
+def flush() -> None:
+    """Have stdout's reader get everything now; a reader that has gone away is no failure."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_writing(sys.stdout)
+
+
+def plain(text: str) -> str:
+    """``text`` on one line and harmless to a terminal: control characters, which a file name may have, are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        print("\n".join(map(plain, text.split("\n"))), file=stream)
+    except BrokenPipeError:
+        _stop_writing(stream)
+
+
+def _stop_writing(stream: TextIO) -> None:
+    """The reader (head, less) has seen enough: what is still buffered goes nowhere, and nobody hears of it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,0 +1,94 @@
+"""`lorazip demo`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorazip_core.files import check_output
+from lorazip_core.sample import sample_path
+
+from . import console
+from .options import Force
+from .progress import progress
+from .report_file import write_report
+from .table import error, megabytes
+
+if TYPE_CHECKING:
+    from lorazip_core.verify import VerifyReport
+
+_BUNDLE, _ADAPTERS, _REPORT = "bundle", "adapters", "verify.json"
+_RANK = 16
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where everything goes.")] = Path(
+        "lorazip-demo"
+    ),
+    force: Force = False,
+) -> int:
+    """Compress, verify and export 16 adapters that are included."""
+    from lorazip_core.compress import CompressOptions, compress
+    from lorazip_core.export import export
+    from lorazip_core.verify import verify
+
+    check_output(output, force=force, replaceable=_is_demo)
+    bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
+    show = progress(False)
+    show.note("compress: sixteen adapters onto one shared basis")
+    compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
+    show.note("verify: every error again, from the originals")
+    report = verify(bundle, against=sample_path(), progress=show)
+    write_report(report_file, report)
+    show.note("export: back to ordinary PEFT adapters")
+    export(bundle, adapters, force=force, progress=show)
+    _render(report, output)
+    return report.exit_code
+
+
+def _is_demo(folder: Path) -> bool:
+    return {entry.name for entry in folder.iterdir()} <= {_BUNDLE, _ADAPTERS, _REPORT}
+
+
+def _render(report: VerifyReport, output: Path) -> None:
+    summary = report.summary
+    assert summary is not None
+    program, sample, bundle = _program(), _shown(sample_path()), output / _BUNDLE
+    for text in (
+        "",
+        f"  adapters            {summary.adapters}, of HuggingFaceTB/SmolLM2-135M-Instruct",
+        f"  before              {megabytes(summary.bytes_original)}",
+        f"  after               {megabytes(summary.bytes_bundle)}",
+        f"  times smaller       {summary.bytes_original / summary.bytes_bundle:.1f}",
+        f"  squared error       mean {error(summary.mean_squared_error)}, worst {error(summary.max_squared_error)}"
+        " (0 is lossless, 1 is all lost)",
+        f"  verified            {'yes: the errors are what the bundle claims' if report.ok else 'NO'}",
+        "",
+        f"  originals           {sample}",
+        f"  bundle              {bundle}",
+        f"  report of verify    {output / _REPORT}",
+        f"  exported adapters   {output / _ADAPTERS}, ready for PEFT",
+        "",
+        "Try next:",
+        f"  {program} info {bundle}",
+        f"  {program} compress {sample} -o smaller --rank 8",
+        f"  {program} compress {sample} -o closer --max-error 0.1",
+        f"  {program} compress YOUR_ADAPTERS -o YOUR_BUNDLE --dry-run",
+    ):
+        console.line(text)
+    for finding in report.findings:
+        console.error(finding.message)
+
+
+def _program() -> str:
+    """How to call lorazip from here: by its name, or by its path in a virtual environment that is not active."""
+    return "lorazip" if shutil.which("lorazip") else _shown(Path(sys.executable).with_name("lorazip"))
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current directory if it is inside."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

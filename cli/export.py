@@ -1,0 +1,55 @@
+"""`lorazip export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from . import console
+from .options import Bundle, Dtype, Force, Json, Quiet
+from .progress import progress
+from .table import count
+
+
+def export(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapters go.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME", help="Only this adapter; may be given again. Default: all."),
+    ] = None,
+    format: Annotated[Literal["peft"], typer.Option("--format", help="What to write.")] = "peft",
+    target: Annotated[Literal["vllm"] | None, typer.Option("--target", help="Check and pad for this engine.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", min=1, help="Truncate every module to this rank.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: that of the bundle.")] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write adapters of a bundle as ordinary PEFT adapters."""
+    from lorazip_core.export import export as export_adapters
+
+    report = export_adapters(
+        bundle,
+        output,
+        format=format,
+        adapters=adapter or (),
+        target=target,
+        rank=rank,
+        dtype=dtype,
+        force=force,
+        progress=progress(quiet),
+    )
+    if json:
+        console.json(report)
+    elif not quiet:
+        ranks = sorted({one.rank for one in report.adapters})
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        console.say(f"{count(len(report.adapters), 'adapter')} ({report.format}, {span}) in {report.output}")
+        if report.max_lora_rank is not None:
+            console.say(f"serve with: vllm serve MODEL --enable-lora --max-lora-rank {report.max_lora_rank}")
+    return 0

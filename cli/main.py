@@ -1,0 +1,93 @@
+"""The `lorazip` command: its verbs, and the one place where exceptions become exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from lorazip_core import __version__
+
+from . import console
+from .compress import compress
+from .demo import demo
+from .exit_codes import BUG, INTERRUPTED
+from .export import export
+from .failures import explain
+from .info import info
+from .interrupt import interruptible, requested
+from .verify import verify
+
+app = typer.Typer(
+    rich_markup_mode=None,  # Rich's help carries ANSI in CI
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for verb in (compress, verify, export, info, demo):
+    app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.line(f"lorazip {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def lorazip(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a collection of LoRA adapters into one shared-basis bundle, prove the loss, and export them again.
+
+    Start with: lorazip demo
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. No exception leaves it; every failure is a line on stderr."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with interruptible():
+            command = typer.main.get_command(app)
+            with command.make_context("lorazip", arguments) as context:
+                code = command.invoke(context)
+        console.flush()
+        return int(code or 0)
+    except typer.Exit as stop:
+        console.flush()
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        if os.environ.get("LORAZIP_DEBUG"):
+            traceback.print_exc()
+        if requested():
+            return _interrupted()
+        failure = explain(error, arguments)
+        if failure is None:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            console.error(f"a bug in lorazip: {what} (set LORAZIP_DEBUG=1 for the traceback, and report it)")
+            return BUG
+        for text in failure.lines:
+            console.error(text)
+        return failure.exit_code
+
+
+def _interrupted() -> int:
+    console.error("interrupted; nothing was left half-written")
+    return INTERRUPTED
+
+
+def run() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without "é" is no reason to fail
+    sys.exit(main())

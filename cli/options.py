@@ -1,0 +1,53 @@
+"""Options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Dtype = Literal["bf16", "f16", "f32"]
+
+
+def squared_error(value: float | None) -> float | None:
+    """A limit on a squared error: a finite number, 0 or more."""
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{value} is not a number of 0 or more")
+    return value
+
+
+def device(value: str) -> str:
+    """auto, cpu, cuda or cuda:N; whether it is there shows when it is used."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+    return value
+
+
+def clusters(value: str) -> int | Path:
+    """A number of clusters, or the file that lists them."""
+    if re.fullmatch(r"-?\d+", value):
+        if int(value) < 1:
+            raise typer.BadParameter(f"{value} is not 1 or more", param_hint="'--clusters'")
+        return int(value)
+    if not Path(value).is_file():
+        raise typer.BadParameter(f"{value!r} is neither a number nor a file", param_hint="'--clusters'")
+    return Path(value)
+
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as `lorazip compress` writes it.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output of lorazip that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but data and errors.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled .bin weights too (tensors only, no code).")
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", callback=device, help="Where to compute.")
+]
+MaxMeanError = Annotated[
+    float | None,
+    typer.Option("--max-mean-error", metavar="E", callback=squared_error, help="Fail if the mean is above E."),
+]

@@ -1,0 +1,103 @@
+"""`lorazip verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import console
+from .options import AllowPickle, Bundle, Json, MaxMeanError, Quiet, squared_error
+from .progress import progress
+from .report_file import check_report_file, write_report
+from .table import count, error, megabytes, percent, table, times
+
+if TYPE_CHECKING:
+    from lorazip_core.verify import AdapterReport, VerifyReport
+
+_WORST = 10
+
+
+def verify(
+    bundle: Bundle,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="Recompute every error from the original adapters.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", metavar="E", callback=squared_error, help="Fail if any adapter is above E."),
+    ] = None,
+    max_mean_error: MaxMeanError = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the JSON report here, also.")
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Check a bundle, and its errors against the originals.
+
+    A squared error is the lost share of an adapter's update, 0 is lossless. Exits with 1 if a limit or a claim does not
+    hold, with 4 if the bundle is damaged.
+    """
+    from lorazip_core.verify import verify as verify_bundle
+
+    if output is not None:
+        check_report_file(output, bundle=bundle, force=force)
+    report = verify_bundle(
+        bundle,
+        against=against,
+        max_error=max_error,
+        max_mean_error=max_mean_error,
+        allow_pickle=allow_pickle,
+        progress=progress(quiet),
+    )
+    if output is not None:
+        write_report(output, report)
+    if json:
+        console.json(report)
+    elif not quiet:
+        _render(report)
+    for finding in report.findings:
+        about = ": ".join(filter(None, (finding.adapter, finding.path)))
+        console.error(f"{about}: {finding.message}" if about else finding.message)
+    return report.exit_code
+
+
+def _render(report: VerifyReport) -> None:
+    verdict = "sound" if report.ok else count(len(report.findings), "finding")
+    console.say(f"{report.bundle}: {verdict}")
+    summary = report.summary
+    if summary is None:
+        return
+    console.say(
+        f"{count(summary.adapters, 'adapter')}, {megabytes(summary.bytes_original)} to"
+        f" {megabytes(summary.bytes_bundle)}: {percent(summary.saved_ratio)} saved,"
+        f" {times(summary.bytes_original, summary.bytes_bundle)}"
+    )
+    console.say(
+        f"squared error, {report.errors_are}: mean {error(summary.mean_squared_error)},"
+        f" p95 {error(summary.p95_squared_error)}, worst {error(summary.max_squared_error)}"
+    )
+    worst = sorted(report.adapters, key=lambda adapter: -_squared_error(adapter))[:_WORST]
+    rows = [
+        (
+            adapter.name,
+            error(_squared_error(adapter)),
+            adapter.scheme if adapter.cluster is None else f"{adapter.scheme}, cluster {adapter.cluster}",
+            adapter.worst_module.name if adapter.worst_module else "-",
+            error(adapter.worst_module.squared_error if adapter.worst_module else None),
+        )
+        for adapter in worst
+    ]
+    console.say()
+    console.say(table(("adapter", "squared error", "kept as", "worst module", "its error"), rows))
+    if len(report.adapters) > _WORST:
+        console.say(f"(the worst {_WORST} of {len(report.adapters)}; --json has them all)")
+
+
+def _squared_error(adapter: AdapterReport) -> float:
+    """As measured, else as claimed."""
+    return adapter.claimed_squared_error if adapter.squared_error is None else adapter.squared_error
