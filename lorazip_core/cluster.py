@@ -9,7 +9,7 @@ error of D_i in the leading singular subspaces of D_j. Every quantity depends on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ from .joint import Basis, climb, hosvd
 from .linalg import orthonormal, truncated_svd
 from .progress import Advance
 from .stack import Stack
+from .workers import in_order
 
 _PROBES = 4
 _STARTS = 6
 _ROUNDS = 20
 _CLIMB = 2  # polishing rounds of every basis between two reassignments
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
-
-Modules = Callable[[], Iterable[Stack]]
 
 
 def assign_clusters(
@@ -36,6 +35,7 @@ def assign_clusters(
     rank: int,
     *,
     seed: int,
+    device: torch.device,
     advance: Advance,
 ) -> list[int]:
     """The cluster, 0 … ``clusters`` − 1, of each of n adapters; no cluster is empty.
@@ -56,24 +56,32 @@ def assign_clusters(
 
     energy = (weights * norms).sum(0).argsort(descending=True, stable=True).tolist()
     probes = [weighted(module) for module in energy[:: max(1, modules // _PROBES)][:_PROBES]]
+
+    def try_on_probes(labels: Tensor) -> tuple[Tensor, float]:
+        return _alternate(probes.__getitem__, len(probes), labels, rank, seed, device)
+
     # Adapters are numbered by their energy in here, so that their names decide nothing.
     order = norms.sum(1).argsort(stable=True)
-    distance = _distances(probes, rank, n)[order][:, order]
+    distance = _distances(probes, rank, n, device)[order][:, order]
     starts = [_medoids(distance, clusters, generator)[order.argsort()] for _ in range(_STARTS)]
-    tried = [_alternate(lambda: probes, labels, rank, seed) for labels in starts]
-    labels = min(tried, key=lambda result: result[1])[0]
-    labels, _ = _alternate(lambda: map(weighted, range(modules)), labels, rank, seed)
+    labels = min(map(try_on_probes, starts), key=lambda result: result[1])[0]
+    labels, _ = _alternate(weighted, modules, labels, rank, seed, device)
     return _renumbered(labels.tolist())
 
 
-def _alternate(modules: Modules, labels: Tensor, rank: int, seed: int) -> tuple[Tensor, float]:
+def _alternate(
+    load: Callable[[int], Stack], modules: int, labels: Tensor, rank: int, seed: int, device: torch.device
+) -> tuple[Tensor, float]:
     """Alternate bases and assignment from ``labels`` [n] until no adapter moves: the labels and the objective."""
     clusters = int(labels.max()) + 1
-    bases: dict[tuple[int, int], Basis] = {}
+    bases: list[dict[int, Basis]] = [{} for _ in range(modules)]
     for _ in range(_ROUNDS):
-        errors = torch.zeros(len(labels), clusters, dtype=torch.float64)
-        for number, stack in enumerate(modules()):
-            errors += _module_errors(stack, labels, clusters, number, bases, rank, seed)
+        numbers = labels.tolist()
+
+        def module_errors(module: int, numbers: list[int] = numbers) -> Tensor:
+            return _module_errors(load(module), numbers, clusters, bases[module], rank, seed)
+
+        errors = sum(in_order(module_errors, range(modules), device), torch.zeros(len(labels), clusters))
         moved = _reassign(errors, labels)
         reached = float(errors.gather(1, moved[:, None]).sum())
         if bool((moved == labels).all()):
@@ -83,29 +91,31 @@ def _alternate(modules: Modules, labels: Tensor, rank: int, seed: int) -> tuple[
 
 
 def _module_errors(
-    stack: Stack,
-    labels: Tensor,
-    clusters: int,
-    number: int,
-    bases: dict[tuple[int, int], Basis],
-    rank: int,
-    seed: int,
+    stack: Stack, labels: list[int], clusters: int, bases: dict[int, Basis], rank: int, seed: int
 ) -> Tensor:
-    """‖D_i‖² − ‖U_cᵀ D_i V_c‖² of every adapter i in the improved basis of every cluster c, of shape [n, clusters]."""
+    """‖D_i‖² − ‖U_cᵀ D_i V_c‖² of every adapter i in the basis of every cluster c, [n, clusters] in float64.
+
+    ``bases`` of this module are improved first, and started where a cluster has none, or too narrow a one.
+    """
     members = list(stack.members)
     norms = stack.squared_norms().double().cpu()
     errors = torch.zeros(len(labels), clusters, dtype=torch.float64)
     for cluster in range(clusters):
-        own = stack.select({i for i in members if int(labels[i]) == cluster})
+        own = stack.select({i for i in members if labels[i] == cluster})
         captured = torch.zeros_like(norms)
         if own.members:
-            start = bases.get((number, cluster))
-            if start is None or start.u.shape[1] < min(rank, *own.bt.shape) or start.v.shape[1] < min(rank, *own.a.shape):
-                start = hosvd(own, rank, seed=seed)
-            basis = bases[number, cluster] = climb(own, start, rounds=_CLIMB)
+            basis = bases.get(cluster)
+            if basis is None or _is_narrow(basis, own, rank):
+                basis = hosvd(own, rank, seed=seed)
+            bases[cluster] = basis = climb(own, basis, rounds=_CLIMB)
             captured = stack.cores(*basis).square().sum((1, 2)).double().cpu()
         errors[members, cluster] = (norms - captured).clamp_min(0)
     return errors
+
+
+def _is_narrow(basis: Basis, stack: Stack, rank: int) -> bool:
+    """Whether a basis has fewer columns than the stack could use, since its cluster was smaller once."""
+    return basis.u.shape[1] < min(rank, *stack.bt.shape) or basis.v.shape[1] < min(rank, *stack.a.shape)
 
 
 def _reassign(errors: Tensor, labels: Tensor) -> Tensor:
@@ -121,17 +131,22 @@ def _reassign(errors: Tensor, labels: Tensor) -> Tensor:
     return moved
 
 
-def _distances(probes: Sequence[Stack], rank: int, n: int) -> Tensor:
+def _distances(probes: Sequence[Stack], rank: int, n: int, device: torch.device) -> Tensor:
     """The share of D_i outside the leading singular subspaces of D_j, over the probe modules, of shape [n, n]."""
-    captured, total = torch.zeros(n, n), torch.zeros(n)
-    for stack in probes:
+
+    def captured_and_total(stack: Stack) -> tuple[Tensor, Tensor]:
+        captured, total = torch.zeros(n, n), torch.zeros(n, 1)
         members = torch.tensor(stack.members)
-        total[members] += stack.squared_norms().float().cpu()
+        total[members, 0] = stack.squared_norms().float().cpu()
         for b, a, positions in stack.factors():
             us, vt = truncated_svd(b, a, rank)
             for column, u, v in zip(members[positions].tolist(), orthonormal(us), vt.mT, strict=True):
-                captured[members, column] += stack.cores(u, v).square().sum((1, 2)).cpu()
-    return (1 - captured / total[:, None].clamp_min(torch.finfo(total.dtype).tiny)).clamp_min(0)
+                captured[members, column] = stack.cores(u, v).square().sum((1, 2)).cpu()
+        return captured, total
+
+    found = list(in_order(captured_and_total, probes, device))
+    captured, total = (torch.stack(each).sum(0) for each in zip(*found, strict=True))
+    return (1 - captured / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_min(0)
 
 
 def _medoids(distance: Tensor, clusters: int, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
-"""One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, fitted by alternating least squares.
+"""One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, by alternating least squares.
 
-min Σ_i ‖D_i − U diag(c_i) Vᵀ‖² over U [d_out, R], V [d_in, R] with unit columns and c_i [R]. Here the columns need not be
-orthogonal. Weights are the caller's, as in `joint`.
+min Σ_i ‖D_i − U diag(c_i) Vᵀ‖² over U [d_out, R], V [d_in, R] with unit columns and c_i [R]. Here the columns need not
+be orthogonal. Weights are the caller's, as in `joint`.
 
 Searched first on the small cores of a joint basis, from several starts at once (Bro and Andersson 1998), then polished
 on the updates themselves.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .joint import Basis, fit_joint
+from .joint import Basis, climb, hosvd
 from .stack import Stack
 
 _STARTS = 8
@@ -26,13 +26,13 @@ def fit_diag(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
     """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less."""
     rank = min(rank, len(stack.a))
     generator = torch.Generator().manual_seed(seed)
-    wide = fit_joint(stack, rank + min(rank, 16), seed=seed)
+    wide = climb(stack, hosvd(stack, rank + min(rank, 16), seed=seed))
     u, v = _search(stack.cores(*wide), rank, generator)
     return _polish(stack, wide.u @ u, wide.v @ v)
 
 
 def solve_diag(projections: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The optimal diagonals c_i = [(UᵀU) ∘ (VᵀV)]⁻¹ diag(Uᵀ D_i V), for ``projections`` [..., n, R] = diag(Uᵀ D_i V)."""
+    """The optimal diagonals c_i = [(UᵀU) ∘ (VᵀV)]⁻¹ p_i, for ``projections`` p_i = diag(Uᵀ D_i V), [..., n, R]."""
     return torch.linalg.solve(_ridged((u.mT @ u) * (v.mT @ v)), projections.mT).mT
 
 

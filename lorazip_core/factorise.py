@@ -1,6 +1,6 @@
 """The encoder: what a bundle stores for one module, and what it costs.
 
-Bases are rounded to the bundle's dtype first; cores are then solved by least squares against the rounded bases, and every
+Bases are rounded to the bundle's dtype first; cores are then solved by least squares against the rounded bases; every
 squared error is of what is stored, in float64.
 """
 

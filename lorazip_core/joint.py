@@ -1,11 +1,11 @@
 """One basis for many updates (JD-Full of "Compress then Serve", arXiv 2407.00066): Tucker-2, fitted by HOOI.
 
-max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. Weights are
-the caller's: he scales the updates by their square roots.
+max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. Weights
+are the caller's: he scales the updates by their square roots.
 
 The problem has many local optima, and plain HOOI on the d×d problem is slow. Here every search happens on small cores:
 project the updates on generous bases of a few times the rank, search there from many starts, lift the best ones, and
-polish each in the span of the basis and its gradient until the objective stands still.
+let each climb in the span of the basis and its gradient until the objective stands still.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 from .linalg import orthonormal
 from .stack import Stack
 
-# A search on cores, whose bases have R + min(f·R, most) columns: for several f, since optima differ in what they need.
+# Cores to search on have R + min(f·R, most) columns a side. At a small rank optima differ in what they need: try several.
 _CORE_WIDTHS = ((1.5, 48), (2.5, 64), (5.0, 80))
+_SMALL_RANK = 24
 _POWER_ROUNDS, _SURVIVORS = 10, 5
 _HOOI_ROUNDS, _FINALISTS = 8, 3
 _TRIAL_ROUNDS = 2  # of climbing for every finalist, before the best few of them climb on
@@ -45,7 +46,7 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
     if rank >= min(stack.bt.shape) and rank >= min(stack.a.shape):
         return _leading_basis(stack, rank, generator)  # lossless: nothing to search
     found = []
-    for factor, most in _CORE_WIDTHS:
+    for factor, most in _CORE_WIDTHS if rank <= _SMALL_RANK else _CORE_WIDTHS[:1]:
         wide = _leading_basis(stack, rank + int(min(factor * rank, most)), generator)
         rank_u, rank_v = min(rank, wide.u.shape[1]), min(rank, wide.v.shape[1])
         small = _search(stack.cores(*wide), rank_u, rank_v, generator)

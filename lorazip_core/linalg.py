@@ -54,5 +54,4 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
 
 def orthonormal(x: Tensor) -> Tensor:
     """An orthonormal basis [..., d, k] of the columns of ``x`` [..., d, k], k ≤ d, by Householder QR."""
-    basis: Tensor = torch.linalg.qr(x).Q
-    return basis
+    return torch.linalg.qr(x).Q

@@ -94,7 +94,7 @@ class Stack:
         """The rows X_i P_i, for X [S, k] and P [n, k, l], of shape [S, l]."""
         return torch.cat(
             [
-                (x[group.rows].unflatten(0, (-1, group.rank)) @ p[group.members]).flatten(0, 1)
+                (x[group.rows].reshape(-1, group.rank, x.shape[1]) @ p[group.members]).flatten(0, 1)
                 for group in self.groups
             ]
         )
@@ -120,7 +120,7 @@ class Stack:
 
     def _views(self, *rows: Tensor) -> list[list[Tensor]]:
         """For every group, each of ``rows`` [S, k] as [n_g, r, k]."""
-        return [[x[group.rows].unflatten(0, (-1, group.rank)) for x in rows] for group in self.groups]
+        return [[x[group.rows].reshape(-1, group.rank, x.shape[1]) for x in rows] for group in self.groups]
 
 
 def _groups(ranks: Sequence[int]) -> tuple[_Group, ...]:

@@ -112,9 +112,7 @@ def _refuse_unprintable(name: str) -> None:
         raise AdapterError(printable, "the name of its folder is not UTF-8", "rename it") from None
 
 
-def _collect(
-    root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]
-) -> Collection:
+def _collect(root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]) -> Collection:
     if not adapters:
         raise AdapterErrors(bad)
     modules = {part.module for adapter in adapters for part in adapter.parts.values()}

@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -44,16 +45,18 @@ class HandlePool:
 
     def __init__(self, limit: int = 256) -> None:
         self._limit = limit
+        self._lock = Lock()
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def get(self, path: Path, opener: Callable[[Path], Any]) -> Any:
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        handle = self._open[path] = opener(path)
-        while len(self._open) > self._limit:
-            self._open.popitem(last=False)
-        return handle
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+            handle = self._open[path] = opener(path)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+            return handle
 
 
 def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Callable[[Path], bool]) -> list[Path]:

@@ -48,7 +48,7 @@ class Assembly:
             basis |= {f"{name}.V": shared.v for name, shared in own.items()}
             basis_file = self.writer.add_tensors(f"bases/{new}.safetensors", basis)
             members = sorted({member for shared in own.values() for member in shared.members})
-            shards = []
+            shards: list[ShardEntry] = []
             for start in range(0, len(members), _SHARD_ADAPTERS):
                 held = members[start : start + _SHARD_ADAPTERS]
                 parts = {name: shared.only(set(held)) for name, shared in own.items()}

@@ -20,8 +20,9 @@ from ..plan import CompressOptions, PlannedScheme, planned_schemes
 from ..progress import Progress, Silent
 from ..stack import Stack
 from ..summary import Summary, summarise
+from ..workers import in_order
 from .assemble import Assembly
-from .individual import keep_individually
+from .individual import Individual, keep_individually
 from .scan import Scan, scan
 from .shared import SharedJob, encode_clusters
 
@@ -77,9 +78,7 @@ def plan(
     skip_bad: bool = False,
 ) -> PlanReport:
     """What each scheme would take on disk, from headers alone. Raises as `compress` does for what headers can tell."""
-    collection = open_collection(
-        root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
-    )
+    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     labels = _labels_of_file(options.clusters, collection) if isinstance(options.clusters, Path) else None
     clusters = options.clusters if isinstance(options.clusters, int) else len(set(labels or []))
@@ -112,9 +111,7 @@ def compress(
     started = time.monotonic()
     device = find_device(options.device)
     check_output(output, force=force, replaceable=is_bundle)
-    collection = open_collection(
-        root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
-    )
+    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     with progress.stage("reading adapters", len(collection.adapters)) as advance:
         scanned = scan(collection, skip_bad=skip_bad, advance=advance)
@@ -166,17 +163,25 @@ def _encode(
         else:
             with progress.stage("clustering", len(modules)) as advance:
                 assigned = assign_clusters(
-                    load, weights, scanned.norms, options.clusters, rank, seed=options.seed, advance=advance
+                    load,
+                    weights,
+                    scanned.norms,
+                    options.clusters,
+                    rank,
+                    seed=options.seed,
+                    device=device,
+                    advance=advance,
                 )
         clusters = len(set(assigned))
-        job = SharedJob(load, weights, scanned.norms, options.method, rank, dtype, options.seed)
+        job = SharedJob(load, weights, scanned.norms, options.method, rank, dtype, options.seed, device)
         with progress.stage("fitting bases", len(modules)) as advance:
             encoded, labels = encode_clusters(job, list(assigned), options.max_error, advance)
         assembly.add_clusters(encoded, options.method)
     alone = [number for number, label in enumerate(labels) if label is None]
     with progress.stage("keeping adapters individually", len(alone)) as advance:
-        for number in alone:
-            kept = keep_individually(
+
+        def keep(number: int) -> Individual:
+            return keep_individually(
                 adapters[number],
                 rank if options.method == "svd" else None,
                 options.max_error,
@@ -184,6 +189,8 @@ def _encode(
                 dtype=dtype,
                 device=device,
             )
+
+        for number, kept in zip(alone, in_order(keep, alone, device), strict=True):
             assembly.add_individual(number, kept)
             if options.method != "svd":
                 how = "as it was" if kept.rank is None else f"at rank {kept.rank}"

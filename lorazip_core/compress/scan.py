@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..errors import AdapterError, AdapterErrors
 from ..files import sha256_file
 from ..linalg import squared_norm
 from ..progress import Advance
+from ..workers import in_order
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,36 @@ def scan(collection: Collection, *, skip_bad: bool, advance: Advance) -> Scan:
 
     Raises AdapterErrors for NaN and Inf, unless ``skip_bad``: then these adapters leave the collection.
     """
-    norms: dict[str, dict[str, float]] = {}
+    found = in_order(_read, collection.adapters, torch.device("cpu"))
+    read: dict[str, tuple[dict[str, float], list[SourceEntry]]] = {}
     bad: list[AdapterError] = []
-    for adapter in collection.adapters:
-        try:
-            norms[adapter.name] = _module_norms(adapter)
-            _check_extras(adapter)
-        except AdapterError as error:
-            bad.append(error)
+    for adapter, result in zip(collection.adapters, found, strict=True):
+        if isinstance(result, AdapterError):
+            bad.append(result)
+        else:
+            read[adapter.name] = result
         advance(1)
     if bad and not skip_bad:
         raise AdapterErrors(bad)
     collection = collection.without(bad)
-    table = [[norms[a.name].get(module.name, 0.0) for module in collection.modules] for a in collection.adapters]
-    files = [[_source(adapter, path) for path in adapter.files] for adapter in collection.adapters]
-    return Scan(collection, torch.tensor(table, dtype=torch.float64), files)
+    norms = [
+        [read[adapter.name][0].get(module.name, 0.0) for module in collection.modules]
+        for adapter in collection.adapters
+    ]
+    return Scan(
+        collection, torch.tensor(norms, dtype=torch.float64), [read[adapter.name][1] for adapter in collection.adapters]
+    )
+
+
+def _read(adapter: Adapter) -> tuple[dict[str, float], list[SourceEntry]] | AdapterError:
+    """‖ΔW‖² of every module and the digests of the files, or what is wrong."""
+    try:
+        norms = _module_norms(adapter)
+        for key in adapter.extras:
+            _check_finite(adapter, key)
+    except AdapterError as error:
+        return error
+    return norms, [_source(adapter, path) for path in adapter.files]
 
 
 def _module_norms(adapter: Adapter) -> dict[str, float]:
@@ -62,11 +79,6 @@ def _module_norms(adapter: Adapter) -> dict[str, float]:
                     _check_finite(adapter, key)
         norms |= dict(zip(names, found.tolist(), strict=True))
     return norms
-
-
-def _check_extras(adapter: Adapter) -> None:
-    for key in adapter.extras:
-        _check_finite(adapter, key)
 
 
 def _check_finite(adapter: Adapter, key: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..factorise import Shared, encode_shared
 from ..progress import Advance
 from ..stack import Stack
+from ..workers import in_order
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class SharedJob:
     rank: int
     dtype: torch.dtype
     seed: int
+    device: torch.device
 
     def shares(self, encoded: Encoded) -> Tensor:
         """The squared error of every adapter over all modules, [n]; 0 where it is in no cluster or all zero."""
@@ -64,8 +66,8 @@ def encode_clusters(
 
 
 def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None], advance: Advance) -> Encoded:
-    encoded: Encoded = {}
-    for module in range(job.norms.shape[1]):
+    def encode_module(module: int) -> Encoded:
+        encoded: Encoded = {}
         stack = job.load(module)
         for cluster in sorted(label for label in clusters if label is not None):
             own = stack.select({i for i in stack.members if labels[i] == cluster})
@@ -78,5 +80,10 @@ def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None],
                     dtype=job.dtype,
                     seed=job.seed,
                 )
+        return encoded
+
+    together: Encoded = {}
+    for encoded in in_order(encode_module, range(job.norms.shape[1]), job.device):
+        together |= encoded
         advance(1)
-    return encoded
+    return together

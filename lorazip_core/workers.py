@@ -1,0 +1,44 @@
+"""Independent pieces of work on all cores of the CPU, one thread each.
+
+The matrices of one module are too small for several threads to share, and the result of a product can depend on how
+many there are. So pieces run side by side and each uses one thread: faster, and the same bytes on any number of cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST = 16  # workers: each holds the stacked factors of one module
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[R]:
+    """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
+
+    Few results wait at any time, so that a slow consumer does not fill the memory.
+    """
+    if device.type != "cpu":
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
+    workers = min(_MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
