@@ -42,7 +42,7 @@ def safe_name(name: str) -> str:
     Names that differ only in case, Unicode form or characters that had to go get distinct digests.
     """
     readable = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    readable = re.sub(r"[^a-z0-9._-]+", "-", readable).strip(".-")[:80] or "adapter"
+    readable = re.sub(r"[^a-z0-9._-]+", "-", readable)[:80].strip("._-") or "adapter"
     return f"{readable}-{sha256_bytes(name.encode('utf-8', 'surrogatepass'))[:10]}"
 
 
@@ -92,13 +92,8 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         old.rename(target)
     check_output(target, force=force, replaceable=replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    lock = _make_locked(partial, target)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another -o") from None
         _clear(partial)
         shutil.rmtree(old, ignore_errors=True)
         try:
@@ -111,10 +106,30 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
                 partial.rename(target)
             _sync(target.parent)
         except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
             shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        os.close(lock)
+
+
+def _make_locked(partial: Path, target: Path) -> int:
+    """Make ``partial``, or take it over from a dead builder, and return a descriptor that locks it."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # its builder has just finished
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(partial) and os.path.samestat(os.fstat(lock), os.stat(partial)):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another -o") from None
         os.close(lock)
 
 

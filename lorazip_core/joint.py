@@ -19,8 +19,8 @@ from torch import Tensor
 from .linalg import orthonormal
 from .stack import Stack
 
-# Cores to search on have R + min(f·R, most) columns a side. At a small rank optima differ in what they need: try several.
-_CORE_WIDTHS = ((1.5, 48), (2.5, 64), (5.0, 80))
+# Cores to search on have f·R columns more than R, within bounds. At a small rank optima differ in what they need.
+_CORE_WIDTHS = ((1.5, 8, 48), (2.5, 16, 64), (5.0, 32, 80))
 _SMALL_RANK = 24
 _POWER_ROUNDS, _SURVIVORS = 10, 5
 _HOOI_ROUNDS, _FINALISTS = 8, 3
@@ -46,8 +46,8 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
     if rank >= min(stack.bt.shape) and rank >= min(stack.a.shape):
         return _leading_basis(stack, rank, generator)  # lossless: nothing to search
     found = []
-    for factor, most in _CORE_WIDTHS if rank <= _SMALL_RANK else _CORE_WIDTHS[:1]:
-        wide = _leading_basis(stack, rank + int(min(factor * rank, most)), generator)
+    for factor, least, most in _CORE_WIDTHS if rank <= _SMALL_RANK else _CORE_WIDTHS[:1]:
+        wide = _leading_basis(stack, rank + max(least, min(int(factor * rank), most)), generator)
         rank_u, rank_v = min(rank, wide.u.shape[1]), min(rank, wide.v.shape[1])
         small = _search(stack.cores(*wide), rank_u, rank_v, generator)
         found += [climb(stack, Basis(wide.u @ u, wide.v @ v), rounds=_TRIAL_ROUNDS) for u, v in small]

@@ -24,6 +24,7 @@ def squared_distance(x: Factors, y: Factors) -> Tensor:
     """‖X − Y‖_F² of two factored matrices of equal shape, in float64, of shape [...].
 
     X − Y = [B_x, −B_y] [A_x; A_y], whose norm follows from Gram matrices, and where those cancel from QR of both sides.
+    Equal factors are at distance 0 exactly.
     """
     b = torch.cat([x[0].double(), -y[0].double()], dim=-1)
     a = torch.cat([x[1].double(), y[1].double()], dim=-2)
@@ -33,6 +34,9 @@ def squared_distance(x: Factors, y: Factors) -> Tensor:
         r_b = torch.linalg.qr(b[close], mode="r").R
         r_a = torch.linalg.qr(a[close].mT, mode="r").R
         distance[close] = (r_b @ r_a.mT).square().sum((-2, -1))
+        if x[0].shape == y[0].shape:
+            equal = (x[0] == y[0]).all(-1).all(-1) & (x[1] == y[1]).all(-1).all(-1)
+            distance.masked_fill_(equal, 0.0)
     return distance
 
 

@@ -67,7 +67,7 @@ class Stack:
 
     def scaled(self, factors: Tensor) -> Stack:
         """The stack of f_i D_i for ``factors`` [n] in the order of the stack."""
-        return Stack(self.bt * self.per_row(factors).to(self.bt)[:, None], self.a, self.members, self.groups)
+        return Stack(self.bt * self.per_row(factors.to(self.bt))[:, None], self.a, self.members, self.groups)
 
     def to(self, target: torch.device | torch.dtype) -> Stack:
         """The same on another device, or in another dtype."""

@@ -110,7 +110,6 @@ class Assembly:
         shares = {module: _share(lost, norms[module]) for module, lost in self._lost[number].items()}
         total = sum(norms[module] for module in adapter.parts)
         worst = max(sorted(shares), key=shares.__getitem__)
-        asked_for = kept is None or (parameters.method == "svd" and kept.rank == parameters.rank)
         return AdapterEntry(
             name=adapter.name,
             scheme=kept.scheme if kept else self._clusters[self._cluster_of[number]].method,
@@ -126,8 +125,12 @@ class Assembly:
             squared_error=_share(sum(self._lost[number].values()), total),
             mean_module_squared_error=sum(shares.values()) / len(shares),
             worst_module=ModuleError(worst, shares[worst]),
-            because="method" if asked_for else "max_error",
+            because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
         )
+
+
+def _as_asked(kept: Individual, parameters: Parameters) -> bool:
+    return kept.scheme == parameters.method and kept.rank == parameters.rank
 
 
 def _share(lost: float, total: float) -> float:

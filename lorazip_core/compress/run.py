@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Literal
@@ -128,15 +129,12 @@ def find_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu`` or ``cuda[:N]``. Raises UsageError, or LocalError when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    wanted = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
+    if wanted is None:
         raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
         raise LocalError(f"--device {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use --device cpu")
-    return device
+    return torch.device(name)
 
 
 def _encode(
@@ -155,7 +153,7 @@ def _encode(
     assembly = Assembly(writer, scanned)
     if options.method != "svd":
         assert rank is not None
-        weights = _weights(scanned.norms, options.weights).to(device)
+        weights = _weights(scanned.norms, options.weights)
         if isinstance(options.clusters, Path):
             assigned = _labels_of_file(options.clusters, collection)
         elif options.clusters == 1:

@@ -77,6 +77,8 @@ def _module_norms(adapter: Adapter) -> dict[str, float]:
             for name in names:
                 for key in (adapter.parts[name].key_a, adapter.parts[name].key_b):
                     _check_finite(adapter, key)
+            name = names[int((~torch.isfinite(found)).nonzero()[0])]
+            raise AdapterError(adapter.name, f"module {name}: its update overflows float32", "its training diverged")
         norms |= dict(zip(names, found.tolist(), strict=True))
     return norms
 

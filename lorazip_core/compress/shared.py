@@ -15,6 +15,10 @@ from ..stack import Stack
 from ..workers import in_order
 
 
+# Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
+_UNSEEN = 2.0**-48
+
+
 @dataclass(frozen=True)
 class SharedJob:
     """What encoding needs to know: M modules by number, n adapters by number, their weights and energies [n, M]."""
@@ -51,7 +55,7 @@ def encode_clusters(
     if max_error is None:
         return encoded, labels
     for refit in (True, False):
-        failing = {i for i, share in enumerate(job.shares(encoded).tolist()) if share > max_error}
+        failing = {i for i, share in enumerate(job.shares(encoded).tolist()) if max(share, _UNSEEN) > max_error}
         if not failing:
             break
         changed = {labels[i] for i in failing}
