@@ -14,8 +14,8 @@ DEFAULT_RANK = {"joint": 16, "diag": 16, "svd": 4}
 
 _METHODS: tuple[Method, ...] = ("joint", "diag", "svd")
 
-# Measured on real bundles, besides names: what a tensor adds to the header of its file, and what an adapter, a module, a
-# file and a cluster add to the manifest.
+# Measured on real bundles, besides names: what a tensor adds to the header of its file, and what an adapter, a module,
+# a file and a cluster add to the manifest.
 _TENSOR_BYTES = 72
 _ADAPTER_BYTES = 760
 _MODULE_BYTES = 70

@@ -14,7 +14,6 @@ from ..progress import Advance
 from ..stack import Stack
 from ..workers import in_order
 
-
 # Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
 _UNSEEN = 2.0**-48
 

@@ -1,0 +1,67 @@
+"""What the acceptance proofs share. They run on real adapters that are not part of the project: `pytest -m acceptance`.
+
+The data is looked for beside the repository, in `../shared/data`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from real_data import SHARED, Compressed, Process, Say
+
+from lorazip_core.compress import CompressOptions, CompressReport, compress
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # reference_reader
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The real adapters."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"the real adapters are not there: no {SHARED / 'data'}")
+    return SHARED / "data"
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Print a line whether or not pytest captures the output."""
+
+    def line(text: str) -> None:
+        with capsys.disabled():
+            print(text, flush=True)
+
+    return line
+
+
+@pytest.fixture(scope="session")
+def compressed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    """The 32 adapters of smollm2-r16 as a bundle, and the report; made once for each set of options."""
+    made: dict[CompressOptions, tuple[Path, CompressReport]] = {}
+
+    def bundle(options: CompressOptions) -> tuple[Path, CompressReport]:
+        if options not in made:
+            path = tmp_path_factory.mktemp("compressed") / "bundle"
+            made[options] = path, compress(data / "smollm2-r16", path, options)
+        return made[options]
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def process() -> Process:
+    """Run the command line in a process of its own, on one thread unless told otherwise."""
+
+    def run(*argv: object, threads: int = 1) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lorazip_cli", *map(str, argv)],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+    return run

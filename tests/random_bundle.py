@@ -1,0 +1,255 @@
+"""A small valid bundle of random adapters with everything format 1 knows, made without the encoder.
+
+Errors are computed from dense updates with numpy, so that what reads the bundle can be judged by it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from lorazip_core.adapter import Module, write_adapter
+from lorazip_core.bundle import (
+    DTYPES,
+    AdapterEntry,
+    BundleWriter,
+    ClusterEntry,
+    Manifest,
+    ModuleEntry,
+    ModuleError,
+    Parameters,
+    ShardEntry,
+    SkippedEntry,
+    SourceEntry,
+)
+from lorazip_core.files import safe_name, sha256_file
+
+BASE = "org/base"
+MODULES = [
+    Module("embed", "embedding", 6, 40),
+    Module("layers.0.conv", "conv", 12, 12, (2, 2)),
+    Module("layers.0.q_proj", "linear", 24, 20),
+    Module("layers.0.v_proj", "linear", 8, 20),
+]
+JOINT_RANK, DIAG_RANK, SVD_RANK = 10, 7, 2
+EXTRA = "base_model.model.score.weight"
+
+
+@dataclass
+class Sketch:
+    """An adapter to make: its modules by position, its rank, and how the bundle keeps it."""
+
+    name: str
+    scheme: str
+    modules: list[int]
+    rank: int
+    zero: bool = False
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    scale: float = 2.0
+
+
+SKETCHES = [
+    Sketch("a", "joint", [0, 1, 2, 3], 3, extras={EXTRA: torch.arange(6.0).reshape(2, 3)}),
+    Sketch("b/c", "joint", [2, 3], 4, dtype=torch.bfloat16, scale=0.5),
+    Sketch("d", "joint", [1, 2], 3),
+    Sketch("e", "diag", [0, 2, 3], 2),
+    Sketch("f", "diag", [2], 5, dtype=torch.float16),
+    Sketch("g", "svd", [0, 1, 2, 3], 3),
+    Sketch("h", "original", [1, 3], 2, extras={EXTRA: torch.tensor([[1, 2]])}, dtype=torch.bfloat16, scale=1 / 3),
+    Sketch("z", "joint", [2, 3], 3, zero=True),
+]
+SHARDS = {"joint": [["a", "b/c", "z"], ["d"]], "diag": [["e", "f"]]}
+
+
+def make_bundle(root: Path, *, dtype: str = "bf16", seed: int = 0, sketches: list[Sketch] = SKETCHES) -> Path:
+    """Write originals to ``root/originals`` and their bundle to ``root/bundle``; returns the latter."""
+    return _Maker(root, dtype, seed, sketches).make()
+
+
+class _Maker:
+    def __init__(self, root: Path, dtype: str, seed: int, sketches: list[Sketch]) -> None:
+        self.originals, self.bundle = root / "originals", root / "bundle"
+        self.dtype_name, self.dtype = dtype, DTYPES[dtype]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sketches = sketches
+        self.by_name = {sketch.name: sketch for sketch in sketches}
+        self.factors: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.stored: dict[tuple[str, int], np.ndarray] = {}
+        self.bundle.mkdir(parents=True)
+        self.writer = BundleWriter(self.bundle)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def make(self) -> Path:
+        for sketch in self.sketches:
+            self._original(sketch)
+        clusters = [
+            self._cluster(number, scheme)
+            for number, scheme in enumerate(s for s in SHARDS if any(k.scheme == s for k in self.sketches))
+        ]
+        sets = sorted({tuple(sketch.modules) for sketch in self.sketches})
+        adapters = [self._entry(sketch, clusters, sets) for sketch in self.sketches]
+        used = sorted({index for each in sets for index in each})
+        assert used == list(range(len(MODULES)))
+        extras = {"extras"} if any(sketch.extras for sketch in self.sketches) else set()
+        self.writer.finish(
+            Manifest(
+                created_by="lorazip tests",
+                requires={
+                    "read": sorted({sketch.scheme for sketch in self.sketches}),
+                    "export": sorted({module.kind for module in MODULES} | extras),
+                },
+                base_model=BASE,
+                parameters=Parameters("joint", JOINT_RANK, 1, self.dtype_name, 0, "adapter", None),
+                modules=[ModuleEntry(m.name, m.kind, m.d_out, m.d_in, list(m.kernel)) for m in MODULES],
+                module_sets=[list(each) for each in sets],
+                clusters=clusters,
+                adapters=adapters,
+                skipped=[SkippedEntry("bad", "module layers.0.q_proj has lora_A but no lora_B")],
+                files=self.writer.files,
+            )
+        )
+        return self.bundle
+
+    def _original(self, sketch: Sketch) -> None:
+        factors = {}
+        for index in sketch.modules:
+            module = MODULES[index]
+            b, a = self.normal(module.d_out, sketch.rank), self.normal(sketch.rank, module.d_in)
+            b, a = (b * 0 if sketch.zero else b).to(sketch.dtype), a.to(sketch.dtype)
+            factors[module] = (b, a)
+            self.factors[sketch.name, index] = (b, a)
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": BASE,
+            "r": sketch.rank,
+            "lora_alpha": sketch.scale * sketch.rank,
+            "target_modules": [MODULES[index].name for index in sketch.modules],
+        }
+        (self.originals / sketch.name).parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(self.originals / sketch.name, config, factors, sketch.extras, "random")
+
+    def dense(self, sketch: Sketch, index: int) -> np.ndarray:
+        b, a = (factor.double().numpy() for factor in self.factors[sketch.name, index])
+        return sketch.scale * b @ a
+
+    def _cluster(self, number: int, scheme: str) -> ClusterEntry:
+        rank = JOINT_RANK if scheme == "joint" else DIAG_RANK
+        members = [sketch for sketch in self.sketches if sketch.scheme == scheme]
+        bases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        tensors = {}
+        for index in sorted({index for sketch in members for index in sketch.modules}):
+            module = MODULES[index]
+            sides = []
+            for side, size in (("U", module.d_out), ("V", module.d_in)):
+                if scheme == "joint":
+                    basis = torch.linalg.qr(self.normal(size, min(rank, size))).Q
+                else:
+                    basis = torch.nn.functional.normalize(self.normal(size, rank), dim=0)
+                tensors[f"{module.name}.{side}"] = basis.to(self.dtype)
+                sides.append(basis.to(self.dtype).double())
+            bases[index] = (sides[0], sides[1])
+        path = f"bases/{number:03d}.safetensors"
+        digest = self.writer.add_tensors(path, tensors).sha256
+        shards = []
+        for part, names in enumerate(SHARDS[scheme]):
+            names = [name for name in names if name in self.by_name]
+            if names:
+                shard_path = f"cores/{number:03d}-{part:03d}.safetensors"
+                cores = self._cores(scheme, [self.by_name[name] for name in names], bases)
+                self.writer.add_tensors(shard_path, cores, basis_sha256=digest)
+                indices = [[sketch.name for sketch in self.sketches].index(name) for name in names]
+                shards.append(ShardEntry(shard_path, indices, digest))
+        return ClusterEntry(scheme, rank, path, shards)
+
+    def _cores(
+        self, scheme: str, members: list[Sketch], bases: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for index, (u, v) in bases.items():
+            rows = []
+            for sketch in members:
+                if index in sketch.modules:
+                    full = u.mT @ torch.from_numpy(self.dense(sketch, index)) @ v
+                    core = (full if scheme == "joint" else full.diagonal()).to(self.dtype)
+                    rows.append(core)
+                    middle = core.double() if scheme == "joint" else torch.diag(core.double())
+                    self.stored[sketch.name, index] = (u @ middle @ v.mT).numpy()
+            if rows:
+                tensors[f"{MODULES[index].name}.core"] = torch.stack(rows)
+        return tensors
+
+    def _individual(self, sketch: Sketch) -> str:
+        tensors = {}
+        for index in sketch.modules:
+            name = MODULES[index].name
+            b, a = self.factors[sketch.name, index]
+            if sketch.scheme == "original":
+                tensors[f"{name}.scale"] = torch.tensor(sketch.scale, dtype=torch.float64)
+                scale = sketch.scale
+            else:
+                u, s, vt = np.linalg.svd(self.dense(sketch, index))
+                b = torch.from_numpy(u[:, :SVD_RANK] * s[:SVD_RANK]).to(self.dtype)
+                a = torch.from_numpy(vt[:SVD_RANK]).to(self.dtype)
+                scale = 1.0
+            tensors[f"{name}.B"], tensors[f"{name}.A"] = b, a
+            self.stored[sketch.name, index] = scale * b.double().numpy() @ a.double().numpy()
+        path = f"individual/{safe_name(sketch.name)}.safetensors"
+        self.writer.add_tensors(path, tensors)
+        return path
+
+    def _entry(self, sketch: Sketch, clusters: list[ClusterEntry], sets: list[tuple[int, ...]]) -> AdapterEntry:
+        individual = extras = cluster = None
+        if sketch.scheme in SHARDS:
+            cluster = [each.method for each in clusters].index(sketch.scheme)
+        else:
+            individual = self._individual(sketch)
+        if sketch.extras:
+            extras = f"extras/{safe_name(sketch.name)}.safetensors"
+            self.writer.add_tensors(extras, sketch.extras)
+        folder = self.originals / sketch.name
+        config = f"configs/{safe_name(sketch.name)}.json"
+        self.writer.add_bytes(config, (folder / "adapter_config.json").read_bytes())
+        norms = {i: float((self.dense(sketch, i) ** 2).sum()) for i in sketch.modules}
+        gaps = {i: float(((self.dense(sketch, i) - self.stored[sketch.name, i]) ** 2).sum()) for i in sketch.modules}
+        ratios = {i: gaps[i] / norms[i] if norms[i] else 0.0 for i in sketch.modules}
+        worst = max(ratios, key=lambda index: ratios[index])
+        return AdapterEntry(
+            name=sketch.name,
+            scheme=sketch.scheme,
+            cluster=cluster,
+            module_set=sets.index(tuple(sketch.modules)),
+            rank=SVD_RANK if sketch.scheme == "svd" else None,
+            individual=individual,
+            extras=extras,
+            config=config,
+            base_model=BASE,
+            files=[
+                SourceEntry(name, (folder / name).stat().st_size, sha256_file(folder / name))
+                for name in ("adapter_config.json", "adapter_model.safetensors")
+            ],
+            squared_norm=sum(norms.values()),
+            squared_error=0.0 if sketch.zero else sum(gaps.values()) / sum(norms.values()),
+            mean_module_squared_error=sum(ratios.values()) / len(ratios),
+            worst_module=None if sketch.zero else ModuleError(MODULES[worst].name, ratios[worst]),
+            because="method",
+        )
+
+
+def load_manifest(bundle: Path) -> dict:
+    """The manifest as plain JSON, without its digest."""
+    fields = json.loads((bundle / "manifest.json").read_bytes())
+    del fields["manifest_sha256"]
+    return fields
+
+
+def as_json(report: msgspec.Struct) -> dict:
+    """A report as `--json` prints it."""
+    return json.loads(msgspec.json.encode(report))
