@@ -503,6 +503,7 @@ class TestInterrupt:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell ignores SIGINT for what runs behind it
         )
         assert child.stderr is not None
         for line in child.stderr:

@@ -26,7 +26,7 @@ def lorazip(*argv: str | Path, code: int = 0) -> subprocess.CompletedProcess[str
 
 def report(*argv: str | Path, code: int = 0) -> dict[str, Any]:
     """The one JSON object that a command prints, valid by the schema that it names."""
-    document = json.loads(lorazip(*argv, "--json", "-q", code=code).stdout)
+    document = json.loads(lorazip(*argv, "--json", code=code).stdout)
     kind, version = document["schema"].removeprefix("lorazip.").split("/")
     jsonschema.validate(document, json.loads((SCHEMAS / f"{kind}-{version}.json").read_text()))
     return dict(document)

@@ -142,13 +142,13 @@ def test_an_export_does_what_the_bundle_says(
 
     How much float32 rounding moves these logits is measured, as the distance of the merged model in float32 from
     itself in float64; the export must be no further from it than a small multiple of that. In float64 only the
-    rounding of the exported factors to float32 is left.
+    rounding of the exported factors to float32 is left, which is relative: a few units of 2⁻²⁴ of the largest logit.
     """
     name = "joint, rank 16, f32"
     bundle, adapters = exports(name)
     for folder in adapters:
         exact, rounded = (with_update(base, bundle, folder.name, dtype) for dtype in (torch.float64, torch.float32))
-        say(f"{name:20} {folder.name:24} " + compare(with_adapter(base, folder), exact, rounded, tokenizer))
+        say(f"{name:20} {folder.name:25} " + compare(with_adapter(base, folder), exact, rounded, tokenizer))
 
 
 def compare(adapted: nn.Module, exact: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -163,7 +163,7 @@ def compare(adapted: nn.Module, exact: nn.Module, reference: nn.Module, tokenize
         f" and by {off64:.1e} in float64"
     )
     assert off32 <= 4 * noise, line
-    assert off64 <= 2e-6 * size, line
+    assert off64 <= 4 * 2**-24 * size, line
     return line
 
 
@@ -173,7 +173,7 @@ def test_at_full_rank_the_original_comes_back(
 ) -> None:
     for folder in exports(name)[1]:
         original = with_adapter(base, data / "smollm2-r16" / folder.name)
-        say(f"{name:20} {folder.name:24} " + compare(with_adapter(base, folder), original, original, tokenizer))
+        say(f"{name:20} {folder.name:25} " + compare(with_adapter(base, folder), original, original, tokenizer))
 
 
 def test_exact_match(
