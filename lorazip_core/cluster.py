@@ -3,7 +3,7 @@
 Alternation, as k-means does it for points: given the groups, fit a basis to each of them in every module; given the
 bases, move each adapter to the basis of least error over all its modules. The objective never rises.
 
-It starts from several k-medoids partitions of a few probe modules, where the distance of adapter i to adapter j is the
+It starts from several k-medoids partitions on a few probe modules, where the distance of adapter i to adapter j is the
 error of D_i in the leading singular subspaces of D_j. Every quantity depends on ΔW alone, never on how B A was written.
 """
 
@@ -63,7 +63,9 @@ def assign_clusters(
     # Adapters are numbered by their energy in here, so that their names decide nothing.
     order = norms.sum(1).argsort(stable=True)
     distance = _distances(probes, rank, n, device)[order][:, order]
-    starts = [_medoids(distance, clusters, generator)[order.argsort()] for _ in range(_STARTS)]
+    # Adapters that share little are served best by clusters of equal size, groups that share much as they are.
+    capacities = [n, -(-n // clusters)] * (_STARTS // 2)
+    starts = [_medoids(distance, clusters, capacity, generator)[order.argsort()] for capacity in capacities]
     labels = min(map(try_on_probes, starts), key=lambda result: result[1])[0]
     labels, _ = _alternate(weighted, modules, labels, rank, seed, device)
     return _renumbered(labels.tolist())
@@ -149,8 +151,8 @@ def _distances(probes: Sequence[Stack], rank: int, n: int, device: torch.device)
     return (1 - captured / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_min(0)
 
 
-def _medoids(distance: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Labels [n] of a k-medoids partition of ``distance`` [n, n], started as k-means++."""
+def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Generator) -> Tensor:
+    """Labels [n] of a k-medoids partition of ``distance`` [n, n] into clusters of at most ``capacity``."""
     n = len(distance)
     medoids = [int(torch.randint(n, (1,), generator=generator))]
     while len(medoids) < clusters:
@@ -159,8 +161,7 @@ def _medoids(distance: Tensor, clusters: int, generator: torch.Generator) -> Ten
         nearest += (torch.arange(n).unsqueeze(1) != torch.tensor(medoids)).all(1) * 1e-12  # all alike: any will do
         medoids.append(int(torch.multinomial(nearest, 1, generator=generator)))
     for _ in range(_ROUNDS):
-        labels = distance[:, medoids].argmin(dim=1)
-        labels[medoids] = torch.arange(clusters)
+        labels = _nearest(distance[:, medoids], medoids, capacity)
         better = []
         for cluster in range(clusters):
             inside = (labels == cluster).nonzero()[:, 0]
@@ -168,6 +169,19 @@ def _medoids(distance: Tensor, clusters: int, generator: torch.Generator) -> Ten
         if better == medoids:
             break
         medoids = better
+    return labels
+
+
+def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
+    """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, that still has room; the closest go first."""
+    labels = torch.full((len(distance),), -1)
+    room = [capacity - 1] * len(medoids)
+    labels[medoids] = torch.arange(len(medoids))
+    for pair in distance.flatten().argsort(stable=True).tolist():
+        adapter, cluster = divmod(pair, len(medoids))
+        if room[cluster] and labels[adapter] < 0:
+            labels[adapter] = cluster
+            room[cluster] -= 1
     return labels
 
 

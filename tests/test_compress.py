@@ -471,8 +471,15 @@ class Interrupt:
         pass
 
 
-@pytest.mark.parametrize("label", ["reading adapters", "clustering", "fitting bases", "keeping adapters individually"])
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("label", "force"),
+    [
+        ("reading adapters", False),
+        ("clustering", True),
+        ("fitting bases", False),
+        ("keeping adapters individually", True),
+    ],
+)
 def test_an_interruption_leaves_no_folder_and_the_old_bundle(
     alike: Path, tmp_path: Path, label: str, force: bool
 ) -> None:

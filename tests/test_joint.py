@@ -107,7 +107,7 @@ def test_the_dominant_part_of_a_planted_basis_is_found() -> None:
     assert fitted(factors, 4) <= lost / total
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 6))
 def test_the_way_of_writing_the_factors_makes_no_difference(seed: int, n: int, rank: int) -> None:
     factors = collection(seed, n, 10, 9)
@@ -119,7 +119,7 @@ def test_the_way_of_writing_the_factors_makes_no_difference(seed: int, n: int, r
     assert fitted(turned, rank) == pytest.approx(fitted(factors, rank), rel=1e-4, abs=1e-7)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_the_order_of_the_adapters_makes_no_difference(seed: int, rank: int) -> None:
     factors = collection(seed, 9, 10, 9)

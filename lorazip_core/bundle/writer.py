@@ -50,6 +50,6 @@ class BundleWriter:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a directory holds a bundle, whole or damaged, and nothing else: only such a one may be replaced."""
+    """Whether a directory holds a manifest, and nothing that is not of a bundle: only such a one may be replaced."""
     names = {entry.name for entry in folder.iterdir()}
-    return bool(names) and names <= _LAYOUT
+    return MANIFEST_NAME in names and names <= _LAYOUT
