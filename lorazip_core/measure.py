@@ -15,6 +15,7 @@ from .errors import AdapterError
 from .linalg import Factors, squared_distance, squared_norm
 from .progress import Advance
 from .reconstruct import decode
+from .workers import in_order
 
 # Numbers in one batch of stacked factors: 32 MiB of float64.
 _BATCH_NUMBERS = 2**22
@@ -71,36 +72,47 @@ def measure(bundle: Bundle, pairs: list[Pair], advance: Advance) -> tuple[dict[s
     Goes module by module and in batches of equal shape, so that memory does not grow with the collection. ``advance``
     is told 1 for each module of each pair.
     """
-    measured = {pair.entry.name: Measured() for pair in pairs}
-    unusable: dict[str, AdapterError] = {}
     having: defaultdict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         for module in bundle.modules(pair.entry):
             having[module.name].append(pair)
-    for module_name, group in having.items():
-        for names, x, y in _batches(bundle, module_name, group, unusable):
-            norms, distances = squared_norm(*x).tolist(), squared_distance(x, y).tolist()
-            for name, norm, distance in zip(names, norms, distances, strict=True):
-                measured[name].norms[module_name] = norm
-                measured[name].distances[module_name] = distance
-                if not math.isfinite(norm):
-                    unusable.setdefault(name, AdapterError(name, f"module {module_name}: its update has NaN or Inf"))
+    measured = {pair.entry.name: Measured() for pair in pairs}
+    unusable: dict[str, AdapterError] = {}
+    results = in_order(lambda module: _measure_module(bundle, module, having[module]), having, torch.device("cpu"))
+    for (module_name, group), (found, broken) in zip(having.items(), results, strict=True):
+        for name, norm, distance in found:
+            measured[name].norms[module_name] = norm
+            measured[name].distances[module_name] = distance
+        for error in broken:
+            unusable.setdefault(error.adapter, error)
         advance(len(group))
     return {name: errors for name, errors in measured.items() if name not in unusable}, list(unusable.values())
 
 
+def _measure_module(
+    bundle: Bundle, module: str, pairs: list[Pair]
+) -> tuple[list[tuple[str, float, float]], list[AdapterError]]:
+    """(name, ‖ΔW‖², ‖ΔW−ΔŴ‖²) of each adapter in one module, and the originals that cannot be read."""
+    found: list[tuple[str, float, float]] = []
+    broken: list[AdapterError] = []
+    for names, x, y in _batches(bundle, module, pairs, broken):
+        found += zip(names, squared_norm(*x).tolist(), squared_distance(x, y).tolist(), strict=True)
+    for name, norm, _ in found:
+        if not math.isfinite(norm):
+            broken.append(AdapterError(name, f"module {module}: its update has NaN or Inf"))
+    return found, broken
+
+
 def _batches(
-    bundle: Bundle, module: str, pairs: list[Pair], unusable: dict[str, AdapterError]
+    bundle: Bundle, module: str, pairs: list[Pair], broken: list[AdapterError]
 ) -> Iterator[tuple[list[str], Factors, Factors]]:
     """(names, stacked original factors, stacked decoded factors) of pairs whose factors have equal ranks."""
     open_batches: defaultdict[tuple[int, int], list[tuple[str, Factors, Factors]]] = defaultdict(list)
     for entry, original in pairs:
-        if entry.name in unusable:
-            continue
         try:
             b, a = original.factors(module, torch.float64)
         except AdapterError as error:
-            unusable[entry.name] = error
+            broken.append(error)
             continue
         decoded_b, decoded_a = decode(bundle, entry, module, torch.float64)
         batch = open_batches[a.shape[0], decoded_a.shape[0]]

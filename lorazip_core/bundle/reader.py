@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ class Bundle:
         """Raises as `read_manifest`; ``operations`` ("read", "export") say which required features matter."""
         self.path = path
         self.manifest: Manifest = read_manifest(path, operations)
+        self._lock = Lock()
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._rows: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
 
@@ -101,15 +103,16 @@ class Bundle:
         return tensor
 
     def _handle(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.path / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise BundleDamaged(f"{self.path / file}: {error}", "run 'lorazip verify' for all damage") from None
-            while len(self._handles) > _OPEN_FILES:
-                self._handles.popitem(last=False)
-        self._handles.move_to_end(file)
-        return self._handles[file]
+        with self._lock:
+            if file not in self._handles:
+                try:
+                    self._handles[file] = safe_open(self.path / file, framework="pt")
+                except (SafetensorError, OSError) as error:
+                    raise BundleDamaged(f"{self.path / file}: {error}", "run 'lorazip verify' for all damage") from None
+                while len(self._handles) > _OPEN_FILES:
+                    self._handles.popitem(last=False)
+            self._handles.move_to_end(file)
+            return self._handles[file]
 
     @cached_property
     def _shards(self) -> dict[int, ShardEntry]:
