@@ -28,12 +28,16 @@ def compress(
         Literal["svd", "joint", "diag"],
         typer.Option("--method", help="Each adapter alone (svd), or on a shared basis with full or diagonal cores."),
     ] = "joint",
-    rank: Annotated[int | None, typer.Option("--rank", metavar="R", min=1, help="Default: 16, with svd 4.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", min=1, max=65536, help="Default: 16, with svd 4.")
+    ] = None,
     clusters: Annotated[
         str, typer.Option("--clusters", metavar="K|FILE", help="Number of shared bases, or a file that assigns them.")
     ] = "1",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle stores.")] = "bf16",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random starts.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the random starts.")
+    ] = 0,
     weights: Annotated[
         Literal["adapter", "module"], typer.Option("--weights", help="What counts equally: adapters, or their modules.")
     ] = "adapter",

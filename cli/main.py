@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lorazip_core import __version__
+from lorazip_core.errors import UsageError
 
 from . import console
 from .compress import compress
@@ -53,6 +54,9 @@ def lorazip(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. No exception leaves it; every failure is a line on stderr."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if "" in arguments:  # as a path it would mean the current directory
+        console.error("an argument is empty: is a variable not set?")
+        return UsageError.exit_code
     try:
         with interruptible():
             command = typer.main.get_command(app)
@@ -87,6 +91,9 @@ def _interrupted() -> int:
 
 def run() -> None:
     """The console script."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the parent (>&-)
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a locale without "é" is no reason to fail

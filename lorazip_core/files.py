@@ -19,6 +19,7 @@ from .errors import LocalError, OutputExists
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MARKER = ".lorazip"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -80,43 +81,38 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
     """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
     It is built beside its target as ``.NAME.partial``. A process that is killed leaves that folder, which the next run
-    clears; the kernel's lock on it tells a dead builder from one at work. With ``force`` an old ``target`` is
-    exchanged for the new one in one step, so that at any moment one of the two is there, whole.
+    clears; the kernel's lock on it tells a dead builder from one at work, a marker in it whose it is. With ``force`` an
+    old ``target`` is exchanged for the new one in one step, so that at any moment one of the two is there, whole.
 
-    Raises OutputExists when there is a ``target`` and not ``force``, or when ``force`` would delete what is not
-    lorazip's (``replaceable(target)`` is false); LocalError when another process builds the same target.
+    Raises OutputExists when there is a ``target`` and not ``force``, or when what would have to go is not lorazip's
+    (``replaceable`` is false); LocalError when another process builds the same target.
     """
     target = Path(os.path.realpath(target))
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():  # killed between the two renames of _replace
-        old.rename(target)
-    check_output(target, force=force, replaceable=replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _make_locked(partial, target)
+    lock = _make_locked(partial, target, replaceable)
     try:
-        _clear(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            yield partial
-            _sync_tree(partial)
-            check_output(target, force=force, replaceable=replaceable)
-            if target.exists():
-                _replace(target, partial, old)
-            else:
-                partial.rename(target)
-            _sync(target.parent)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
+        _recover(target, partial, old, replaceable)
+        check_output(target, force=force, replaceable=replaceable)
+        yield partial
+        (partial / _MARKER).unlink()
+        _sync_tree(partial)
+        check_output(target, force=force, replaceable=replaceable)
+        if target.exists():
+            _replace(target, partial, old)
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
 
 
-def _make_locked(partial: Path, target: Path) -> int:
-    """Make ``partial``, or take it over from a dead builder, and return a descriptor that locks it."""
+def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool]) -> int:
+    """Make ``partial``, or take it over from a dead builder and clear it; a descriptor that locks it."""
     while True:
         partial.mkdir(exist_ok=True)
         try:
@@ -126,11 +122,31 @@ def _make_locked(partial: Path, target: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(partial) and os.path.samestat(os.fstat(lock), os.stat(partial)):
+                if any(partial.iterdir()) and not ((partial / _MARKER).exists() or replaceable(partial)):
+                    raise OutputExists(f"{partial} exists and was not written by lorazip", "move it away")
+                (partial / _MARKER).touch()
+                _clear(partial)
                 return lock
         except BlockingIOError:
             os.close(lock)
             raise LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another -o") from None
+        except BaseException:
+            os.close(lock)
+            raise
         os.close(lock)
+
+
+def _recover(target: Path, partial: Path, old: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Finish what a builder that was killed between the renames of `_replace` left."""
+    if not old.exists():
+        return
+    if any(old.iterdir()) and not replaceable(old):
+        raise OutputExists(f"{old} exists and was not written by lorazip", "move it away")
+    if target.exists():
+        old.rename(partial / "old")
+        _clear(partial)
+    else:
+        old.rename(target)
 
 
 def check_output(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -144,12 +160,17 @@ def check_output(target: Path, *, force: bool, replaceable: Callable[[Path], boo
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
-    """Put ``new`` in the place of ``target``; what was there goes to ``old``."""
-    if _exchange(new, target):
-        new.rename(old)
-        return
-    target.rename(old)
-    new.rename(target)
+    """Put ``new`` in the place of ``target``; what was there ends as ``new``, marked as waste."""
+    if not _exchange(new, target):
+        try:
+            target.rename(old)
+            new.rename(target)
+            old.rename(new)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+    (new / _MARKER).touch()
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -162,10 +183,11 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
+    """Remove all but the marker."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        else:
+        elif entry.name != _MARKER:
             entry.unlink()
 
 

@@ -22,8 +22,8 @@ from .stack import Stack
 # Cores to search on have f·R columns more than R, within bounds. At a small rank optima differ in what they need.
 _CORE_WIDTHS = ((1.5, 8, 48), (2.5, 16, 64), (5.0, 32, 80))
 _SMALL_RANK = 24
-_POWER_ROUNDS, _SURVIVORS = 10, 5
-_HOOI_ROUNDS, _FINALISTS = 8, 3
+_POWER_ROUNDS, _SURVIVORS = 10, 8
+_HOOI_ROUNDS, _FINALISTS = 8, 5
 _TRIAL_ROUNDS = 2  # of climbing for every finalist, before the best few of them climb on
 _SMALL_ROUNDS = 30
 _CLIMB_ROUNDS = 40

@@ -29,6 +29,11 @@ def compare(
     ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
     """
     originals, bad = _open_originals(root, allow_pickle)
+    if not {entry.name for entry in bundle.manifest.adapters} & {*originals, *bad}:
+        message = (
+            f"none of the {len(bundle.manifest.adapters)} adapters of the bundle is there: is it the right directory?"
+        )
+        return {}, [Finding("source-missing", None, message, damage=False)]
     broken = list(_not_in_bundle(bundle, originals, bad))
     pairs = []
     for entry in bundle.manifest.adapters:
@@ -131,9 +136,7 @@ def _needed(bundle: Bundle, entry: AdapterEntry) -> set[str | None]:
     """The files that an adapter is decoded from."""
     if entry.cluster is None:
         return {entry.individual}
-    cluster = bundle.manifest.clusters[entry.cluster]
-    index = bundle.index(entry)
-    return {cluster.basis, *(shard.path for shard in cluster.shards if index in shard.adapters)}
+    return {bundle.manifest.clusters[entry.cluster].basis, bundle.shard(entry).path}
 
 
 def _claims(entry: AdapterEntry, measured: Measured) -> Iterator[Finding]:

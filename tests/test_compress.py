@@ -297,9 +297,9 @@ def cluster_file(folder: Path, assignment: object, schema: str = "lorazip.cluste
     [
         ({f"t{i:02}": 0 for i in range(7)}, "'t07' is not in it"),
         ({f"t{i:02}": 0 for i in range(9)}, "'t08' is not in the collection"),
-        ({f"t{i:02}": "one" for i in range(8)}, "not a lorazip.clusters/1 file"),
-        (["t00"], "not a lorazip.clusters/1 file"),
-        (None, "not a lorazip.clusters/1 file"),
+        ({f"t{i:02}": "one" for i in range(8)}, "not an assignment of adapters to numbers"),
+        (["t00"], "not an assignment of adapters to numbers"),
+        (None, "not an assignment of adapters to numbers"),
     ],
 )
 def test_clusters_of_a_wrong_file_are_refused(alike: Path, tmp_path: Path, assignment: object, words: str) -> None:

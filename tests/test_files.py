@@ -132,10 +132,21 @@ def test_what_appears_while_we_build_is_not_overwritten(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     (tmp_path / ".out.partial/sub").mkdir(parents=True)
     (tmp_path / ".out.partial/sub/junk").write_text("junk")
+    (tmp_path / ".out.partial/.lorazip").touch()
     (tmp_path / ".out.partial/link").symlink_to(tmp_path)
     put(tmp_path / "out", "new")
     assert listing(tmp_path / "out") == {"mark"}
     assert listing(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
+def test_what_somebody_else_calls_so_is_not_touched(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputExists, match="was not written by lorazip"):
+        put(tmp_path / "out", "new")
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    assert listing(tmp_path) == {name}
 
 
 def test_a_run_killed_between_two_renames_is_mended(tmp_path: Path) -> None:

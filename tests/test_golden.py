@@ -1,7 +1,7 @@
-"""Bundles of format 1 that were written once, by lorazip 0.1.0, and are never written again: every later version reads them.
+"""Bundles of format 1, written once by lorazip 0.1.0 and never again: every later version reads them.
 
-golden/adapters are the originals (tests/random_adapters.py, MIXED), golden/joint, diag, svd and original the bundles. What they
-decode to is compared with the originals through the reference reader, which knows the specification only.
+golden/adapters are the originals (tests/random_adapters.py, MIXED), its sisters the bundles. What they decode to is
+compared with the reference reader, which knows the specification only.
 """
 
 from __future__ import annotations

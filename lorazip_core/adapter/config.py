@@ -67,7 +67,7 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
         raise AdapterError(adapter, f"{CONFIG_NAME} is a Git LFS pointer, not the file", "run 'git lfs pull'")
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(adapter, f"{CONFIG_NAME} is not JSON: {error}") from None
     if not isinstance(raw, dict) or "peft_type" not in raw:
         raise AdapterError(adapter, f"{CONFIG_NAME} has no peft_type: not a PEFT adapter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -53,10 +54,12 @@ class HandlePool:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
-            handle = self._open[path] = opener(path)
+        handle = opener(path)  # outside of the lock, so that threads open side by side; two may open one file
+        with self._lock:
+            self._open[path] = handle
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
-            return handle
+        return handle
 
 
 def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Callable[[Path], bool]) -> list[Path]:
@@ -124,7 +127,8 @@ def _open_safetensors(adapter: str, path: Path) -> Any:
 def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
     _refuse_pointer(adapter, path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that pooled files are not in memory; only what torch wrote before 1.6 has to be read whole.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what a pickle raises depends on what is in it
         reason = (str(error).splitlines() or [""])[0]
         raise AdapterError(adapter, f"{path.name} cannot be read with weights_only=True: {reason}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -38,13 +40,17 @@ class Bundle:
         """The position of an adapter in the manifest."""
         return self._indices[adapter.name]
 
+    def shard(self, adapter: AdapterEntry) -> ShardEntry:
+        """The shard that holds the cores of an adapter in a cluster."""
+        return self._shards[self.index(adapter)]
+
     def modules(self, adapter: AdapterEntry) -> list[ModuleEntry]:
         """The modules that an adapter has."""
         return [self.manifest.modules[index] for index in self.manifest.module_sets[adapter.module_set]]
 
     def rows(self, shard: ShardEntry, module: str) -> dict[int, int]:
         """The row of every adapter, by its index, in the stacked cores of ``module`` in ``shard``; rows ascend."""
-        having = frozenset(number for number, names in enumerate(self._module_name_sets) if module in names)
+        having = self._having[module]
         key = shard.path, having  # few, since most modules are in the same module sets
         if key not in self._rows:
             adapters = self.manifest.adapters
@@ -58,9 +64,8 @@ class Bundle:
 
     def core(self, adapter: AdapterEntry, module: str) -> Tensor:
         """Σ of an adapter in a cluster: [R_U, R_V], or its diagonal [R]."""
-        index = self.index(adapter)
-        shard = self._shards[index]
-        return self.tensor(shard.path, f"{module}.core", row=self.rows(shard, module)[index])
+        shard = self.shard(adapter)
+        return self.tensor(shard.path, f"{module}.core", row=self.rows(shard, module)[self.index(adapter)])
 
     def individual(self, adapter: AdapterEntry, module: str) -> tuple[Tensor, Tensor, float]:
         """B [d_out, r], A [r, d_in] and the scale of an adapter kept on its own: ΔŴ = scale · B A."""
@@ -106,6 +111,8 @@ class Bundle:
         with self._lock:
             if file not in self._handles:
                 try:
+                    if not stat.S_ISREG(os.stat(self.path / file).st_mode):  # opening a pipe would wait for ever
+                        raise BundleDamaged(f"{self.path / file}: not a file")
                     self._handles[file] = safe_open(self.path / file, framework="pt")
                 except (SafetensorError, OSError) as error:
                     raise BundleDamaged(f"{self.path / file}: {error}", "run 'lorazip verify' for all damage") from None
@@ -124,6 +131,10 @@ class Bundle:
         return {adapter.name: index for index, adapter in enumerate(self.manifest.adapters)}
 
     @cached_property
-    def _module_name_sets(self) -> list[frozenset[str]]:
-        modules = self.manifest.modules
-        return [frozenset(modules[index].name for index in indices) for indices in self.manifest.module_sets]
+    def _having(self) -> dict[str, frozenset[int]]:
+        """The module sets that every module is in."""
+        sets = [frozenset(indices) for indices in self.manifest.module_sets]
+        return {
+            module.name: frozenset(number for number, indices in enumerate(sets) if index in indices)
+            for index, module in enumerate(self.manifest.modules)
+        }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import torch
 from msgspec import Struct
 from torch import Tensor
@@ -27,8 +27,12 @@ from .individual import Individual, keep_individually
 from .scan import Scan, scan
 from .shared import SharedJob, encode_clusters
 
-_CLUSTER_FILE = "lorazip.clusters/1"
 _SILENT = Silent()
+
+
+class _ClusterFile(Struct):
+    schema: Literal["lorazip.clusters/1"]
+    assignment: dict[str, int]
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
@@ -114,12 +118,14 @@ def compress(
     check_output(output, force=force, replaceable=is_bundle)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
-    with progress.stage("reading adapters", len(collection.adapters)) as advance:
-        scanned = scan(collection, skip_bad=skip_bad, advance=advance)
-    for skipped in scanned.collection.skipped:
-        progress.note(f"left out {skipped.name}: {skipped.reason}")
-    options.check(len(scanned.collection.adapters))
+    if isinstance(options.clusters, Path):
+        _labels_of_file(options.clusters, collection)  # a mistake in it should not cost the reading of all weights
     with atomic_directory(output, force=force, replaceable=is_bundle) as folder:
+        with progress.stage("reading adapters", len(collection.adapters)) as advance:
+            scanned = scan(collection, skip_bad=skip_bad, advance=advance)
+        for skipped in scanned.collection.skipped:
+            progress.note(f"left out {skipped.name}: {skipped.reason}")
+        options.check(len(scanned.collection.adapters))
         manifest = _encode(scanned, options, device, BundleWriter(folder), progress)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return _report(output, manifest, size, time.monotonic() - started)
@@ -215,15 +221,11 @@ def _weights(norms: Tensor, per: Literal["adapter", "module"]) -> Tensor:
 def _labels_of_file(path: Path, collection: Collection) -> list[int]:
     """The clusters of a file ``{"schema": "lorazip.clusters/1", "assignment": {adapter: number}}``, numbered from 0."""
     try:
-        fields = json.loads(path.read_bytes())
-        assignment = {str(name): int(number) for name, number in fields["assignment"].items()}
-        known = fields["schema"] == _CLUSTER_FILE
+        assignment = msgspec.json.decode(path.read_bytes(), type=_ClusterFile).assignment
     except FileNotFoundError:
         raise UsageError(f"--clusters {path}: neither a number nor a file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise UsageError(f"--clusters {path}: not a {_CLUSTER_FILE} file, an assignment of adapters to numbers")
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise UsageError(f"--clusters {path}: not an assignment of adapters to numbers: {error}") from None
     here = {adapter.name for adapter in collection.adapters}
     left_out = {skipped.name for skipped in collection.skipped}
     for name in sorted(here.symmetric_difference(assignment) - left_out):

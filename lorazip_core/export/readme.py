@@ -64,7 +64,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 def _scheme(bundle: Bundle, adapter: AdapterEntry) -> str:
     if adapter.cluster is not None:
         cluster = bundle.manifest.clusters[adapter.cluster]
-        sharing = sum(entry.cluster == adapter.cluster for entry in bundle.manifest.adapters)
+        sharing = sum(len(shard.adapters) for shard in cluster.shards)
         core = "a diagonal core" if cluster.method == "diag" else "a full core"
         return f"Scheme `{adapter.scheme}`: a basis of rank {cluster.rank} shared by {sharing} adapters, and {core}."
     if adapter.scheme == "original":
