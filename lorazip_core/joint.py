@@ -27,6 +27,7 @@ _HOOI_ROUNDS, _FINALISTS = 8, 5
 _TRIAL_ROUNDS = 2  # of climbing for every finalist, before the best few of them climb on
 _SMALL_ROUNDS = 30
 _CLIMB_ROUNDS = 40
+_SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the way to one optimum
 _TOLERANCE = 1e-7  # of the objective, per round
 
 
@@ -52,8 +53,9 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
         small = _search(stack.cores(*wide), rank_u, rank_v, generator)
         found += [climb(stack, Basis(wide.u @ u, wide.v @ v), rounds=_TRIAL_ROUNDS) for u, v in small]
     for rounds in (_TRIAL_ROUNDS, _CLIMB_ROUNDS):
-        found.sort(key=lambda basis: -objective(stack.cores(*basis)))
-        found = [climb(stack, basis, rounds=rounds) for basis in found[:_FINALISTS]]
+        u, v = (torch.stack(side) for side in zip(*found, strict=True))
+        reached = torch.tensor([objective(stack.cores(*basis)) for basis in found])
+        found = [climb(stack, found[i], rounds=rounds) for i in _best_distinct(u, v, reached, _FINALISTS)]
     return max(found, key=lambda basis: objective(stack.cores(*basis)))
 
 
@@ -92,43 +94,68 @@ def _search(cores: Tensor, rank_u: int, rank_v: int, generator: torch.Generator)
 
     All climb together and the weak ones drop out on the way.
     """
+    left, right = _unfolded(cores), _unfolded(cores.mT)
     count = max(1, min(24, 8192 // max(rank_u, rank_v) ** 2))  # optima get fewer, and rounds dearer, with the rank
-    u, v = (_starts(c, r, count, generator) for c, r in ((cores, rank_u), (cores.mT, rank_v)))
+    u, v = (_starts(side, rank, count, generator) for side, rank in ((left, rank_u), (right, rank_v)))
     for _ in range(_POWER_ROUNDS):  # the authors' iteration: cheaper a round than HOOI, and good enough to rank starts
-        u = _power_step(cores, v, u)
-        v = _power_step(cores.mT, u, v)
-    reached = torch.einsum("skr,nkl,slq->snrq", u, cores, v).square().sum((1, 2, 3))
-    u, v, reached = _hooi(cores, v[_best(reached, _SURVIVORS)], rank_u, _HOOI_ROUNDS)
-    return [Basis(u[i], v[i]) for i in _best(reached, _FINALISTS)]
+        u = _power_step(left, v, u)
+        v = _power_step(right, u, v)
+    reached = (u.mT @ _half(left, v)).square().sum((1, 2))
+    u, v, reached = _hooi(left, right, v[_best_distinct(u, v, reached, _SURVIVORS)], rank_u, _HOOI_ROUNDS)
+    return [Basis(u[i], v[i]) for i in _best_distinct(u, v, reached, _FINALISTS)]
 
 
-def _starts(cores: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
-    """The HOSVD's basis of the first side of ``cores`` [n, k, l] and ``count`` random ones, [1 + count, k, rank]."""
-    hosvd = _leading(torch.einsum("nkl,nml->km", cores, cores), rank)
-    random = torch.randn(count, cores.shape[1], rank, generator=generator).to(cores)
+def _unfolded(cores: Tensor) -> Tensor:
+    """``cores`` [n, k, l] as [k, n, l], so that all products with one side's basis are one matrix product."""
+    return cores.transpose(0, 1).contiguous()
+
+
+def _half(unfolded: Tensor, basis: Tensor) -> Tensor:
+    """All C_i W side by side, of shape [s, k, n·r], for unfolded cores [k, n, l] and bases W [s, l, r]."""
+    return (unfolded.flatten(0, 1) @ basis).reshape(len(basis), len(unfolded), -1)
+
+
+def _starts(unfolded: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
+    """The HOSVD's basis of the first side of unfolded cores [k, n, l], then random ones, [1 + count, k, rank]."""
+    flat = unfolded.flatten(1)
+    hosvd = _leading(flat @ flat.mT, rank)
+    random = torch.randn(count, len(flat), rank, generator=generator).to(flat)
     return torch.cat([hosvd[None], orthonormal(random)])
 
 
-def _best(reached: Tensor, count: int) -> Tensor:
-    return reached.argsort(descending=True, stable=True)[:count]
+def _best_distinct(u: Tensor, v: Tensor, reached: Tensor, count: int) -> list[int]:
+    """The best of the bases U [s, k, R_U], V [s, l, R_V], less those that climb the same hill as a better one."""
+    alike = (_distances(u) < _SAME) & (_distances(v) < _SAME)
+    best: list[int] = []
+    for i in reached.argsort(descending=True, stable=True).tolist():
+        if len(best) < count and not alike[i, best].any():
+            best.append(i)
+    return best
 
 
-def _power_step(cores: Tensor, other: Tensor, basis: Tensor) -> Tensor:
-    """orth(Σ_i C_i W Wᵀ C_iᵀ Z) for cores [n, k, l], the other side's basis W [s, l, r] and this side's Z [s, k, r]."""
-    half = torch.einsum("nkl,slr->sknr", cores, other).flatten(2)
+def _distances(bases: Tensor) -> Tensor:
+    """Σ sin² of the principal angles between every two of the bases [s, k, R], of shape [s, s]."""
+    count, _, rank = bases.shape
+    together = bases.mT.flatten(0, 1)
+    return rank - (together @ together.mT).square().reshape(count, rank, count, rank).sum((1, 3))
+
+
+def _power_step(unfolded: Tensor, other: Tensor, basis: Tensor) -> Tensor:
+    """orth(Σ_i C_i W Wᵀ C_iᵀ Z), for the other side's basis W [s, l, r] and this side's Z [s, k, r]."""
+    half = _half(unfolded, other)
     return orthonormal(half @ (half.mT @ basis))
 
 
-def _hooi(cores: Tensor, v: Tensor, rank_u: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """HOOI (De Lathauwer et al. 2000) on small cores [n, k, l] from starts V [s, l, R_V], batched over starts.
+def _hooi(left: Tensor, right: Tensor, v: Tensor, rank_u: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HOOI (De Lathauwer et al. 2000) on unfolded cores [k, n, l] and [l, n, k] from starts V [s, l, R_V], batched.
 
     Returns U [s, k, R_U], V and the objective reached [s].
     """
     last = None
     for _ in range(rounds):
-        half = torch.einsum("nkl,slr->sknr", cores, v).flatten(2)
+        half = _half(left, v)
         u = _leading(half @ half.mT, rank_u)
-        half = torch.einsum("nkl,skr->slnr", cores, u).flatten(2)
+        half = _half(right, u)
         values, vectors = torch.linalg.eigh(half @ half.mT)
         v = vectors[..., -v.shape[-1] :]
         reached = values[..., -v.shape[-1] :].sum(-1)
@@ -157,7 +184,9 @@ def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
             _span(basis.u, stack.bt.mT @ stack.spread(x, p), last_u),
             _span(basis.v, stack.a.mT @ stack.spread(y, p.mT), last_v),
         )
-        u, v, _ = _hooi(stack.cores(*wide), (wide.v.mT @ basis.v)[None], basis.u.shape[1], _SMALL_ROUNDS)
+        cores = stack.cores(*wide)
+        start = (wide.v.mT @ basis.v)[None]
+        u, v, _ = _hooi(_unfolded(cores), _unfolded(cores.mT), start, basis.u.shape[1], _SMALL_ROUNDS)
         better = Basis(wide.u @ u[0], wide.v @ v[0])
         now = objective(stack.cores(*better))
         if now <= reached:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorazip_core import joint
 from lorazip_core.joint import Basis, climb, fit_joint, hosvd, objective
 from lorazip_core.linalg import truncated_svd
 from lorazip_core.stack import Stack
@@ -217,3 +218,14 @@ def test_climbing_never_loses(rank: int) -> None:
         reached = [objective(stack.cores(*climb(stack, basis, rounds=rounds))) for rounds in (0, 1, 2, 8)]
         assert reached[0] == objective(stack.cores(*basis))
         assert all(after >= before * (1 - 1e-6) for before, after in itertools.pairwise(reached))
+
+
+def test_of_bases_that_span_the_same_the_better_one_goes_on() -> None:
+    """Whatever columns they have: the third is the first, turned; the fourth shares only its V."""
+    generator = torch.Generator().manual_seed(0)
+    first, second, other = (torch.linalg.qr(normal(generator, 12, 4)).Q for _ in range(3))
+    turned = first @ torch.linalg.qr(normal(generator, 4, 4)).Q
+    u, v = torch.stack([first, second, turned, other]), torch.stack([first, second, turned, first])
+    reached = torch.tensor([1.0, 2.0, 3.0, 0.5])
+    assert joint._best_distinct(u, v, reached, 5) == [2, 1, 3]
+    assert joint._best_distinct(u, v, reached, 2) == [2, 1]
