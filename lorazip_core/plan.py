@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -24,11 +27,11 @@ _CLUSTER_BYTES = 240
 
 
 class CompressOptions(Struct, frozen=True):
-    """What to do. ``rank`` None means the method's default; ``clusters`` is a number or a file of the assignment."""
+    """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment."""
 
     method: Method = "joint"
     rank: int | None = None
-    clusters: int | Path = 1
+    clusters: int | Literal["auto"] | Path = 1
     dtype: Dtype = "bf16"
     seed: int = 0
     weights: Weights = "adapter"
@@ -52,8 +55,13 @@ class CompressOptions(Struct, frozen=True):
             raise UsageError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.method == "svd" and self.clusters != 1:
             raise UsageError("--clusters: svd keeps every adapter on its own", "use --method joint or diag")
-        if isinstance(self.clusters, int) and not 1 <= self.clusters <= adapters:
-            raise UsageError(f"--clusters {self.clusters}: must be between 1 and the number of adapters, {adapters}")
+        check_clusters(self.clusters, adapters)
+
+
+def check_clusters(clusters: int | str | Path, adapters: int) -> None:
+    """Raise UsageError for a number of clusters that this many adapters do not fill."""
+    if isinstance(clusters, int) and not 1 <= clusters <= adapters:
+        raise UsageError(f"--clusters {clusters}: must be between 1 and the number of adapters, {adapters}")
 
 
 class PlannedScheme(Struct, frozen=True):
@@ -67,35 +75,46 @@ class PlannedScheme(Struct, frozen=True):
     chosen: bool
 
 
-def planned_schemes(collection: Collection, options: CompressOptions, clusters: int) -> list[PlannedScheme]:
+def planned_schemes(
+    collection: Collection, options: CompressOptions, groups: Sequence[Sequence[int]]
+) -> list[PlannedScheme]:
     """Every method with the rank that ``options`` asks for or the method's default; the chosen one first.
 
-    Clusters count as equally large and as having every module. Which adapters ``max_error`` would keep individually
-    cannot be known from shapes.
+    ``groups`` are the numbers of the adapters that share a basis, see `equal_groups`. Which adapters ``max_error``
+    would keep individually cannot be known from shapes.
     """
     original = sum(adapter.size_bytes for adapter in collection.adapters)
     schemes = []
     for method in sorted(_METHODS, key=lambda method: method != options.method):
         chosen = method == options.method
         rank = options.kept_rank if chosen else options.rank or DEFAULT_RANK[method]
-        count = 0 if method == "svd" else clusters
-        size = _bundle_bytes(collection, method, rank, count, options.dtype)
-        schemes.append(PlannedScheme(method, rank, count, size, 1 - size / original, chosen))
+        shared = [] if method == "svd" else groups
+        size = bundle_bytes(collection, method, rank, shared, options.dtype)
+        schemes.append(PlannedScheme(method, rank, len(shared), size, 1 - size / original, chosen))
     return schemes
 
 
-def _bundle_bytes(collection: Collection, method: Method, rank: int | None, clusters: int, dtype: Dtype) -> int:
+def equal_groups(adapters: int, clusters: int) -> list[range]:
+    """Clusters of equal size, to plan with while nobody knows better."""
+    return [range(first, adapters, clusters) for first in range(clusters)]
+
+
+def bundle_bytes(
+    collection: Collection, method: Method, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
+) -> int:
+    """About the bytes of a bundle. ``groups``, empty for svd, are the numbers of the adapters that share a basis."""
     adapters = collection.adapters
     item = DTYPES[dtype].itemsize
     if rank is None or method == "svd":
         tensors, files = _individual_bytes(collection, rank, item), len(adapters)
     else:
-        tensors, files = _shared_bytes(collection, method, rank, clusters, item), 2 * clusters
+        tensors = sum(_shared_bytes(collection, group, method, rank, item) for group in groups)
+        files = 2 * len(groups)
     for adapter in adapters:
         tensors += sum(_tensor_bytes(key, info.size_bytes) for key, info in adapter.extras.items())
     files += len(adapters) + sum(bool(adapter.extras) for adapter in adapters)
     configs = sum(len(adapter.config_text) for adapter in adapters)
-    manifest = files * _FILE_BYTES + clusters * _CLUSTER_BYTES
+    manifest = files * _FILE_BYTES + len(groups) * _CLUSTER_BYTES
     manifest += sum(_ADAPTER_BYTES + len(adapter.name) for adapter in adapters)
     manifest += sum(_MODULE_BYTES + len(module.name) for module in collection.modules)
     return tensors + configs + manifest
@@ -116,18 +135,24 @@ def _individual_bytes(collection: Collection, rank: int | None, item: int) -> in
     return total
 
 
-def _shared_bytes(collection: Collection, method: Method, rank: int, clusters: int, item: int) -> int:
-    """Bytes of shared bases and their cores."""
+def _shared_bytes(collection: Collection, group: Sequence[int], method: Method, rank: int, item: int) -> int:
+    """Bytes of the bases of one cluster and of its adapters' cores."""
+    stacked: defaultdict[str, int] = defaultdict(int)
+    having: Counter[str] = Counter()
+    for number in group:
+        for name, part in collection.adapters[number].parts.items():
+            stacked[name] += part.rank
+            having[name] += 1
     total = 0
     for module in collection.modules:
-        ranks = [a.parts[module.name].rank for a in collection.adapters if module.name in a.parts]
-        stacked = -(-sum(ranks) // clusters)
+        name = module.name
+        if name not in having:
+            continue
         if method == "diag":
-            left = right = core = min(rank, stacked)
+            left = right = core = min(rank, stacked[name])
         else:
-            left, right = (min(rank, side, stacked) for side in (module.d_out, module.d_in))
+            left, right = (min(rank, side, stacked[name]) for side in (module.d_out, module.d_in))
             core = left * right
-        total += clusters * _tensor_bytes(module.name, left * module.d_out * item)
-        total += clusters * _tensor_bytes(module.name, right * module.d_in * item)
-        total += clusters * _tensor_bytes(module.name, 0) + len(ranks) * core * item
+        total += _tensor_bytes(name, left * module.d_out * item) + _tensor_bytes(name, right * module.d_in * item)
+        total += _tensor_bytes(name, having[name] * core * item)
     return total

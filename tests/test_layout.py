@@ -13,12 +13,15 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "workers", "sample"},
-    {"adapter", "bundle"},
-    {"linalg", "stack", "measure", "joint", "diag", "plan", "cluster", "factorise", "reconstruct", "summary"},
-    {"originals", "fetch", "compress", "verify", "export", "info"},
+    {"errors", "progress", "files", "workers", "device", "sample"},
+    {"adapter", "bundle", "assignment"},
+    {
+        *{"linalg", "stack", "updates", "measure", "summary", "plan"},
+        *{"joint", "diag", "similarity", "assign", "factorise", "reconstruct"},
+    },
+    {"scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info"},
 ]
-ENCODER = {"joint", "diag", "factorise", "cluster", "compress", "plan"}
+ENCODER = {"joint", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
 
 

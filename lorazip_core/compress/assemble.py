@@ -21,8 +21,8 @@ from ..bundle import (
     SkippedEntry,
 )
 from ..files import safe_name
+from ..scan import Scan
 from .individual import Individual
-from .scan import Scan
 from .shared import Encoded
 
 _SHARD_ADAPTERS = 512

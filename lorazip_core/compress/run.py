@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import torch
 from msgspec import Struct
-from torch import Tensor
 
 from ..adapter import Collection, open_collection
+from ..assign import Probes, settle
+from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
-from ..cluster import assign_clusters
-from ..errors import LocalError, UsageError
+from ..cluster import choose_clusters
+from ..device import find_device
+from ..errors import UsageError
 from ..files import atomic_directory, check_output
-from ..plan import CompressOptions, PlannedScheme, planned_schemes
+from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
-from ..stack import Stack
+from ..scan import Scan, scan
 from ..summary import Summary, summarise
+from ..updates import Updates
 from ..workers import in_order
 from .assemble import Assembly
 from .individual import Individual, keep_individually
-from .scan import Scan, scan
 from .shared import SharedJob, encode_clusters
 
 _SILENT = Silent()
-
-
-class _ClusterFile(Struct):
-    schema: Literal["lorazip.clusters/1"]
-    assignment: dict[str, int]
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
@@ -85,15 +81,22 @@ def plan(
     """What each scheme would take on disk, from headers alone. Raises as `compress` does for what headers can tell."""
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
-    labels = _labels_of_file(options.clusters, collection) if isinstance(options.clusters, Path) else None
-    clusters = options.clusters if isinstance(options.clusters, int) else len(set(labels or []))
+    if options.clusters == "auto":
+        raise UsageError(
+            "--clusters auto cannot be planned: it depends on the weights", "plan with a number, or a file"
+        )
+    groups: Sequence[Sequence[int]]
+    if isinstance(options.clusters, Path):
+        groups = _groups(_read_clusters(options.clusters, collection), collection)
+    else:
+        groups = equal_groups(len(collection.adapters), options.clusters)
     return PlanReport(
         base_model=collection.base_model,
         adapters=len(collection.adapters),
         modules=len(collection.modules),
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
-        schemes=planned_schemes(collection, options, clusters),
+        schemes=planned_schemes(collection, options, groups),
     )
 
 
@@ -119,7 +122,7 @@ def compress(
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     if isinstance(options.clusters, Path):
-        _labels_of_file(options.clusters, collection)  # a mistake in it should not cost the reading of all weights
+        _read_clusters(options.clusters, collection)  # a mistake in it should not cost the reading of all weights
     with atomic_directory(output, force=force, replaceable=is_bundle) as folder:
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance)
@@ -131,54 +134,21 @@ def compress(
     return _report(output, manifest, size, time.monotonic() - started)
 
 
-def find_device(name: str) -> torch.device:
-    """The device called ``auto``, ``cpu`` or ``cuda[:N]``. Raises UsageError, or LocalError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
-    if wanted is None:
-        raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
-    if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
-        raise LocalError(f"--device {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use --device cpu")
-    return torch.device(name)
-
-
 def _encode(
     scanned: Scan, options: CompressOptions, device: torch.device, writer: BundleWriter, progress: Progress
 ) -> Manifest:
     collection, rank, dtype = scanned.collection, options.kept_rank, DTYPES[options.dtype]
-    adapters, modules = collection.adapters, collection.modules
-
-    def load(module: int) -> Stack:
-        name = modules[module].name
-        members = [number for number, adapter in enumerate(adapters) if name in adapter.parts]
-        return Stack.of([adapters[number].factors(name) for number in members], members).to(device)
-
+    adapters = collection.adapters
     labels: list[int | None] = [None] * len(adapters)
     clusters = 0
     assembly = Assembly(writer, scanned)
     if options.method != "svd":
         assert rank is not None
-        weights = _weights(scanned.norms, options.weights)
-        if isinstance(options.clusters, Path):
-            assigned = _labels_of_file(options.clusters, collection)
-        elif options.clusters == 1:
-            assigned = [0] * len(adapters)
-        else:
-            with progress.stage("clustering", len(modules)) as advance:
-                assigned = assign_clusters(
-                    load,
-                    weights,
-                    scanned.norms,
-                    options.clusters,
-                    rank,
-                    seed=options.seed,
-                    device=device,
-                    advance=advance,
-                )
+        updates = scanned.updates(options.weights, device)
+        assigned = _assigned(scanned, updates, options, rank, progress)
         clusters = len(set(assigned))
-        job = SharedJob(load, weights, scanned.norms, options.method, rank, dtype, options.seed, device)
-        with progress.stage("fitting bases", len(modules)) as advance:
+        job = SharedJob(updates, options.method, rank, dtype, options.seed)
+        with progress.stage("fitting bases", len(collection.modules)) as advance:
             encoded, labels = encode_clusters(job, list(assigned), options.max_error, advance)
         assembly.add_clusters(encoded, options.method)
     alone = [number for number, label in enumerate(labels) if label is None]
@@ -212,27 +182,35 @@ def _encode(
     return assembly.finish(parameters)
 
 
-def _weights(norms: Tensor, per: Literal["adapter", "module"]) -> Tensor:
-    """w_im = 1/Σ_m‖ΔW_im‖², or 1/‖ΔW_im‖² per module, of shape [n, M]; 0 for an update that is all zero."""
-    energy = norms.sum(1, keepdim=True).expand_as(norms) if per == "adapter" else norms
-    return torch.where(energy > 0, 1 / energy, 0.0)
+def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:
+    """The cluster of every adapter, numbered from 0 without a gap."""
+    collection, seed = scanned.collection, options.seed
+    names = [adapter.name for adapter in collection.adapters]
+    if isinstance(options.clusters, Path):
+        read = _read_clusters(options.clusters, collection)
+        if changed := read.differences(dict(zip(names, scanned.digests(), strict=True))):
+            raise UsageError(
+                f"--clusters {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
+            )
+        return read.labels(names)
+    if options.clusters == 1:
+        return [0] * len(names)
+    probes = Probes(updates, rank)
+    if options.clusters == "auto":
+        choice = choose_clusters(collection, updates, probes, rank, dtype=options.dtype, seed=seed, progress=progress)
+        return choice.clustering.labels
+    tried = probes.cluster(options.clusters, seed=seed)
+    return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
-def _labels_of_file(path: Path, collection: Collection) -> list[int]:
-    """The clusters of a file ``{"schema": "lorazip.clusters/1", "assignment": {adapter: number}}``, numbered from 0."""
-    try:
-        assignment = msgspec.json.decode(path.read_bytes(), type=_ClusterFile).assignment
-    except FileNotFoundError:
-        raise UsageError(f"--clusters {path}: neither a number nor a file") from None
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
-        raise UsageError(f"--clusters {path}: not an assignment of adapters to numbers: {error}") from None
-    here = {adapter.name for adapter in collection.adapters}
-    left_out = {skipped.name for skipped in collection.skipped}
-    for name in sorted(here.symmetric_difference(assignment) - left_out):
-        where = "is not in it" if name in here else "is not in the collection"
-        raise UsageError(f"--clusters {path}: it was made for other adapters: {name!r} {where}")
-    numbers: dict[int, int] = {}
-    return [numbers.setdefault(assignment[adapter.name], len(numbers)) for adapter in collection.adapters]
+def _read_clusters(path: Path, collection: Collection) -> Assignment:
+    names = {adapter.name for adapter in collection.adapters}
+    return read_assignment(path, names, {skipped.name for skipped in collection.skipped})
+
+
+def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
+    labels = assignment.labels([adapter.name for adapter in collection.adapters])
+    return [[i for i, label in enumerate(labels) if label == cluster] for cluster in range(max(labels) + 1)]
 
 
 def _report(output: Path, manifest: Manifest, size: int, seconds: float) -> CompressReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..factorise import Shared, encode_shared
 from ..progress import Advance
-from ..stack import Stack
+from ..updates import Updates
 from ..workers import in_order
 
 # Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
@@ -20,23 +19,20 @@ _UNSEEN = 2.0**-48
 
 @dataclass(frozen=True)
 class SharedJob:
-    """What encoding needs to know: M modules by number, n adapters by number, their weights and energies [n, M]."""
+    """What encoding needs to know."""
 
-    load: Callable[[int], Stack]
-    weights: Tensor
-    norms: Tensor
+    updates: Updates
     method: Literal["joint", "diag"]
     rank: int
     dtype: torch.dtype
     seed: int
-    device: torch.device
 
     def shares(self, encoded: Encoded) -> Tensor:
         """The squared error of every adapter over all modules, [n]; 0 where it is in no cluster or all zero."""
-        lost = torch.zeros_like(self.norms)
+        lost = torch.zeros_like(self.updates.norms)
         for (_, module), shared in encoded.items():
             lost[list(shared.members), module] = shared.squared_errors
-        return lost.sum(1) / self.norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        return self.updates.shares(lost.sum(1))
 
 
 Encoded = dict[tuple[int, int], Shared]
@@ -71,13 +67,13 @@ def encode_clusters(
 def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None], advance: Advance) -> Encoded:
     def encode_module(module: int) -> Encoded:
         encoded: Encoded = {}
-        stack = job.load(module)
+        stack = job.updates.load(module)
         for cluster in sorted(label for label in clusters if label is not None):
             own = stack.select({i for i in stack.members if labels[i] == cluster})
             if own.members:
                 encoded[cluster, module] = encode_shared(
                     own,
-                    job.weights[list(own.members), module],
+                    job.updates.weights[list(own.members), module],
                     method=job.method,
                     rank=job.rank,
                     dtype=job.dtype,
@@ -86,7 +82,7 @@ def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None],
         return encoded
 
     together: Encoded = {}
-    for encoded in in_order(encode_module, range(job.norms.shape[1]), job.device):
+    for encoded in in_order(encode_module, range(len(job.updates.shapes)), job.updates.device):
         together |= encoded
         advance(1)
     return together

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Collection
-from ..bundle import SourceEntry
-from ..errors import AdapterError, AdapterErrors
-from ..files import sha256_file
-from ..linalg import squared_norm
-from ..progress import Advance
-from ..workers import in_order
+from .adapter import Adapter, Collection
+from .bundle import SourceEntry, Weights
+from .errors import AdapterError, AdapterErrors
+from .files import canonical_json, sha256_bytes, sha256_file
+from .linalg import squared_norm
+from .progress import Advance
+from .stack import Stack
+from .updates import Updates
+from .workers import in_order
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,25 @@ class Scan:
     collection: Collection
     norms: Tensor
     files: list[list[SourceEntry]]
+
+    def updates(self, per: Weights, device: torch.device) -> Updates:
+        """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
+        adapters, modules = self.collection.adapters, self.collection.modules
+
+        def load(module: int) -> Stack:
+            name = modules[module].name
+            members = [number for number, adapter in enumerate(adapters) if name in adapter.parts]
+            return Stack.of([adapters[number].factors(name) for number in members], members).to(device)
+
+        energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
+        shapes = [(module.d_out, module.d_in) for module in modules]
+        return Updates(load, shapes, self.norms, torch.where(energy > 0, 1 / energy, 0.0), device)
+
+    def digests(self) -> list[str]:
+        """One digest of each adapter's files, their names and what is in them."""
+        return [
+            sha256_bytes(canonical_json([[source.path, source.sha256] for source in files])) for files in self.files
+        ]
 
 
 def scan(collection: Collection, *, skip_bad: bool, advance: Advance) -> Scan:

@@ -1,0 +1,222 @@
+"""The verb itself: from a directory of adapters to the file that says who shares a basis."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from ..adapter import open_collection
+from ..assign import Clustering, Probes, settle
+from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
+from ..bundle import Dtype, SkippedEntry, Weights
+from ..device import find_device
+from ..errors import UsageError
+from ..plan import check_clusters
+from ..progress import Progress, Silent
+from ..scan import Scan, scan
+from ..similarity import held_out_errors, near_duplicates
+from .choose import choose_clusters
+
+_SILENT = Silent()
+_LOST = 0.5  # squared error above which a cluster does not serve an adapter
+_LITTLE = 0.2  # share of an adapter that a basis of the others holds, below which it may be a stranger …
+_UNUSUAL = 0.25  # … if it is also below this part of what such a basis holds of the median adapter
+
+
+class ClusterOptions(Struct, frozen=True):
+    """What to do. ``dtype`` is what the bundle will store: bytes depend on it."""
+
+    clusters: int | Literal["auto"] = "auto"
+    rank: int = 16
+    dtype: Dtype = "bf16"
+    seed: int = 0
+    weights: Weights = "adapter"
+    device: str = "auto"
+
+
+class ClusterReport(Struct, frozen=True, kw_only=True):
+    """What ``cluster`` found, and what ``cluster --json`` prints: the file without the lines of single adapters."""
+
+    schema: Literal["lorazip.cluster/1"] = "lorazip.cluster/1"
+    output: str
+    base_model: str | None
+    adapters: int
+    rank: int
+    mean_squared_error: float
+    max_squared_error: float
+    clusters: list[ClusterFigures]
+    outliers: list[Outlier]
+    near_duplicates: list[NearDuplicate]
+    candidates: list[Candidate]
+    skipped: list[SkippedEntry]
+    seconds: float
+
+
+class Clustered(NamedTuple):
+    """The file, what there is to say of it, and the similarity [n, n] of its adapters (`subspace_similarity`)."""
+
+    assignment: Assignment
+    report: ClusterReport
+    similarity: numpy.ndarray
+
+
+def cluster(
+    root: Path,
+    output: Path,
+    options: ClusterOptions,
+    *,
+    allow_pickle: bool = False,
+    allow_mixed_base: bool = False,
+    skip_bad: bool = False,
+    progress: Progress = _SILENT,
+) -> Clustered:
+    """Group the adapters below ``root`` for shared bases; ``output`` is where the caller will write the file.
+
+    Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), UsageError for options that make no
+    sense, and LocalError for a device that is not there.
+    """
+    started = time.monotonic()
+    device = find_device(options.device)
+    if options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: must be at least 1")
+    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
+    check_clusters(options.clusters, len(collection.adapters))
+    with progress.stage("reading adapters", len(collection.adapters)) as advance:
+        scanned = scan(collection, skip_bad=skip_bad, advance=advance)
+    for skipped in scanned.collection.skipped:
+        progress.note(f"left out {skipped.name}: {skipped.reason}")
+    check_clusters(options.clusters, len(scanned.collection.adapters))
+    assignment, similarity = _assign(scanned, options, device, progress)
+    errors = [adapter.squared_error for adapter in assignment.adapters]
+    report = ClusterReport(
+        output=str(output),
+        base_model=assignment.base_model,
+        adapters=len(errors),
+        rank=options.rank,
+        mean_squared_error=float(numpy.mean(errors)),
+        max_squared_error=max(errors),
+        clusters=assignment.clusters,
+        outliers=assignment.outliers,
+        near_duplicates=assignment.near_duplicates,
+        candidates=assignment.candidates,
+        skipped=[SkippedEntry(*skipped) for skipped in scanned.collection.skipped],
+        seconds=time.monotonic() - started,
+    )
+    return Clustered(assignment, report, similarity.numpy())
+
+
+def _assign(
+    scanned: Scan, options: ClusterOptions, device: torch.device, progress: Progress
+) -> tuple[Assignment, Tensor]:
+    collection, rank, seed = scanned.collection, options.rank, options.seed
+    updates = scanned.updates(options.weights, device)
+    probes = Probes(updates, rank)
+    candidates: list[Candidate] = []
+    if options.clusters == "auto":
+        clustering, candidates = choose_clusters(
+            collection, updates, probes, rank, dtype=options.dtype, seed=seed, progress=progress
+        )
+    else:
+        tried = probes.cluster(options.clusters, seed=seed)
+        clustering = settle(updates, tried.labels, rank, seed=seed, progress=progress)
+    held_out = held_out_errors(probes.updates, clustering.labels, rank, seed=seed)
+    names = [adapter.name for adapter in collection.adapters]
+    adapters = _adapters(names, scanned.digests(), clustering, held_out, probes.similarity)
+    assignment = Assignment(
+        assignment=dict(zip(names, clustering.labels, strict=True)),
+        base_model=collection.base_model,
+        rank=rank,
+        dtype=options.dtype,
+        seed=seed,
+        weights=options.weights,
+        probes=[collection.modules[module].name for module in probes.modules],
+        adapters=adapters,
+        clusters=_clusters(clustering, probes.similarity),
+        outliers=_outliers(adapters),
+        near_duplicates=[
+            NearDuplicate(first=names[near.first], second=names[near.second], squared_distance=near.squared_distance)
+            for near in near_duplicates(updates, seed=seed, progress=progress)
+        ],
+        candidates=candidates,
+        objective=clustering.objective,
+    )
+    return assignment, probes.similarity
+
+
+def _adapters(
+    names: list[str], digests: list[str], clustering: Clustering, held_out: Tensor, similarity: Tensor
+) -> list[AssignedAdapter]:
+    labels = torch.tensor(clustering.labels)
+    others = clustering.squared_errors.scatter(1, labels[:, None], float("inf"))
+    next_error, next_cluster = others.min(1)
+    strangers = similarity.clone().fill_diagonal_(-1.0)
+    share, nearest = strangers.max(1)
+    has_next, has_near = others.shape[1] > 1, len(names) > 1
+    return [
+        AssignedAdapter(
+            name=name,
+            cluster=clustering.labels[i],
+            sha256=digests[i],
+            squared_error=float(clustering.own_errors[i]),
+            next_cluster=int(next_cluster[i]) if has_next else None,
+            next_squared_error=float(next_error[i]) if has_next else None,
+            held_out_squared_error=float(held_out[i]),
+            nearest=names[int(nearest[i])] if has_near else None,
+            similarity=float(share[i]) if has_near else None,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _clusters(clustering: Clustering, similarity: Tensor) -> list[ClusterFigures]:
+    labels, errors = torch.tensor(clustering.labels), clustering.own_errors
+    different = ~torch.eye(len(labels), dtype=torch.bool)
+    figures = []
+    for number in range(clustering.squared_errors.shape[1]):
+        inside = labels == number
+        within, across = inside[:, None] & inside & different, inside[:, None] & ~inside
+        figures.append(
+            ClusterFigures(
+                adapters=int(inside.sum()),
+                mean_squared_error=float(errors[inside].mean()),
+                max_squared_error=float(errors[inside].max()),
+                similarity_within=float(similarity[within].mean()) if within.any() else None,
+                similarity_to_others=float(similarity[across].mean()) if across.any() else None,
+            )
+        )
+    return figures
+
+
+def _outliers(adapters: list[AssignedAdapter]) -> list[Outlier]:
+    """As `Outlier` defines them, in the order of names."""
+    sizes: dict[int, int] = {}
+    for adapter in adapters:
+        sizes[adapter.cluster] = sizes.get(adapter.cluster, 0) + 1
+    usual = 1 - float(numpy.median([adapter.held_out_squared_error for adapter in adapters]))
+    found = []
+    for adapter in adapters:
+        shared = 1 - adapter.held_out_squared_error
+        reason: Literal["alone", "loses-most", "shares-nothing"]
+        if sizes[adapter.cluster] == 1:
+            reason = "alone"
+        elif adapter.squared_error > _LOST:
+            reason = "loses-most"
+        elif shared < min(_LITTLE, _UNUSUAL * usual):
+            reason = "shares-nothing"
+        else:
+            continue
+        found.append(
+            Outlier(
+                name=adapter.name,
+                squared_error=adapter.squared_error,
+                held_out_squared_error=adapter.held_out_squared_error,
+                reason=reason,
+            )
+        )
+    return found

@@ -1,0 +1,21 @@
+"""Where to compute, as the command line names it."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from .errors import LocalError, UsageError
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu`` or ``cuda[:N]``. Raises UsageError, or LocalError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
+    if wanted is None:
+        raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
+        raise LocalError(f"--device {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use --device cpu")
+    return torch.device(name)

@@ -1,0 +1,180 @@
+"""How alike adapters are: what their subspaces share, what a basis of others gives them, and who hardly differs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .joint import climb, hosvd
+from .linalg import Factors, orthonormal, squared_distance, truncated_svd
+from .progress import Progress
+from .stack import Stack
+from .updates import Updates
+from .workers import in_order
+
+_NEAR = 0.1  # share of the larger update: two adapters that differ by less are near-duplicates
+_SKETCH = 16  # test vectors a side: a module's sketch has 256 numbers
+_SKETCH_SLACK = 2.0  # a sketched distance is off by less, over the modules of an adapter
+_NULL = 1e-5  # of the largest eigenvalue: below, an eigenvector is noise
+_BATCH = 64  # pairs whose factors are stacked at once
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Near(NamedTuple):
+    """Adapters ``first`` < ``second`` at ‖ΔW_i−ΔW_j‖² / max(‖ΔW_i‖², ‖ΔW_j‖²) over all modules."""
+
+    first: int
+    second: int
+    squared_distance: float
+
+
+def subspace_similarity(updates: Updates, rank: int) -> Tensor:
+    """Σ_m ‖U_jᵀ D_i V_j‖² / Σ_m ‖D_i‖² for all pairs, [n, n] in float64: how much of i the subspaces of j hold.
+
+    U_j, V_j are the ``rank`` leading singular vectors of D_j. 1 on the diagonal for adapters of no higher rank.
+    """
+    n, modules = updates.norms.shape
+
+    def captured_in(module: int) -> Tensor:
+        stack = updates.load(module)
+        captured = torch.zeros(n, n, dtype=torch.float64)
+        members = torch.tensor(stack.members)
+        for b, a, positions in stack.factors():
+            us, vt = truncated_svd(b, a, rank)
+            for column, u, v in zip(members[positions].tolist(), orthonormal(us), vt.mT, strict=True):
+                captured[members, column] = stack.cores(u, v).square().sum((1, 2)).double().cpu()
+        return captured
+
+    captured = sum(in_order(captured_in, range(modules), updates.device), torch.zeros(n, n, dtype=torch.float64))
+    return updates.shares(captured).clamp(0, 1)
+
+
+def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed: int) -> Tensor:
+    """The squared error of every adapter in a basis fitted to the *other* adapters of its cluster, [n] in float64.
+
+    1 for an adapter that is alone. Such a basis is not fitted for each: from the basis of all, one half-step of HOOI a
+    side is taken without the adapter, within three times its width.
+    """
+
+    def lost_in(module: int) -> Tensor:
+        stack = updates.weighted(module)
+        lost = torch.zeros(len(labels), dtype=torch.float64)
+        for cluster in sorted(set(labels)):
+            own = stack.select({i for i in stack.members if labels[i] == cluster})
+            if own.members:
+                lost[list(own.members)] = _held_out(own, rank, seed).double().cpu()
+        weights = updates.weights[:, module]
+        return torch.where(weights > 0, lost / weights, 0.0)
+
+    lost = in_order(lost_in, range(updates.norms.shape[1]), updates.device)
+    return updates.shares(sum(lost, torch.zeros(len(labels), dtype=torch.float64))).clamp(0, 1)
+
+
+def _held_out(stack: Stack, rank: int, seed: int) -> Tensor:
+    """‖D_i‖² less what a basis fitted to the others captures, [n]."""
+    norms = stack.squared_norms()
+    if len(norms) == 1:
+        return norms
+    basis = climb(stack, hosvd(stack, rank, seed=seed))
+    wide = hosvd(stack, 3 * rank, seed=seed)
+    # The columns of the basis come first, so that in these coordinates they are the first unit vectors.
+    u, v = (orthonormal(torch.cat(pair, dim=1)) for pair in zip(basis, wide, strict=True))
+    cores = stack.cores(u, v)
+    without_u = _leading_without(cores[:, :, : basis.v.shape[1]], basis.u.shape[1])
+    without_v = _leading_without(cores[:, : basis.u.shape[1]].mT, basis.v.shape[1])
+    return (norms - (without_u.mT @ cores @ without_v).square().sum((1, 2))).clamp_min(0)
+
+
+def _leading_without(half: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of Σ_{j≠i} H_j H_jᵀ for every i, [n, k, rank], for ``half`` H [n, k, r]; noise is 0."""
+    grams = half @ half.mT
+    values, vectors = torch.linalg.eigh(grams.sum(0) - grams)
+    values, vectors = values[:, -rank:], vectors[:, :, -rank:]
+    return vectors * (values > _NULL * values[:, -1:].clamp_min(0)).to(vectors)[:, None]
+
+
+def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[Near]:
+    """For every adapter the earlier one that it is nearest to, if they are near-duplicates; nearest pairs first.
+
+    Distances are estimated from sketches Xᵀ D_i Y with random X [d_out, s] and Y [d_in, s], whose inner products are
+    those of the updates in expectation; the exact ones follow for the few pairs that look near.
+    """
+    n, modules = updates.norms.shape
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**62, (modules,), generator=generator).tolist()
+
+    def gram_of(module: int) -> Tensor:
+        stack = updates.load(module)
+        own = torch.Generator().manual_seed(seeds[module])
+        x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (stack.bt, stack.a))
+        sketches = stack.cores(x, y).flatten(1).double().cpu() / _SKETCH
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        members = torch.tensor(stack.members)
+        gram[members[:, None], members] = sketches @ sketches.mT
+        return gram
+
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    with progress.stage("looking for near-duplicates", modules) as advance:
+        for found in in_order(gram_of, range(modules), updates.device):
+            gram += found
+            advance(1)
+    own = gram.diagonal()
+    distance = (own[:, None] + own - 2 * gram) / torch.maximum(own[:, None], own).clamp_min(_TINY)
+    pairs = [
+        (first, second)
+        for second in range(1, n)
+        if float(own[second]) > 0
+        for first in [int(distance[second, :second].argmin())]
+        if float(distance[second, first]) <= _SKETCH_SLACK * _NEAR
+    ]
+    exact = _distances(updates, pairs, progress)
+    return sorted(
+        (Near(*pair, found) for pair, found in zip(pairs, exact, strict=True) if found <= _NEAR),
+        key=lambda near: (near.squared_distance, near.first, near.second),
+    )
+
+
+def _distances(updates: Updates, pairs: list[tuple[int, int]], progress: Progress) -> list[float]:
+    """‖ΔW_i−ΔW_j‖² / max(‖ΔW_i‖², ‖ΔW_j‖²) over all modules, exactly, for some pairs."""
+    if not pairs:
+        return []
+    norms = updates.norms
+    distance = torch.zeros(len(pairs), dtype=torch.float64)
+    modules = range(norms.shape[1])
+    with progress.stage("measuring near-duplicates", len(modules)) as advance:
+        for found in in_order(lambda module: _module_distances(updates, module, pairs), modules, updates.device):
+            distance += found
+            advance(1)
+    total = norms.sum(1)
+    larger = torch.stack([torch.maximum(total[i], total[j]) for i, j in pairs])
+    return (distance / larger.clamp_min(_TINY)).tolist()
+
+
+def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]]) -> Tensor:
+    stack = updates.load(module)
+    factors = {
+        stack.members[position]: (b_i, a_i)
+        for b, a, positions in stack.factors()
+        for position, b_i, a_i in zip(range(positions.start, positions.stop), b, a, strict=True)
+    }
+    distance = torch.zeros(len(pairs), dtype=torch.float64)
+    alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, (i, j) in enumerate(pairs):
+        if i in factors and j in factors:
+            alike[len(factors[i][1]), len(factors[j][1])].append(number)
+        else:  # one of them has no update here, and the other differs by all of its own
+            distance[number] = updates.norms[i, module] + updates.norms[j, module]
+    for numbers in alike.values():
+        for some in (numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)):
+            left, right = zip(*(pairs[number] for number in some), strict=True)
+            distance[some] = squared_distance(_together(factors, left), _together(factors, right)).cpu()
+    return distance
+
+
+def _together(factors: dict[int, Factors], members: Sequence[int]) -> Factors:
+    b, a = zip(*(factors[member] for member in members), strict=True)
+    return torch.stack(b), torch.stack(a)

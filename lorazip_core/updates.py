@@ -1,0 +1,55 @@
+"""The updates of a whole collection, read module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stack import Stack
+
+
+@dataclass(frozen=True)
+class Updates:
+    """n adapters and M modules, both by number.
+
+    ``load(m)`` reads the updates D_im of module m, of the adapters that have it; ``shapes`` has its (d_out, d_in).
+    ``norms`` [n, M] holds ‖D_im‖², 0 where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective
+    Σ w_im ‖D_im − D̂_im‖²; both float64.
+    """
+
+    load: Callable[[int], Stack]
+    shapes: list[tuple[int, int]]
+    norms: Tensor
+    weights: Tensor
+    device: torch.device
+
+    def weighted(self, module: int) -> Stack:
+        """√w_im D_im of one module: what a shared basis is fitted to."""
+        stack = self.load(module)
+        return stack.scaled(self.weights[list(stack.members), module].sqrt())
+
+    def kept(self, modules: Sequence[int]) -> Updates:
+        """Some of the modules, read once and kept in memory."""
+        stacks = [self.load(module) for module in modules]
+        shapes = [self.shapes[module] for module in modules]
+        return Updates(stacks.__getitem__, shapes, self.norms[:, modules], self.weights[:, modules], self.device)
+
+    def shares(self, lost: Tensor) -> Tensor:
+        """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""
+        total = self.norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        return lost / total.reshape(-1, *[1] * (lost.ndim - 1))
+
+    def probes(self, count: int) -> list[int]:
+        """At most ``count`` modules that stand for all.
+
+        In order of shape, and of energy among equals, each is the middle one of an equal part of the energy.
+        """
+        energy = (self.weights * self.norms).sum(0)
+        order = sorted(range(len(self.shapes)), key=lambda module: (self.shapes[module], -float(energy[module])))
+        reached = energy[order].cumsum(0) / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        positions = torch.searchsorted(reached, middles).clamp_max(len(order) - 1)
+        return [order[position] for position in sorted(set(positions.tolist()))]
