@@ -1,0 +1,97 @@
+"""The file that says who shares a basis: written by ``cluster``, read by ``compress --clusters FILE``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from .bundle import Dtype, Weights
+
+
+class AssignedAdapter(Struct, frozen=True, kw_only=True):
+    """One adapter: where it is served, how well, and who is like it. Errors are squared errors over all modules."""
+
+    name: str
+    cluster: int
+    sha256: str
+    """Of the names and digests of its files, see `adapter_digest`."""
+    squared_error: float
+    """In the basis of its own cluster."""
+    next_cluster: int | None
+    """The other cluster that would serve it best; null with one cluster."""
+    next_squared_error: float | None
+    held_out_squared_error: float
+    """In a basis fitted to the others of its cluster alone, on the probe modules; 1 for an adapter on its own."""
+    nearest: str | None
+    """The other adapter whose subspaces hold most of this one's updates; null for a single adapter."""
+    similarity: float | None
+    """That share, on the probe modules."""
+
+
+class ClusterFigures(Struct, frozen=True, kw_only=True):
+    """One cluster. Similarities are means over pairs of different adapters, null where there is no pair."""
+
+    adapters: int
+    mean_squared_error: float
+    max_squared_error: float
+    similarity_within: float | None
+    similarity_to_others: float | None
+
+
+class Outlier(Struct, frozen=True, kw_only=True):
+    """An adapter that no cluster serves: it has none to share with, or loses more than half of its update."""
+
+    name: str
+    squared_error: float
+    held_out_squared_error: float
+    reason: Literal["alone", "loses-most", "shares-nothing"]
+
+
+class NearDuplicate(Struct, frozen=True, kw_only=True):
+    """Two adapters that hardly differ: ‖ΔW_i−ΔW_j‖² / max(‖ΔW_i‖², ‖ΔW_j‖²) over all modules is small."""
+
+    first: str
+    second: str
+    squared_distance: float
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A number of clusters that was tried (or, with ``method`` svd, a rank, for comparison), and what it gives.
+
+    ``cost`` = mean squared error + bytes of the bundle / bytes of the originals: what is lost plus what is kept.
+    """
+
+    method: Literal["joint", "svd"]
+    rank: int
+    clusters: int
+    bytes_bundle: int
+    saved_ratio: float
+    mean_squared_error: float
+    max_squared_error: float
+    cost: float
+    measured_on: Literal["probes", "all"]
+    chosen: bool
+
+
+class Assignment(Struct, frozen=True, kw_only=True):
+    """The whole file. Only ``schema`` and ``assignment`` are needed to compress by it."""
+
+    schema: Literal["lorazip.clusters/1"] = "lorazip.clusters/1"
+    assignment: dict[str, int]
+    """The cluster of every adapter, by name."""
+    base_model: str | None = None
+    rank: int | None = None
+    dtype: Dtype | None = None
+    seed: int | None = None
+    weights: Weights | None = None
+    probes: list[str] = []
+    """The modules on which starts and numbers of clusters were tried."""
+    adapters: list[AssignedAdapter] = []
+    clusters: list[ClusterFigures] = []
+    outliers: list[Outlier] = []
+    near_duplicates: list[NearDuplicate] = []
+    candidates: list[Candidate] = []
+    """What ``--clusters auto`` chose from, in ascending order of bytes; empty for a given number."""
+    objective: list[float] = []
+    """Σ of squared errors over adapters after each round of the alternation on all modules; it never rises."""
