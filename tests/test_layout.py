@@ -13,10 +13,10 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "workers", "sample"},
-    {"adapter", "bundle"},
+    {"errors", "progress", "files", "text", "workers", "sample"},
+    {"adapter", "bundle", "assignment"},
     {"linalg", "stack", "measure", "joint", "diag", "plan", "cluster", "factorise", "reconstruct", "summary"},
-    {"originals", "fetch", "compress", "verify", "export", "info"},
+    {"originals", "fetch", "compress", "verify", "export", "info", "report"},
 ]
 ENCODER = {"joint", "diag", "factorise", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
