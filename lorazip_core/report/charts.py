@@ -153,7 +153,9 @@ def twin_bars(
                 marker={"color": colour, "line": {"width": 0}},
             )
         )
-    figure.update_layout(showlegend=False, xaxis2=figure.layout.xaxis.to_plotly_json() | {"title": {"text": titles[1]}})
+    figure.update_layout(
+        showlegend=False, xaxis2=figure.layout.xaxis.to_plotly_json() | {"title": {"text": titles[1], "standoff": 10}}
+    )
     figure.update_xaxes(rangemode="tozero", nticks=6)
     figure.update_layout(xaxis_domain=[0, 0.48], xaxis2_domain=[0.54, 1])
     _rows_axis(figure, names)

@@ -156,7 +156,7 @@ def _by_clusters(candidates: Sequence[Candidate]) -> Chart:
         )
     figure.update_yaxes(rangemode="tozero")
     caption = (
-        "The cost is the mean squared error plus the bytes of the bundle as a share of the originals': what is lost"
+        "The cost is the mean squared error plus the bytes of the bundle as a share of the originals’: what is lost"
         f" and what is kept. Large points are what was chosen. {_measured_on(candidates)}"
     )
     return Chart("Number of clusters", figure, caption.strip())
