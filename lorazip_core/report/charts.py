@@ -18,6 +18,7 @@ SCALE = "Cividis"
 # Rows of a chart: so many can be named at their ticks, and so many at most be drawn.
 NAMED_ROWS = 60
 MOST_ROWS = 2000
+_MOST_BARS = 200
 _TICK_LETTERS = 30
 
 
@@ -110,22 +111,26 @@ def natural_key(name: str) -> tuple[Hashable, ...]:
 
 
 def bars(data: Bars, *, x: str, y: str) -> Figure:
-    """Horizontal bars, one a row; names at the ticks only while there is room for them."""
+    """Horizontal bars, one a row; points where bars would be thinner than a pixel and hide one another.
+
+    The rows are named at the ticks only while there is room for it.
+    """
     number = len(data.names)
-    figure = empty_figure(rows_height(number, most=560), x, y, barmode="overlay", bargap=0.25 if number <= 200 else 0)
+    figure = empty_figure(rows_height(number, most=560), x, y, barmode="overlay")
     for group, colour in colours(data.groups).items():
         members = [row for row, own in enumerate(data.groups) if own == group]
-        figure.add_trace(
-            Bar(
-                orientation="h",
-                name=literal(group),
-                x=[data.values[row] for row in members],
-                y=members,
-                hovertext=[data.hover[row] for row in members],
-                hovertemplate="%{hovertext}<extra></extra>",
-                marker={"color": colour, "line": {"width": 0}},
-            )
-        )
+        common = {
+            "name": literal(group),
+            "x": [data.values[row] for row in members],
+            "y": members,
+            "hovertext": [data.hover[row] for row in members],
+            "hovertemplate": "%{hovertext}<extra></extra>",
+        }
+        if number > _MOST_BARS:
+            figure.add_trace(Scatter(mode="markers", marker={"color": colour, "size": 4}, **common))
+        else:  # a width, since plotly would take it from the rows of this group alone
+            marker = {"color": colour, "line": {"width": 0}}
+            figure.add_trace(Bar(orientation="h", width=0.75, marker=marker, **common))
     figure.update_layout(showlegend=len(set(data.groups)) > 1)
     figure.update_xaxes(rangemode="tozero")
     _rows_axis(figure, data.names)
