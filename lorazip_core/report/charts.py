@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -96,18 +97,9 @@ def natural_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def natural_key(name: str) -> tuple[Hashable, ...]:
-    parts: list[Any] = []
-    digits = ""
-    for char in f"{name}\0":
-        if char in "0123456789":
-            digits += char
-            continue
-        if digits:
-            parts.append((0, int(digits), ""))
-            digits = ""
-        parts.append((1, 0, char))
-    return tuple(parts)
+def natural_key(name: str) -> list[str | int]:
+    """Text and numbers in turn, so that only like is compared with like."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def bars(data: Bars, *, x: str, y: str) -> Figure:
