@@ -24,12 +24,14 @@ def check_report_files(files: Mapping[str, Path | None], *, bundle: Path, force:
 
     With ``json`` stdout holds one object and nothing else, so no file may be where stdout goes.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str | tuple[int, int], str] = {}
     for option, path in files.items():
         if path is None:
             continue
         check_report_file(path, bundle=bundle, force=force, option=option)
-        other = seen.setdefault(os.path.realpath(path), option)
+        status = path.stat() if path.exists() else None
+        identity = (status.st_dev, status.st_ino) if status else os.path.realpath(path)
+        other = seen.setdefault(identity, option)
         if other != option:
             raise UsageError(f"{other} and {option} both name {path}", "give each a file of its own")
         if json and _is_stream(path, sys.stdout):

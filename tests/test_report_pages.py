@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_up import HOSTILE, assigned, made_up, unreadable
+from plotly.offline import get_plotlyjs
 
 import lorazip_core.report.charts as charts
 from lorazip_core.bundle.check import Finding
@@ -42,7 +43,7 @@ class Reader(html.parser.HTMLParser):
         self._heading = ""
         self._open: list[str] = []
         self._script = ""
-        self.feed(text)
+        self.feed(text.replace(get_plotlyjs(), ""))  # five megabytes in one element, slow to parse
         self.close()
         assert self._open == []
 
@@ -298,8 +299,7 @@ class TestHarmless:
         assert len(ids) == len(set(ids)) > 0
         assert all(re.fullmatch(r"chart-\d+", each or "") for each in ids)
 
-    @pytest.mark.parametrize("make", both_pages(), ids=["verify", "cluster"])
-    def test_same_result_same_bytes(self, make: Callable[[list[str]], str], tmp_path: Path) -> None:
+    def test_same_result_same_bytes(self) -> None:
         code = "import sys; sys.path.insert(0, sys.argv[1]); from test_report_pages import *; import hashlib\n"
         code += "print([hashlib.sha256(make(HOSTILE).encode()).hexdigest() for make in both_pages()])"
         seen = {
@@ -313,7 +313,6 @@ class TestHarmless:
             for seed in ("1", "2")
         }
         assert len(seen) == 1
-        assert make(HOSTILE) == make(HOSTILE)
 
     @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
     @pytest.mark.parametrize("make", both_pages(), ids=["verify", "cluster"])
