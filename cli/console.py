@@ -9,6 +9,7 @@ from typing import TextIO
 import msgspec
 
 from lorazip_core.files import canonical_json
+from lorazip_core.text import plain
 
 
 def line(text: str = "") -> None:
@@ -42,11 +43,6 @@ def flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _stop_writing(sys.stdout)
-
-
-def plain(text: str) -> str:
-    """``text`` on one line and harmless to a terminal: control characters, which a file name may have, are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorazip_core.progress import Advance, Progress, Silent
+from lorazip_core.text import plain
 
 from . import console
 from .interrupt import Interruptible
@@ -86,7 +87,7 @@ class Bars:
         if self._live is None:
             console.say(text)
         else:
-            self._live.console.print(console.plain(text))
+            self._live.console.print(plain(text))
 
 
 def _rich_progress() -> RichProgress:

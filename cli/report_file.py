@@ -1,32 +1,120 @@
-"""A report as a file, which appears complete or not at all."""
+"""Reports as files, each of which appears complete or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from lorazip_core.errors import OutputExists, UsageError
 from lorazip_core.files import canonical_json, write_file
 
+from . import console
 
-def check_report_file(path: Path, *, bundle: Path, force: bool) -> None:
-    """Refuse a place where the report may not go, before the work that it is about."""
-    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
-        raise UsageError(f"{path} is inside the bundle", "choose another -o")
+
+def check_report_files(files: Mapping[str, Path | None], *, bundle: Path, force: bool, json: bool) -> None:
+    """Refuse places where reports may not go, by option, before the work that they are about.
+
+    With ``json`` stdout holds one object and nothing else, so no file may be where stdout goes.
+    """
+    seen: dict[str | tuple[int, int], str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        check_report_file(path, bundle=bundle, force=force, option=option)
+        status = path.stat() if path.exists() else None
+        identity = (status.st_dev, status.st_ino) if status else os.path.realpath(path)
+        other = seen.setdefault(identity, option)
+        if other != option:
+            raise UsageError(f"{other} and {option} both name {path}", "give each a file of its own")
+        if json and _is_stream(path, sys.stdout):
+            raise UsageError(f"{option} {path} is where --json prints", "leave out one of them")
+
+
+def check_report_file(path: Path, *, bundle: Path, force: bool, option: str = "-o") -> None:
+    """Refuse a place where the report may not go, before the work that it is about.
+
+    An empty file may be filled, since that is how a CI system says where something should go ($GITHUB_STEP_SUMMARY),
+    and so may what is no regular file and loses nothing (/dev/stdout).
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_relative_to(os.path.realpath(bundle)):
+        raise UsageError(f"{path} is inside the bundle", f"choose another {option}")
     if path.is_dir():
-        raise UsageError(f"{path} is a directory", "-o names the file of the report")
-    if os.path.lexists(path) and not force:
-        raise OutputExists(f"{path} exists", "choose another -o, or --force to replace it")
+        raise UsageError(f"{path} is a directory", f"{option} names the file of the report")
+    if os.path.lexists(path):
+        if not (force or _is_filled_in_place(path)):
+            raise OutputExists(f"{path} exists", f"choose another {option}, or --force to replace it")
+        return
+    folder = next(parent for parent in real.parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a directory", f"choose another {option}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def write_report(path: Path, report: msgspec.Struct) -> None:
     """The same bytes that --json prints."""
+    write_data(path, canonical_json(msgspec.to_builtins(report)))
+
+
+def write_data(path: Path, data: bytes) -> None:
+    """Write a report where `check_report_file` allowed it: beside its place and renamed, or into what is there."""
+    if _is_filled_in_place(path):
+        _fill(path, data)
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write_file(partial, canonical_json(msgspec.to_builtins(report)))
+        write_file(partial, data)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _is_filled_in_place(path: Path) -> bool:
+    """It is there, and nothing is lost by writing to it: an empty file, a pipe, a device, or where our output goes."""
+    if not path.exists():
+        return False
+    status = path.stat()
+    return (
+        not (stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size))
+        or _is_stream(path, sys.stdout)
+        or _is_stream(path, sys.stderr)
+    )
+
+
+def _fill(path: Path, data: bytes) -> None:
+    """Write to what is there, which stays the same file for whoever has it open; empty again if that fails.
+
+    Our own stdout and stderr go on where they are: opened anew, a log that they are appended to would be cut.
+    """
+    console.flush()
+    target: Path | int = path
+    for stream in (sys.stdout, sys.stderr):
+        if _is_stream(path, stream):
+            stream.flush()
+            target = os.dup(stream.fileno())
+            break
+    try:
+        with contextlib.suppress(BrokenPipeError), open(target, "wb") as file:  # a reader may have seen enough
+            file.write(data)
+    except BaseException:
+        if target is path and path.is_file():
+            os.truncate(path, 0)
+        raise
+
+
+def _is_stream(path: Path, stream: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except (OSError, ValueError):  # nothing is there, or the stream is closed or no file
+        return False

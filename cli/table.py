@@ -1,33 +1,12 @@
-"""Numbers and tables as text."""
+"""Tables as text, and the numbers in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .console import plain
+from lorazip_core.text import count, error, megabytes, percent, plain, times
 
-
-def megabytes(size: int) -> str:
-    """Bytes in MB = 10⁶ bytes, small ones in bytes."""
-    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"
-
-
-def error(value: float | None) -> str:
-    """A squared error; '-' where there is none."""
-    return "-" if value is None else "0" if value == 0 else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
-
-
-def percent(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{100 * ratio:.1f}%"
-
-
-def times(before: int, after: int) -> str:
-    """How many times smaller ``after`` is."""
-    return f"{before / after:.1f} times smaller" if after else "-"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+__all__ = ["count", "error", "megabytes", "percent", "table", "times"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

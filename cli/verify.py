@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
+
+from lorazip_core.files import canonical_json
+from lorazip_core.report import check_available
 
 from . import console
 from .options import AllowPickle, Bundle, Json, MaxMeanError, Quiet, squared_error
 from .progress import progress
-from .report_file import check_report_file, write_report
+from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, percent, table, times
 
 if TYPE_CHECKING:
-    from lorazip_core.verify import AdapterReport, VerifyReport
+    from lorazip_core.verify import AdapterReport, Verification, VerifyReport
 
 _WORST = 10
 
@@ -32,21 +37,32 @@ def verify(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the JSON report here, also.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
+    ] = None,
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write JUnit XML, a test for each adapter.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--summary", metavar="FILE.md", help="Write Markdown, for the summary of a CI job.")
+    ] = None,
     allow_pickle: AllowPickle = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Check a bundle, and its errors against the originals.
 
     A squared error is the lost share of an adapter's update, 0 is lossless. Exits with 1 if a limit or a claim does not
-    hold, with 4 if the bundle is damaged.
+    hold, with 4 if the bundle is damaged; the files are written then too.
     """
-    from lorazip_core.verify import verify as verify_bundle
+    files = {"-o": output, "--report": html, "--junit": junit_file, "--summary": summary}
+    check_report_files(files, bundle=bundle, force=force, json=json)
+    if html is not None:
+        check_available()
+    from lorazip_core.verify import verify_by_module
 
-    if output is not None:
-        check_report_file(output, bundle=bundle, force=force)
-    report = verify_bundle(
+    result = verify_by_module(
         bundle,
         against=against,
         max_error=max_error,
@@ -54,8 +70,9 @@ def verify(
         allow_pickle=allow_pickle,
         progress=progress(quiet),
     )
-    if output is not None:
-        write_report(output, report)
+    report = result.report
+    for path, data in _contents(files, result):
+        write_data(path, data)
     if json:
         console.json(report)
     elif not quiet:
@@ -64,6 +81,21 @@ def verify(
         about = ": ".join(filter(None, (finding.adapter, finding.path)))
         console.error(f"{about}: {finding.message}" if about else finding.message)
     return report.exit_code
+
+
+def _contents(files: Mapping[str, Path | None], result: Verification) -> list[tuple[Path, bytes]]:
+    """What goes into the files that were asked for; made before the first is written."""
+    from lorazip_core.report import verify_page
+    from lorazip_core.report.junit import junit
+    from lorazip_core.report.markdown import markdown
+
+    make: dict[str, Callable[[], bytes]] = {
+        "-o": lambda: canonical_json(msgspec.to_builtins(result.report)),
+        "--report": lambda: verify_page(result).encode(),
+        "--junit": lambda: junit([result.report]),
+        "--summary": lambda: markdown(result.report).encode(),
+    }
+    return [(path, make[option]()) for option, path in files.items() if path is not None]
 
 
 def _render(report: VerifyReport) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy
 from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleError
@@ -63,6 +64,25 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
         return CheckFailed.exit_code if self.findings else 0
 
 
+class ModuleErrors(NamedTuple):
+    """The squared error of each module of each adapter, as measured."""
+
+    adapters: list[str]
+    """Those that could be measured, in the order of the report."""
+    modules: list[str]
+    """All modules of the bundle."""
+    squared_errors: numpy.ndarray
+    """[adapters, modules] of float64, ‖ΔW−ΔŴ‖²/‖ΔW‖² of one module; NaN where the adapter does not have it."""
+
+
+class Verification(NamedTuple):
+    """The report, and the figures behind it that are too many for its JSON."""
+
+    report: VerifyReport
+    module_errors: ModuleErrors | None
+    """None without originals."""
+
+
 def verify(
     path: Path,
     *,
@@ -78,6 +98,26 @@ def verify(
     are originals, else as claimed. Whatever does not hold is a finding of the report, and so is any damage. Raises
     UsageError for a path that is no directory or a limit that is no number ≥ 0, Unsupported for another format.
     """
+    return verify_by_module(
+        path,
+        against=against,
+        max_error=max_error,
+        max_mean_error=max_mean_error,
+        allow_pickle=allow_pickle,
+        progress=progress,
+    ).report
+
+
+def verify_by_module(
+    path: Path,
+    *,
+    against: Path | None = None,
+    max_error: float | None = None,
+    max_mean_error: float | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = _SILENT,
+) -> Verification:
+    """What `verify` does, with the errors of every module beside the report."""
     for limit in (max_error, max_mean_error):
         if limit is not None and not limit >= 0:
             raise UsageError(f"a limit on the squared error must be a number ≥ 0, not {limit}")
@@ -88,9 +128,10 @@ def verify(
         bundle = Bundle(path)
     except BundleDamaged as error:
         finding = Finding("manifest", MANIFEST_NAME, str(error), damage=True)
-        return _report(path, against, gates, [], None, [finding])
+        return Verification(_report(path, against, gates, [], None, [finding]), None)
     with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
         findings = check_bundle(bundle, advance)
+    module_errors = None
     if against is None:
         adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
         errors = [report.claimed_squared_error for report in adapters]
@@ -100,9 +141,10 @@ def verify(
         findings += broken
         adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
         errors = [report.squared_error for report in adapters if report.squared_error is not None]
+        module_errors = _module_errors(bundle, measured)
     summary = _summary(bundle, errors)
     findings += _gates(gates, adapters, summary, measured=against is not None)
-    return _report(path, against, gates, adapters, summary, findings)
+    return Verification(_report(path, against, gates, adapters, summary, findings), module_errors)
 
 
 def _report(
@@ -147,6 +189,17 @@ def _measured(entry: AdapterEntry, measured: Measured | None) -> AdapterReport:
         mean_module_squared_error=measured.mean_module_squared_error if measured else None,
         worst_module=measured.worst_module if measured else None,
     )
+
+
+def _module_errors(bundle: Bundle, measured: dict[str, Measured]) -> ModuleErrors:
+    names = [entry.name for entry in bundle.manifest.adapters if entry.name in measured]
+    modules = [module.name for module in bundle.manifest.modules]
+    column = {module: number for number, module in enumerate(modules)}
+    errors = numpy.full((len(names), len(modules)), numpy.nan)
+    for row, name in enumerate(names):
+        for module in measured[name].norms:
+            errors[row, column[module]] = measured[name].ratio(module)
+    return ModuleErrors(names, modules, errors)
 
 
 def _summary(bundle: Bundle, errors: list[float]) -> Summary:

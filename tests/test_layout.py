@@ -13,13 +13,13 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "workers", "device", "sample"},
+    {"errors", "progress", "files", "text", "workers", "device", "sample"},
     {"adapter", "bundle", "assignment"},
     {
         *{"linalg", "stack", "updates", "measure", "summary", "plan"},
         *{"joint", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
-    {"scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info"},
+    {"scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
 ]
 ENCODER = {"joint", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}

@@ -1,0 +1,178 @@
+"""The page of ``verify``: is the bundle sound, what was lost, and where."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+import numpy
+
+from ..text import count, error, megabytes, percent, times
+from ..verify import AdapterReport, ModuleErrors, VerifyReport
+from . import page as skeleton
+from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
+from .outcome import gates, kept_as, squared_error, verdict, worst_first
+from .page import Chart, Page, Table, Tile
+
+_WORST = 20
+_MOST_FINDINGS = 200
+_MOST_GROUPS = 12
+
+
+def page(report: VerifyReport, module_errors: ModuleErrors | None) -> str:
+    """The page as HTML."""
+    worst = worst_first(report)
+    sections: list[Table | Chart] = []
+    if report.findings:
+        sections.append(_findings(report))
+    if report.gates.max_error is not None or report.gates.max_mean_error is not None:
+        sections.append(_gates(report))
+    if worst:
+        sections.append(_errors(report, worst))
+    if module_errors is not None and module_errors.squared_errors.size:
+        sections.append(_modules(module_errors, worst))
+    if worst:
+        sections.append(_worst(report, worst))
+    return skeleton.render(
+        Page(
+            kind="lorazip verify",
+            title=report.bundle,
+            verdict=verdict(report),
+            good=report.ok,
+            lead=_lead(report, len(worst)),
+            tiles=_tiles(report),
+            sections=sections,
+        )
+    )
+
+
+def _lead(report: VerifyReport, known: int) -> str:
+    if report.summary is None:
+        return "The manifest cannot be read, so nothing else is known of this bundle."
+    if report.against is None:
+        return "The errors are those that the bundle claims; with --against they are computed from the originals."
+    text = f"The errors were computed from the original adapters in {report.against}."
+    missing = len(report.adapters) - known
+    return text if not missing else f"{text} Those of {count(missing, 'adapter')} could not be: see the findings."
+
+
+def _tiles(report: VerifyReport) -> list[Tile]:
+    summary = report.summary
+    if summary is None:
+        return []
+    return [
+        Tile("Adapters", f"{summary.adapters:,}"),
+        Tile("Size", megabytes(summary.bytes_bundle), f"before: {megabytes(summary.bytes_original)}"),
+        Tile("Saved", percent(summary.saved_ratio), times(summary.bytes_original, summary.bytes_bundle)),
+        Tile("Mean error", error(summary.mean_squared_error), f"squared, {report.errors_are}"),
+        Tile("p95 error", error(summary.p95_squared_error), f"squared, {report.errors_are}"),
+        Tile("Worst error", error(summary.max_squared_error), f"squared, {report.errors_are}"),
+    ]
+
+
+def _findings(report: VerifyReport) -> Table:
+    shown = report.findings[:_MOST_FINDINGS]
+    rows = [
+        (found.kind, found.adapter or "-", found.path or "-", found.message, "yes" if found.damage else "no")
+        for found in shown
+    ]
+    more = len(report.findings) - len(shown)
+    caption = f"The first {len(shown)} of {len(report.findings):,}; the JSON report has them all." if more else ""
+    return Table("Findings", ("kind", "adapter", "file", "what is wrong", "damage"), rows, caption=caption)
+
+
+def _gates(report: VerifyReport) -> Table:
+    rows = [
+        (gate.option, gate.applies_to, f"{gate.limit:g}", error(gate.found), gate.verdict) for gate in gates(report)
+    ]
+    return Table("Limits", ("option", "applies to the", "limit", report.errors_are, "result"), rows, frozenset({2, 3}))
+
+
+def _errors(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Chart:
+    shown = worst[:MOST_ROWS]
+    data = Bars(
+        names=[adapter.name for adapter, _ in shown],
+        values=[value for _, value in shown],
+        hover=[_hover(adapter, value) for adapter, value in shown],
+        groups=[kept_as(adapter) for adapter, _ in shown],
+    )
+    figure = bars(data, x=f"squared error, {report.errors_are}", y="adapters, the worst on top")
+    limits = [(gate.limit, f"limit of the {gate.applies_to}: {gate.limit:g}") for gate in gates(report)]
+    limit_lines(figure, limits, rows=len(shown))
+    return Chart("Error of each adapter", figure, _only_worst(len(shown), len(worst)))
+
+
+def _hover(adapter: AdapterReport, value: float) -> str:
+    lines = [f"<b>{literal(adapter.name)}</b>", f"squared error {error(value)}", f"kept as {literal(kept_as(adapter))}"]
+    if adapter.worst_module is not None:
+        module = adapter.worst_module
+        lines.append(f"worst module {literal(module.name)}: {error(module.squared_error)}")
+    return "<br>".join(lines)
+
+
+def _modules(errors: ModuleErrors, worst: list[tuple[AdapterReport, float]]) -> Chart:
+    """Rows as in the chart of errors; columns by kind of module, and each kind in the order of its layers."""
+    row = {name: number for number, name in enumerate(errors.adapters)}
+    names = [adapter.name for adapter, _ in worst if adapter.name in row][:MOST_ROWS]
+    kinds = [re.sub(r"\d+", "*", module) for module in errors.modules]
+    order = sorted(range(len(kinds)), key=lambda column: (kinds[column], natural_key(errors.modules[column])))
+    values = errors.squared_errors[numpy.ix_([row[name] for name in names], order)]
+    grid = Grid(values, names, [errors.modules[column] for column in order])
+    blocks = [(kind, list(group)) for kind, group in groupby(range(len(order)), key=lambda place: kinds[order[place]])]
+    ticks = Ticks([(block[0] + block[-1]) / 2 for _, block in blocks], [_label(kind) for kind, _ in blocks])
+    figure = heat_map(
+        grid,
+        x="modules, by kind and layer",
+        y="adapters, the worst on top",
+        unit="squared error",
+        most=_scale(values),
+        columns=ticks if len(blocks) <= _MOST_GROUPS else Ticks([], []),
+    )
+    for _, block in blocks[1:]:
+        figure.add_shape(
+            type="line",
+            x0=block[0] - 0.5,
+            x1=block[0] - 0.5,
+            y0=-0.5,
+            y1=len(names) - 0.5,
+            line={"width": 2},
+        )
+    caption = "Each cell is one module of one adapter; drag over a part to enlarge it. "
+    return Chart("Error of each module", figure, caption + _only_worst(len(names), len(errors.adapters)))
+
+
+def _label(kind: str) -> str:
+    """All of a kind's name behind its last number: `self_attn.q_proj` of `model.layers.*.self_attn.q_proj`."""
+    return short(kind.rpartition("*.")[2])
+
+
+def _scale(values: numpy.ndarray) -> float:
+    """The largest value, or 1 where all are zero or none is known."""
+    known = values[~numpy.isnan(values)]
+    return float(known.max()) if known.size and known.max() > 0 else 1.0
+
+
+def _only_worst(shown: int, of: int) -> str:
+    return f"The worst {shown:,} of {of:,} adapters." if shown < of else ""
+
+
+def _worst(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Table:
+    measured = report.errors_are == "measured"
+    rows = [
+        (
+            adapter.name,
+            error(value),
+            *([error(adapter.claimed_squared_error)] if measured else []),
+            kept_as(adapter),
+            adapter.worst_module.name if adapter.worst_module else "-",
+            error(adapter.worst_module.squared_error if adapter.worst_module else None),
+        )
+        for adapter, value in worst[:_WORST]
+    ]
+    head = ("adapter", "squared error", *(["claimed"] if measured else []), "kept as", "worst module", "its error")
+    numbers = frozenset({1, 2, 5}) if measured else frozenset({1, 4})
+    caption = _only_worst(len(rows), len(worst))
+    unknown = [adapter.name for adapter in report.adapters if squared_error(report, adapter) is None]
+    if unknown:
+        caption = f"{caption} Not measured: {', '.join(unknown[:_WORST])}{' …' if len(unknown) > _WORST else ''}."
+    return Table("Worst adapters", head, rows, numbers, caption.strip())

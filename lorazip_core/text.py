@@ -1,0 +1,34 @@
+"""Names and numbers as people read them."""
+
+from __future__ import annotations
+
+
+def plain(text: str) -> str:
+    r"""``text`` on one line and harmless: control and format characters, which a file name may have, are escaped.
+
+    Line breaks, escape sequences of a terminal and marks that turn the direction of writing all show as ``\x1b`` does.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB = 10⁶ bytes, small ones in bytes."""
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"
+
+
+def error(value: float | None) -> str:
+    """A squared error; '-' where there is none."""
+    return "-" if value is None else "0" if value == 0 else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * ratio:.1f}%"
+
+
+def times(before: int, after: int) -> str:
+    """How many times smaller ``after`` is."""
+    return f"{before / after:.1f} times smaller" if after else "-"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
