@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import console
-from .options import AllowPickle, Device, Dtype, Force, Json, Quiet, squared_error
+from .options import (
+    AllowMixedBase,
+    AllowPickle,
+    Device,
+    Directory,
+    Dtype,
+    Force,
+    Json,
+    Quiet,
+    Seed,
+    SkipBad,
+    Weights,
+    squared_error,
+)
 from .options import clusters as parse_clusters
 from .progress import progress
 from .table import count, error, megabytes, percent, table, times
@@ -18,9 +31,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Every folder in it with an adapter_config.json is an adapter.")
-    ],
+    directory: Directory,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="BUNDLE", help="Where the bundle goes.")
     ] = None,
@@ -32,15 +43,14 @@ def compress(
         int | None, typer.Option("--rank", metavar="R", min=1, max=65536, help="Default: 16, with svd 4.")
     ] = None,
     clusters: Annotated[
-        str, typer.Option("--clusters", metavar="K|FILE", help="Number of shared bases, or a file that assigns them.")
+        str,
+        typer.Option(
+            "--clusters", metavar="K|auto|FILE", help="Number of shared bases, or a file of `lorazip cluster`."
+        ),
     ] = "1",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle stores.")] = "bf16",
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the random starts.")
-    ] = 0,
-    weights: Annotated[
-        Literal["adapter", "module"], typer.Option("--weights", help="What counts equally: adapters, or their modules.")
-    ] = "adapter",
+    seed: Seed = 0,
+    weights: Weights = "adapter",
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -50,10 +60,8 @@ def compress(
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
     allow_pickle: AllowPickle = False,
-    allow_mixed_base: Annotated[
-        bool, typer.Option("--allow-mixed-base", help="Accept adapters that name different base models.")
-    ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without adapters that cannot be used.")] = False,
+    allow_mixed_base: AllowMixedBase = False,
+    skip_bad: SkipBad = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

@@ -38,7 +38,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
     """The failure that an exception of a command stands for, or None when nobody foresaw it: then it is a bug."""
     match error:
         case AdapterErrors(errors=errors):
-            escape = arguments[:1] == ["compress"] and "--skip-bad" not in arguments
+            escape = arguments[:1] in (["cluster"], ["compress"]) and "--skip-bad" not in arguments
             hint = " (--skip-bad goes on without)" if escape else ""
             lines = [*map(str, errors), f"{count(len(errors), 'adapter')} cannot be used{hint}"]
             return Failure(lines, error.exit_code)

@@ -15,6 +15,7 @@ from lorazip_core import __version__
 from lorazip_core.errors import UsageError
 
 from . import console
+from .cluster import cluster
 from .compress import compress
 from .demo import demo
 from .exit_codes import BUG, INTERRUPTED
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (compress, verify, export, info, demo):
+for verb in (cluster, compress, verify, export, info, demo):
     app.command()(verb)
 
 

@@ -26,14 +26,16 @@ def device(value: str) -> str:
     return value
 
 
-def clusters(value: str) -> int | Path:
-    """A number of clusters, or the file that lists them."""
+def clusters(value: str) -> int | Literal["auto"] | Path:
+    """A number of clusters, ``auto``, or the file that assigns them."""
+    if value == "auto":
+        return "auto"
     if re.fullmatch(r"-?\d+", value):
         if int(value) < 1:
             raise typer.BadParameter(f"{value} is not 1 or more", param_hint="'--clusters'")
         return int(value)
     if not Path(value).is_file():
-        raise typer.BadParameter(f"{value!r} is neither a number nor a file", param_hint="'--clusters'")
+        raise typer.BadParameter(f"{value!r} is neither a number, nor auto, nor a file", param_hint="'--clusters'")
     return Path(value)
 
 
@@ -46,6 +48,17 @@ AllowPickle = Annotated[
 ]
 Device = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", callback=device, help="Where to compute.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the random starts.")]
+Weights = Annotated[
+    Literal["adapter", "module"], typer.Option("--weights", help="What counts equally: adapters, or their modules.")
+]
+AllowMixedBase = Annotated[
+    bool, typer.Option("--allow-mixed-base", help="Accept adapters that name different base models.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without adapters that cannot be used.")]
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Every folder in it with an adapter_config.json is an adapter.")
 ]
 MaxMeanError = Annotated[
     float | None,

@@ -19,7 +19,9 @@ from lorazip_core.files import canonical_json, write_file
 from . import console
 
 
-def check_report_files(files: Mapping[str, Path | None], *, bundle: Path, force: bool, json: bool) -> None:
+def check_report_files(
+    files: Mapping[str, Path | None], *, bundle: Path | None = None, force: bool, json: bool
+) -> None:
     """Refuse places where reports may not go, by option, before the work that they are about.
 
     With ``json`` stdout holds one object and nothing else, so no file may be where stdout goes.
@@ -38,14 +40,14 @@ def check_report_files(files: Mapping[str, Path | None], *, bundle: Path, force:
             raise UsageError(f"{option} {path} is where --json prints", "leave out one of them")
 
 
-def check_report_file(path: Path, *, bundle: Path, force: bool, option: str = "-o") -> None:
+def check_report_file(path: Path, *, bundle: Path | None, force: bool, option: str = "-o") -> None:
     """Refuse a place where the report may not go, before the work that it is about.
 
     An empty file may be filled, since that is how a CI system says where something should go ($GITHUB_STEP_SUMMARY),
     and so may what is no regular file and loses nothing (/dev/stdout).
     """
     real = Path(os.path.realpath(path))
-    if real.is_relative_to(os.path.realpath(bundle)):
+    if bundle is not None and real.is_relative_to(os.path.realpath(bundle)):
         raise UsageError(f"{path} is inside the bundle", f"choose another {option}")
     if path.is_dir():
         raise UsageError(f"{path} is a directory", f"{option} names the file of the report")

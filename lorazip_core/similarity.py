@@ -20,6 +20,7 @@ _NEAR = 0.1  # share of the larger update: two adapters that differ by less are 
 _SKETCH = 16  # test vectors a side: a module's sketch has 256 numbers
 _SKETCH_SLACK = 2.0  # a sketched distance is off by less, over the modules of an adapter
 _NULL = 1e-5  # of the largest eigenvalue: below, an eigenvector is noise
+_SMALL_CLUSTER, _HELD_OUT_ROUNDS = 64, 5
 _BATCH = 64  # pairs whose factors are stacked at once
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -56,8 +57,9 @@ def subspace_similarity(updates: Updates, rank: int) -> Tensor:
 def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed: int) -> Tensor:
     """The squared error of every adapter in a basis fitted to the *other* adapters of its cluster, [n] in float64.
 
-    1 for an adapter that is alone. Such a basis is not fitted for each: from the basis of all, one half-step of HOOI a
-    side is taken without the adapter, within three times its width.
+    1 for an adapter that is alone. Such a basis is not fitted from nothing for each: a few rounds of HOOI without the
+    adapter lead there from the basis of all, within three times its width; in a large cluster, where one adapter more
+    or less matters little, a single half-step.
     """
 
     def lost_in(module: int) -> Tensor:
@@ -70,7 +72,7 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
         weights = updates.weights[:, module]
         return torch.where(weights > 0, lost / weights, 0.0)
 
-    lost = in_order(lost_in, range(updates.norms.shape[1]), updates.device)
+    lost = in_order(lost_in, range(len(updates.shapes)), updates.device)
     return updates.shares(sum(lost, torch.zeros(len(labels), dtype=torch.float64))).clamp(0, 1)
 
 
@@ -84,15 +86,34 @@ def _held_out(stack: Stack, rank: int, seed: int) -> Tensor:
     # The columns of the basis come first, so that in these coordinates they are the first unit vectors.
     u, v = (orthonormal(torch.cat(pair, dim=1)) for pair in zip(basis, wide, strict=True))
     cores = stack.cores(u, v)
-    without_u = _leading_without(cores[:, :, : basis.v.shape[1]], basis.u.shape[1])
-    without_v = _leading_without(cores[:, : basis.u.shape[1]].mT, basis.v.shape[1])
+    rank_u, rank_v = basis.u.shape[1], basis.v.shape[1]
+    without_u = _leading_without(cores[:, :, :rank_v], rank_u)
+    without_v = _leading_without(cores[:, :rank_u].mT, rank_v)
+    if len(norms) <= _SMALL_CLUSTER:
+        left, right = (side.transpose(0, 1).flatten(0, 1) for side in (cores, cores.mT))  # [k·n, l] and [l·n, k]
+        for _ in range(_HELD_OUT_ROUNDS):
+            without_u = _leading_of_others(left, without_v, rank_u)
+            without_v = _leading_of_others(right, without_u, rank_v)
     return (norms - (without_u.mT @ cores @ without_v).square().sum((1, 2))).clamp_min(0)
 
 
+def _leading_of_others(unfolded: Tensor, bases: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of Σ_{j≠i} C_j W_i W_iᵀ C_jᵀ for every i, [n, k, rank], for the bases W [n, l, r]."""
+    n = len(bases)
+    half = (unfolded @ bases).reshape(n, -1, n, bases.shape[2]).transpose(1, 2)  # [i, j, k, r]
+    half.diagonal()[:] = 0
+    return _leading(torch.einsum("ijkr,ijmr->ikm", half, half), rank)
+
+
 def _leading_without(half: Tensor, rank: int) -> Tensor:
-    """The leading eigenvectors of Σ_{j≠i} H_j H_jᵀ for every i, [n, k, rank], for ``half`` H [n, k, r]; noise is 0."""
+    """The leading eigenvectors of Σ_{j≠i} H_j H_jᵀ for every i, [n, k, rank], for ``half`` H [n, k, r]."""
     grams = half @ half.mT
-    values, vectors = torch.linalg.eigh(grams.sum(0) - grams)
+    return _leading(grams.sum(0) - grams, rank)
+
+
+def _leading(grams: Tensor, rank: int) -> Tensor:
+    """Leading eigenvectors of ``grams`` [n, k, k], as [n, k, rank]; 0 in the place of those that are only noise."""
+    values, vectors = torch.linalg.eigh(grams)
     values, vectors = values[:, -rank:], vectors[:, :, -rank:]
     return vectors * (values > _NULL * values[:, -1:].clamp_min(0)).to(vectors)[:, None]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
+from lorazip_core.assignment import Assignment
 from lorazip_core.bundle import Manifest
+from lorazip_core.cluster import ClusterReport
 from lorazip_core.compress import CompressReport, PlanReport
 from lorazip_core.export import ExportReport
 from lorazip_core.info import InfoReport
@@ -17,6 +19,8 @@ from lorazip_core.verify import VerifyReport
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 TYPES: dict[str, type] = {
     "bundle-1": Manifest,
+    "cluster-1": ClusterReport,
+    "clusters-1": Assignment,
     "compress-1": CompressReport,
     "export-1": ExportReport,
     "info-1": InfoReport,

@@ -1,0 +1,170 @@
+"""`lorazip cluster`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+
+from lorazip_core.files import canonical_json
+from lorazip_core.report import check_available
+
+from . import console
+from .options import AllowMixedBase, AllowPickle, Device, Directory, Dtype, Json, Quiet, Seed, SkipBad, Weights
+from .progress import progress
+from .report_file import check_report_files, write_data
+from .table import count, error, megabytes, percent, table
+
+if TYPE_CHECKING:
+    from lorazip_core.assignment import Candidate, ClusterFigures
+    from lorazip_core.cluster import ClusterReport
+
+_LISTED = 10
+
+
+def _number(value: str) -> str:
+    """A number of clusters, or auto."""
+    if value != "auto" and not re.fullmatch(r"0*[1-9]\d{0,8}", value):
+        raise typer.BadParameter(f"{value!r} is neither auto nor a number of 1 or more")
+    return value
+
+
+def cluster(
+    directory: Directory,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE.json", help="Where the file for compress goes.")
+    ],
+    clusters: Annotated[
+        str,
+        typer.Option("--clusters", metavar="K|auto", callback=_number, help="How many; auto weighs bytes and error."),
+    ] = "auto",
+    rank: Annotated[
+        int, typer.Option("--rank", metavar="R", min=1, max=65536, help="Rank of the bases that they will share.")
+    ] = 16,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle will store.")] = "bf16",
+    seed: Seed = 0,
+    weights: Weights = "adapter",
+    html: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
+    ] = None,
+    device: Device = "auto",
+    allow_pickle: AllowPickle = False,
+    allow_mixed_base: AllowMixedBase = False,
+    skip_bad: SkipBad = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Say which adapters share a basis, for compress --clusters FILE.
+
+    Finds adapters that no cluster serves, and adapters that hardly differ from another.
+    """
+    check_report_files({"-o": output, "--report": html}, force=force, json=json)
+    if html is not None:
+        check_available()
+    from lorazip_core.cluster import ClusterOptions
+    from lorazip_core.cluster import cluster as cluster_adapters
+
+    wanted: int | Literal["auto"] = "auto" if clusters == "auto" else int(clusters)
+    found = cluster_adapters(
+        directory,
+        output,
+        ClusterOptions(clusters=wanted, rank=rank, dtype=dtype, seed=seed, weights=weights, device=device),
+        allow_pickle=allow_pickle,
+        allow_mixed_base=allow_mixed_base,
+        skip_bad=skip_bad,
+        progress=progress(quiet),
+    )
+    contents = [(output, canonical_json(msgspec.to_builtins(found.assignment)))]
+    if html is not None:
+        from lorazip_core.report import cluster_page
+
+        contents.append((html, cluster_page(found.assignment, found.similarity).encode()))
+    for path, data in contents:
+        write_data(path, data)
+    if json:
+        console.json(found.report)
+    elif not quiet:
+        _render(found.report)
+    return 0
+
+
+def _render(report: ClusterReport) -> None:
+    if report.candidates:
+        console.say("cost = mean squared error + bytes of the bundle / bytes of the originals")
+        console.say(table(_HEAD, map(_candidate_row, report.candidates)))
+        _advise(report.candidates)
+        console.say()
+    console.say(
+        f"{count(report.adapters, 'adapter')} in {count(len(report.clusters), 'cluster')} of rank {report.rank}:"
+        f" squared error mean {error(report.mean_squared_error)}, worst {error(report.max_squared_error)}"
+    )
+    console.say(
+        table(
+            ("cluster", "adapters", "mean error", "worst", "similarity within", "to others"),
+            (_cluster_row(number, figures) for number, figures in enumerate(report.clusters)),
+        )
+    )
+    _list("served by no cluster", [f"{each.name}: {_REASONS[each.reason]}" for each in report.outliers])
+    _list(
+        "nearly the same",
+        [
+            f"{each.first} and {each.second} differ by {error(each.squared_distance)} of their energy"
+            for each in report.near_duplicates
+        ],
+    )
+    console.say(f"go on with: lorazip compress DIR -o BUNDLE --rank {report.rank} --clusters {report.output}")
+
+
+_HEAD = ("clusters", "bundle", "saved", "mean error", "worst", "cost", "measured on")
+_REASONS = {
+    "alone": "alone in its cluster",
+    "loses-most": "loses more than half of its update",
+    "shares-nothing": "shares hardly anything with the others of its cluster",
+}
+
+
+def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
+    return (
+        f"svd, rank {candidate.rank}" if candidate.method == "svd" else str(candidate.clusters),
+        megabytes(candidate.bytes_bundle),
+        percent(candidate.saved_ratio),
+        error(candidate.mean_squared_error),
+        error(candidate.max_squared_error),
+        f"{candidate.cost:.4f}",
+        f"{'all modules' if candidate.measured_on == 'all' else 'probes'}{' (chosen)' if candidate.chosen else ''}",
+    )
+
+
+def _advise(candidates: list[Candidate]) -> None:
+    """Say so when no clustering is as good as leaving every adapter on its own."""
+    chosen = next(candidate for candidate in candidates if candidate.chosen)
+    best = min(candidates, key=lambda candidate: candidate.cost)
+    if best.method == "svd" and best.cost < chosen.cost:
+        console.say(
+            f"these adapters share little: compress --method svd --rank {best.rank} costs less than any clustering"
+            f" ({best.cost:.4f} against {chosen.cost:.4f})"
+        )
+
+
+def _cluster_row(number: int, figures: ClusterFigures) -> tuple[str, ...]:
+    similarities = (figures.similarity_within, figures.similarity_to_others)
+    return (
+        str(number),
+        f"{figures.adapters:,}",
+        error(figures.mean_squared_error),
+        error(figures.max_squared_error),
+        *("-" if similarity is None else f"{similarity:.3f}" for similarity in similarities),
+    )
+
+
+def _list(what: str, lines: list[str]) -> None:
+    if lines:
+        console.say(f"{what}: {len(lines)}")
+        for text in lines[:_LISTED]:
+            console.say(f"  {text}")
+        if len(lines) > _LISTED:
+            console.say(f"  (and {len(lines) - _LISTED} more; --json has them all)")
