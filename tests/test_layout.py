@@ -116,7 +116,14 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("huggingface_hub", {"lorazip_core/fetch"}), ("typer", {"cli"}), ("rich", {"cli"}), ("transformers", set())],
+    [
+        ("huggingface_hub", {"lorazip_core/fetch"}),
+        ("jinja2", {"lorazip_core/report"}),
+        ("plotly", {"lorazip_core/report"}),
+        ("rich", {"cli"}),
+        ("transformers", set()),
+        ("typer", {"cli"}),
+    ],
 )
 def test_who_imports_what_from_outside(module: str, allowed: set[str]) -> None:
     for package in (CORE, CLI):

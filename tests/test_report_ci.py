@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from lorazip_core.bundle.check import Finding
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import escape, markdown
+from lorazip_core.report.outcome import gates
 from lorazip_core.text import plain
 from lorazip_core.verify import Verification
 
@@ -66,6 +67,14 @@ class TestJUnit:
         assert failure.type == "max-error"
         assert failure.message == f"max-error: {name}: squared error 0.4 is above the limit"
 
+    def test_a_limit_may_be_reached(self) -> None:
+        summary = made_up(3).report.summary
+        assert summary is not None
+        assert summary.max_squared_error is not None
+        for limit, verdict in ((summary.max_squared_error, "held"), (summary.max_squared_error * 0.999, "failed")):
+            (gate,) = gates(made_up(3, max_error=limit).report)
+            assert gate.verdict == verdict
+
     def test_gates_that_hold_pass_and_those_that_nobody_can_tell_are_skipped(self) -> None:
         (suite,) = parsed(made_up(3, max_error=0.9))
         assert results(suite)["squared error of the worst adapter is at most 0.9"] == "ok"
@@ -105,7 +114,7 @@ class TestJUnit:
 
     def test_counts_are_those_of_the_cases(self) -> None:
         finding = gate_finding("team/adapter-0002")
-        made = [made_up(5, max_error=0.3, findings=(finding,), unknown=(1,)), unreadable(), made_up(2)]
+        made = [made_up(5, max_error=0.3, findings=(finding, finding), unknown=(1,)), unreadable(), made_up(2)]
         xml = parsed(*made)
         written = [(suite.tests, suite.failures, suite.errors, suite.skipped) for suite in xml]
         total = (xml.tests, xml.failures, xml.errors, xml.skipped)

@@ -183,9 +183,13 @@ class TestVerifyPage:
 
 
 class TestClusterPage:
-    @pytest.mark.parametrize(("adapters", "clusters"), [(1, 1), (5, 1), (300, 7)])
-    def test_of_any_size(self, adapters: int, clusters: int) -> None:
+    @pytest.mark.parametrize(
+        ("adapters", "clusters", "sizes"),
+        [(1, 1, ""), (5, 1, ""), (9, 3, "3 adapters each"), (300, 7, "42 to 43 adapters each")],
+    )
+    def test_of_any_size(self, adapters: int, clusters: int, sizes: str) -> None:
         page = Reader(cluster_page(*assigned(adapters, clusters)))
+        assert f"Clusters{clusters}{sizes}\n" in page.text
         assert ("Similarity" in page.figures) is (adapters > 1)
         assert {"Number of clusters", "Error against size", "Clusters", "Objective"} <= page.figures.keys()
         assert ("Outliers" in page.tables) is (adapters > 1)

@@ -7,15 +7,16 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from broken import ALL, Broken, edit_manifest, flip, swap
 from msgspec.structs import astuple
-from random_bundle import EXTRA, SKETCHES, as_json, make_bundle
+from random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 from safetensors.torch import load_file, save_file
 
 from lorazip_core.errors import Unsupported, UsageError
-from lorazip_core.verify import VerifyReport, verify
+from lorazip_core.verify import VerifyReport, verify, verify_by_module
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,25 @@ def test_a_sound_bundle_has_no_findings(tmp_path: Path, dtype: str) -> None:
         assert after.squared_error == pytest.approx(before.claimed_squared_error, rel=1e-9, abs=1e-20)
         assert after.mean_module_squared_error == pytest.approx(before.mean_module_squared_error, rel=1e-9, abs=1e-20)
     assert astuple(claimed.summary) == pytest.approx(astuple(measured.summary))
+
+
+def test_module_errors_are_those_of_the_report(root: Path) -> None:
+    bundle = root / "bundle"
+    assert verify_by_module(bundle).module_errors is None
+    flip(bundle / "cores" / "000-001.safetensors")  # holds d alone
+    report, errors = verify_by_module(bundle, against=root / "originals")
+    assert report == verify(bundle, against=root / "originals")
+    assert errors is not None
+    assert errors.modules == [module.name for module in MODULES]
+    measured = {adapter.name: adapter for adapter in report.adapters if adapter.squared_error is not None}
+    assert errors.adapters == list(measured) == [sketch.name for sketch in SKETCHES if sketch.name != "d"]
+    for name, row in zip(errors.adapters, errors.squared_errors, strict=True):
+        sketch = next(sketch for sketch in SKETCHES if sketch.name == name)
+        assert np.flatnonzero(~np.isnan(row)).tolist() == sketch.modules
+        assert np.nanmean(row) == pytest.approx(measured[name].mean_module_squared_error, rel=1e-12)
+        worst = measured[name].worst_module
+        assert worst is not None
+        assert row[errors.modules.index(worst.name)] == np.nanmax(row) == worst.squared_error
 
 
 @pytest.mark.parametrize("broken", ALL, ids=lambda broken: broken.name)

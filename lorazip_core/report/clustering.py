@@ -71,7 +71,10 @@ def _tiles(assignment: Assignment) -> list[Tile]:
 
 
 def _range(sizes: Sequence[int]) -> str:
-    return "" if not sizes else f"{min(sizes):,} to {max(sizes):,} adapters each" if len(sizes) > 1 else ""
+    if len(sizes) < 2:
+        return ""
+    least, most = min(sizes), max(sizes)
+    return f"{count(most, 'adapter')} each" if least == most else f"{least:,} to {most:,} adapters each"
 
 
 def _similarity(assignment: Assignment, similarity: numpy.ndarray) -> Chart:
@@ -260,7 +263,7 @@ def _worst(assignment: Assignment) -> Table:
 _REASONS = {
     "alone": "alone in its cluster: it has none to share with",
     "loses-most": "loses more than half of its update",
-    "shares-nothing": "the others of its cluster hold next to nothing of it",
+    "shares-nothing": "a basis of the others in its cluster would hold hardly any of it",
 }
 
 
