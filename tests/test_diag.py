@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorazip_core.diag import fit_diag, solve_diag
+from lorazip_core.cp import solve_diag
+from lorazip_core.diag import fit_diag
 from lorazip_core.joint import Basis, fit_joint
 from lorazip_core.stack import Stack
 

@@ -15,10 +15,10 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 ROWS = [
     {"errors", "progress", "files", "workers", "sample"},
     {"adapter", "bundle"},
-    {"linalg", "stack", "measure", "joint", "diag", "plan", "cluster", "factorise", "reconstruct", "summary"},
+    {"linalg", "stack", "measure", "joint", "cp", "diag", "plan", "cluster", "factorise", "reconstruct", "summary"},
     {"originals", "fetch", "compress", "verify", "export", "info"},
 ]
-ENCODER = {"joint", "diag", "factorise", "cluster", "compress", "plan"}
+ENCODER = {"joint", "cp", "diag", "factorise", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
 
 
