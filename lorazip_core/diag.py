@@ -22,16 +22,17 @@ from .linalg import truncated_svd
 from .stack import Stack
 
 _WIDER = 48  # columns of the cores to search on, more than the rank
-_POPULATION, _FRESH = 24, 6
+_POPULATION = 24
 _SMALL_RANK = 32  # above it the population shrinks, since its work grows with the rank
-_WARM = 4  # starts from the joint solution
+_WARM, _JOINT_ROUNDS = 4, 3  # starts from the joint solution, and rounds of climbing to it
 _FIRST_ROUNDS, _CHILD_ROUNDS = 6, 4
 _GENERATIONS, _PATIENCE = 40, 2
 _FINALISTS, _TRIAL_ROUNDS = 3, 8
 _ROUNDS = 200
 _MEMORY = 5  # moves that an extrapolation of the polish looks back on
 _SAME = 1e-5  # of the objective: less between two decompositions, and they are taken for the same
-_TOLERANCE = 1e-7  # of the objective, per round of the polish
+_TOLERANCE, _CALM = 1e-8, 3  # of the objective, per round of the polish, for some rounds
+_LOST = 1e-3  # of the error, likewise: where next to nothing is lost, half of that is still to be won
 _POLISH_RIDGE = 1e-10
 
 
@@ -69,7 +70,7 @@ def polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
     them. A round whose start turns out worse than the last one's is taken back and goes without.
     """
     u, v = u[None], v[None]
-    plain, reached, quiet = (u, v), -torch.inf, 0
+    energy, plain, reached, quiet = float(stack.squared_norms().sum()), (u, v), -torch.inf, 0
     best = Basis(u[0], v[0])
     moves: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
     last: tuple[Tensor, Tensor] | None = None
@@ -82,9 +83,9 @@ def polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
             now, next_u, next_v = als_round(stack, u, v, ridge=_POLISH_RIDGE)
         if float(now) < reached:
             break
-        quiet = quiet + 1 if float(now) - reached <= _TOLERANCE * float(now) else 0
+        quiet = quiet + 1 if float(now) - reached <= min(_TOLERANCE * energy, _LOST * (energy - float(now))) else 0
         reached, best, plain = float(now), Basis(u[0], v[0]), (next_u, next_v)
-        if quiet == _PATIENCE:
+        if quiet == _CALM:
             break
         arrived = torch.cat([next_u[0], next_v[0]]).flatten()
         moved = arrived - torch.cat([u[0], v[0]]).flatten()
@@ -120,27 +121,18 @@ def _finalist(stack: Stack, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 def _breed(stack: Stack, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A population of decompositions U [s, d_out, R], V [s, d_in, R], the best first, when no child is better any more.
 
-    Each child has the components of two parents but the least useful half. A quarter of the second parents are new.
+    A child has the components of two parents, but for the least useful half of them.
     """
     size = max(8, _POPULATION * _SMALL_RANK // max(rank, _SMALL_RANK))
-    fresh = size * _FRESH // _POPULATION
     u, v = _starts(stack, rank, size, generator)
     for _ in range(_FIRST_ROUNDS):
         _, u, v = als_round(stack, u, v)
     reached, quiet = captured(stack, u, v), 0
     for _ in range(_GENERATIONS):
-        first = torch.randint(size, (size,), generator=generator)
-        second = (first + torch.randint(1, size, (size,), generator=generator)) % size
-        first[:fresh] = torch.randint(max(2, size // 6), (fresh,), generator=generator)
-        new_u, new_v = (_random(side, fresh, rank, generator) for side in (stack.bt, stack.a))
-        for _ in range(_CHILD_ROUNDS):
-            _, new_u, new_v = als_round(stack, new_u, new_v)
-        child_u, child_v = prune(
-            stack,
-            torch.cat([u[first], torch.cat([new_u, u[second[fresh:]]])], dim=2),
-            torch.cat([v[first], torch.cat([new_v, v[second[fresh:]]])], dim=2),
-            rank,
-        )
+        one = torch.randint(size, (size,), generator=generator)
+        other = (one + torch.randint(1, size, (size,), generator=generator)) % size
+        both = torch.cat([u[one], u[other]], dim=2), torch.cat([v[one], v[other]], dim=2)
+        child_u, child_v = prune(stack, *both, rank)
         for _ in range(_CHILD_ROUNDS):
             _, child_u, child_v = als_round(stack, child_u, child_v)
         before = float(reached.max())
@@ -167,15 +159,18 @@ def _fittest(u: Tensor, v: Tensor, reached: Tensor, size: int) -> tuple[Tensor, 
 
 
 def _starts(stack: Stack, rank: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Starts from the joint solution, one from the updates' own singular vectors, and random ones."""
+    """One start from the updates' own singular vectors, some from the joint solution, and random ones.
+
+    A mixture Σ g_i Σ_i of the joint cores is diagonal in its own singular vectors; these are the right ones for all
+    cores where one pair of rotations makes all of them diagonal.
+    """
     u, v = (_random(side, count, rank, generator) for side in (stack.bt, stack.a))
-    own = own_components(stack, rank)
-    u[0], v[0] = own
-    joint = climb(stack, hosvd(stack, rank, seed=0), rounds=3)
+    u[0], v[0] = own_components(stack, rank)
+    joint = climb(stack, hosvd(stack, rank), rounds=_JOINT_ROUNDS)
     cores = stack.cores(*joint)
     mixtures = torch.randn(_WARM, len(cores), generator=generator).to(cores)
     left, _, right = torch.linalg.svd(torch.einsum("sn,nkl->skl", mixtures, cores), full_matrices=False)
-    width = left.shape[2]
+    width = left.shape[2]  # less than the rank where a side has fewer dimensions
     u[1 : 1 + _WARM, :, :width], v[1 : 1 + _WARM, :, :width] = joint.u @ left, joint.v @ right.mT
     return u, v
 
