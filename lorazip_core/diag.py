@@ -1,94 +1,179 @@
-"""One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, by alternating least squares.
+"""One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, bred from many starts.
 
 min Σ_i ‖D_i − U diag(c_i) Vᵀ‖² over U [d_out, R], V [d_in, R] with unit columns and c_i [R]. Here the columns need not
 be orthogonal. Weights are the caller's, as in `joint`.
 
-Searched first on the small cores of a joint basis, from several starts at once (Bro and Andersson 1998), then polished
-on the updates themselves.
+Alternating least squares converges quickly here, but to one of very many optima, which differ by several percent. A
+component is of use or not whatever the others are, nearly, so good decompositions have good components in common: a
+population of them on small cores is crossed (the components of two, without the least useful half) until no child is
+better. The best few are then polished on the updates themselves.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
+from .cp import als_round, captured, prune, unit
 from .joint import Basis, climb, hosvd
+from .linalg import truncated_svd
 from .stack import Stack
 
-_STARTS = 8
-_CORE_ROUNDS = 100
+_WIDER = 48  # columns of the cores to search on, more than the rank
+_POPULATION = 24
+_SMALL_RANK = 32  # above it the population shrinks, since its work grows with the rank
+_WARM, _JOINT_ROUNDS = 4, 3  # starts from the joint solution, and rounds of climbing to it
+_FIRST_ROUNDS, _CHILD_ROUNDS = 6, 4
+_GENERATIONS, _PATIENCE = 40, 2
+_FINALISTS, _TRIAL_ROUNDS = 3, 8
 _ROUNDS = 200
-_TOLERANCE = 1e-6  # of Σ‖D_i‖², per round
-_RIDGE = 1e-6  # of the mean of a Gram matrix's diagonal: keeps nearly parallel columns from diverging
+_MEMORY = 5  # moves that an extrapolation of the polish looks back on
+_SAME = 1e-5  # of the objective: less between two decompositions, and they are taken for the same
+_TOLERANCE, _CALM = 1e-8, 3  # of the objective, per round of the polish, for some rounds
+_LOST = 1e-3  # of the error, likewise: where next to nothing is lost, half of that is still to be won
+_POLISH_RIDGE = 1e-10
 
 
 def fit_diag(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
     """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less."""
     rank = min(rank, len(stack.a))
-    generator = torch.Generator().manual_seed(seed)
-    wide = climb(stack, hosvd(stack, rank + min(rank, 16), seed=seed))
-    u, v = _search(stack.cores(*wide), rank, generator)
-    return _polish(stack, wide.u @ u, wide.v @ v)
+    exact = stack.to(torch.float64)
+    energy = exact.squared_norms().sum()
+    if not energy > 0:
+        return Basis(*(unit(side.new_zeros(side.shape[1], rank)) for side in (stack.bt, stack.a)))
+    exact = exact.scaled(energy.rsqrt().expand(len(stack.members)))
+    if rank == len(stack.a):
+        u, v = own_components(exact, rank)  # lossless: nothing to search
+    else:
+        u, v = polish(exact, *_finalist(exact.to(stack.a.dtype), rank, seed))
+    return Basis(u.to(stack.bt), v.to(stack.a))
 
 
-def solve_diag(projections: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The optimal diagonals c_i = [(UᵀU) ∘ (VᵀV)]⁻¹ p_i, for ``projections`` p_i = diag(Uᵀ D_i V), [..., n, R]."""
-    return torch.linalg.solve(_ridged((u.mT @ u) * (v.mT @ v)), projections.mT).mT
+def own_components(stack: Stack, rank: int) -> Basis:
+    """The ``rank`` largest of all singular triplets of all updates: lossless with all, and the best for one update."""
+    us, vt = [], []
+    for b, a, _ in stack.factors():
+        left, right = truncated_svd(b, a, a.shape[1])
+        us.append(left.mT.flatten(0, 1))
+        vt.append(right.flatten(0, 1))
+    left, right = torch.cat(us), torch.cat(vt)
+    largest = left.norm(dim=1).argsort(descending=True, stable=True)[:rank]
+    return Basis(unit(left[largest].mT), unit(right[largest].mT))
 
 
-def _search(cores: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The best of several starts of ALS on cores [n, k, l]: U [k, R] and V [l, R]."""
-    left, right = cores.shape[1:]
-    u = torch.randn(_STARTS, left, rank, generator=generator).to(cores)
-    v = torch.randn(_STARTS, right, rank, generator=generator).to(cores)
-    # Leading joint directions, paired: the start of Jennrich-like collections whose cores are nearly diagonal.
-    u[0], v[0] = torch.eye(left, rank).to(cores), torch.eye(right, rank).to(cores)
-    for _ in range(_CORE_ROUNDS):
-        u, v = _unit(u), _unit(v)
-        c = solve_diag(torch.einsum("nkl,skr,slr->snr", cores, u, v), u, v)
-        u = _solve_side(torch.einsum("nkl,slr,snr->skr", cores, v, c), v, c)
-        v = _solve_side(torch.einsum("nkl,skr,snr->slr", cores, u, c), u, c)
-    u, v = _unit(u), _unit(v)
-    projections = torch.einsum("nkl,skr,slr->snr", cores, u, v)
-    best = int(_captured(projections, u, v).argmax())
-    return u[best], v[best]
+def polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
+    """Climb from U [d_out, R] and V [d_in, R] to the optimum near them; the objective never falls.
 
-
-def _polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
-    total, last = float(stack.squared_norms().sum()), -1.0
+    ALS, extrapolated from the last few rounds (Anderson 1965): the combination of their moves that leaves the least of
+    them. A round whose start turns out worse than the last one's is taken back and goes without.
+    """
+    u, v = u[None], v[None]
+    energy, plain, reached, quiet = float(stack.squared_norms().sum()), (u, v), -torch.inf, 0
+    best = Basis(u[0], v[0])
+    moves: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
+    last: tuple[Tensor, Tensor] | None = None
     for _ in range(_ROUNDS):
-        u, v = _unit(u), _unit(v)
-        y, x = stack.bt @ u, stack.a @ v
-        projections = stack.sums(y * x)
-        captured = float(_captured(projections, u, v))
-        if captured - last <= _TOLERANCE * total:
+        now, next_u, next_v = als_round(stack, u, v, ridge=_POLISH_RIDGE)
+        if float(now) < reached and last is not None:
+            u, v = plain
+            moves.clear()
+            last = None
+            now, next_u, next_v = als_round(stack, u, v, ridge=_POLISH_RIDGE)
+        if float(now) < reached:
             break
-        last = captured
-        c = solve_diag(projections, u, v)
-        rows = stack.per_row(c)
-        u = _solve_side(stack.bt.mT @ (x * rows), v, c)
-        v = _solve_side(stack.a.mT @ (stack.bt @ u * rows), u, c)
-    return Basis(_unit(u), _unit(v))
+        quiet = quiet + 1 if float(now) - reached <= min(_TOLERANCE * energy, _LOST * (energy - float(now))) else 0
+        reached, best, plain = float(now), Basis(u[0], v[0]), (next_u, next_v)
+        if quiet == _CALM:
+            break
+        arrived = torch.cat([next_u[0], next_v[0]]).flatten()
+        moved = arrived - torch.cat([u[0], v[0]]).flatten()
+        if last is not None:
+            moves.append((moved - last[0], arrived - last[1]))
+        last = moved, arrived
+        guess = _extrapolate(moved, arrived, moves).reshape(-1, u.shape[2])
+        u, v = unit(guess[None, : u.shape[1]]), unit(guess[None, u.shape[1] :])
+    return best
 
 
-def _captured(projections: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Σ_i ‖D_i‖² − ‖D_i − U diag(c_i) Vᵀ‖² at the optimal c_i, of shape [...]."""
-    return (projections * solve_diag(projections, u, v)).sum((-2, -1))
+def _extrapolate(moved: Tensor, arrived: Tensor, moves: deque[tuple[Tensor, Tensor]]) -> Tensor:
+    if not moves:
+        return arrived
+    of_moves, of_arrivals = (torch.stack(each) for each in zip(*moves, strict=True))
+    gram = of_moves @ of_moves.mT
+    gram.diagonal().add_(1e-10 * gram.trace() + torch.finfo(gram.dtype).tiny)
+    return arrived - torch.linalg.solve(gram, of_moves @ moved) @ of_arrivals
 
 
-def _solve_side(target: Tensor, other: Tensor, c: Tensor) -> Tensor:
-    """The best side for the other one W: target · [(WᵀW) ∘ (CᵀC)]⁻¹, with target = Σ_i D_i W diag(c_i)."""
-    return torch.linalg.solve(_ridged((other.mT @ other) * (c.mT @ c)), target.mT).mT
+def _finalist(stack: Stack, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The best of the search, once the best few have had some rounds on the updates themselves."""
+    wide = hosvd(stack, rank + _WIDER, seed=seed)
+    small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.members, stack.groups)
+    u, v = _breed(small, rank, torch.Generator().manual_seed(seed))
+    u, v = wide.u @ u[:_FINALISTS], wide.v @ v[:_FINALISTS]
+    for _ in range(_TRIAL_ROUNDS):
+        _, u, v = als_round(stack, u, v)
+    best = int(captured(stack, u, v).argmax())
+    return u[best].double(), v[best].double()
 
 
-def _ridged(gram: Tensor) -> Tensor:
-    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
-    return gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+def _breed(stack: Stack, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A population of decompositions U [s, d_out, R], V [s, d_in, R], the best first, when no child is better any more.
+
+    A child has the components of two parents, but for the least useful half of them.
+    """
+    size = max(8, _POPULATION * _SMALL_RANK // max(rank, _SMALL_RANK))
+    u, v = _starts(stack, rank, size, generator)
+    for _ in range(_FIRST_ROUNDS):
+        _, u, v = als_round(stack, u, v)
+    reached, quiet = captured(stack, u, v), 0
+    for _ in range(_GENERATIONS):
+        one = torch.randint(size, (size,), generator=generator)
+        other = (one + torch.randint(1, size, (size,), generator=generator)) % size
+        both = torch.cat([u[one], u[other]], dim=2), torch.cat([v[one], v[other]], dim=2)
+        child_u, child_v = prune(stack, *both, rank)
+        for _ in range(_CHILD_ROUNDS):
+            _, child_u, child_v = als_round(stack, child_u, child_v)
+        before = float(reached.max())
+        u, v, reached = _fittest(
+            torch.cat([u, child_u]),
+            torch.cat([v, child_v]),
+            torch.cat([reached, captured(stack, child_u, child_v)]),
+            size,
+        )
+        quiet = quiet + 1 if float(reached[0]) - before <= _SAME * before else 0
+        if quiet == _PATIENCE:
+            break
+    return u, v
 
 
-def _unit(x: Tensor) -> Tensor:
-    """``x`` with columns of unit norm; a column that vanished, as all do where every update is zero, becomes e₁."""
-    norm = x.norm(dim=-2, keepdim=True)
-    first = torch.zeros_like(x)
-    first[..., 0, :] = 1
-    return torch.where(norm > 0, x / norm, first)
+def _fittest(u: Tensor, v: Tensor, reached: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``size``, those first that differ: a population of copies breeds nothing new."""
+    order = reached.argsort(descending=True, stable=True)
+    ranked = reached[order]
+    copies = torch.zeros_like(order)
+    copies[1:] = ranked[:-1] - ranked[1:] <= _SAME * ranked[0]
+    order = order[copies.argsort(stable=True)][:size]
+    return u[order], v[order], reached[order]
+
+
+def _starts(stack: Stack, rank: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One start from the updates' own singular vectors, some from the joint solution, and random ones.
+
+    A mixture Σ g_i Σ_i of the joint cores is diagonal in its own singular vectors; these are the right ones for all
+    cores where one pair of rotations makes all of them diagonal.
+    """
+    u, v = (_random(side, count, rank, generator) for side in (stack.bt, stack.a))
+    u[0], v[0] = own_components(stack, rank)
+    joint = climb(stack, hosvd(stack, rank), rounds=_JOINT_ROUNDS)
+    cores = stack.cores(*joint)
+    mixtures = torch.randn(_WARM, len(cores), generator=generator).to(cores)
+    left, _, right = torch.linalg.svd(torch.einsum("sn,nkl->skl", mixtures, cores), full_matrices=False)
+    width = left.shape[2]  # less than the rank where a side has fewer dimensions
+    u[1 : 1 + _WARM, :, :width], v[1 : 1 + _WARM, :, :width] = joint.u @ left, joint.v @ right.mT
+    return u, v
+
+
+def _random(rows: Tensor, count: int, rank: int, generator: torch.Generator) -> Tensor:
+    return unit(torch.randn(count, rows.shape[1], rank, generator=generator).to(rows))

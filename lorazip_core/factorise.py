@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .diag import fit_diag, solve_diag
+from .cp import solve_diag
+from .diag import fit_diag
 from .errors import LocalError
 from .joint import fit_joint
 from .linalg import Factors, squared_distance, truncated_svd

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorazip_core.diag import fit_diag, solve_diag
+from lorazip_core import diag
+from lorazip_core.cp import als_round, captured, prune, solve_diag, unit
+from lorazip_core.diag import fit_diag, own_components, polish
 from lorazip_core.joint import Basis, fit_joint
 from lorazip_core.stack import Stack
 
@@ -33,6 +35,28 @@ def noisy(seed: int, n: int = 10, d_out: int = 24, d_in: int = 20, rank: int = 3
 
 def stacked(factors: Factors) -> Stack:
     return Stack.of(factors, list(range(len(factors))))
+
+
+def planted(seed: int, components: int, n: int, *, parallel: float) -> Factors:
+    """An exact collection whose columns share a direction: cosines of about p²/(1 + p²) for p = ``parallel``."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.nn.functional.normalize(normal(generator, size, components), dim=0)
+        + parallel * torch.nn.functional.normalize(normal(generator, size, 1), dim=0)
+        for size in (24, 20)
+    )
+    return [((u * normal(generator, components)).float(), v.mT.float()) for _ in range(n)]
+
+
+def alike(seed: int, n: int = 12, components: int = 8, own: float = 0.3) -> Factors:
+    """Adapters that use some of the same rank-1 matrices, and have a part of their own: many local optima."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = normal(generator, 24, components), normal(generator, 20, components)
+    chosen = [torch.randperm(components, generator=generator)[:3] for _ in range(n)]
+    return [
+        ((u[:, c] + own * normal(generator, 24, 3)).float(), (v[:, c].mT + own * normal(generator, 3, 20)).float())
+        for c in chosen
+    ]
 
 
 def error(factors: Factors, basis: Basis) -> float:
@@ -145,3 +169,253 @@ def test_solve_diag_is_the_least_squares_solution() -> None:
     dense = np.stack([(b.double() @ a.double()).numpy().ravel() for b, a in factors], axis=1)
     expected = np.linalg.lstsq(columns, dense, rcond=None)[0].T
     np.testing.assert_allclose(cores.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+# What the search and the polish promise.
+
+
+def plain_als(factors: Factors, rank: int, seed: int, rounds: int = 150) -> float:
+    """The relative squared error of dense ALS in numpy (Harshman 1970) from a random start."""
+    tensor = np.stack([(b.double() @ a.double()).numpy() for b, a in factors])
+    generator = np.random.default_rng(seed)
+    u, v = (generator.standard_normal((size, rank)) for size in tensor.shape[1:])
+    for _ in range(rounds):
+        c = np.linalg.lstsq((u.T @ u) * (v.T @ v), np.einsum("nij,ir,jr->rn", tensor, u, v), rcond=None)[0].T
+        u = np.linalg.lstsq((c.T @ c) * (v.T @ v), np.einsum("nij,nr,jr->ri", tensor, c, v), rcond=None)[0].T
+        v = np.linalg.lstsq((c.T @ c) * (u.T @ u), np.einsum("nij,nr,ir->rj", tensor, c, u), rcond=None)[0].T
+    return float(((tensor - np.einsum("nr,ir,jr->nij", c, u, v)) ** 2).sum() / (tensor**2).sum())
+
+
+def gradient(factors: Factors, basis: Basis) -> float:
+    """The norm of ∂f/∂(U, V) over that of its largest term, f = ½ Σ‖D_i − U diag(c_i) Vᵀ‖² at the best c_i; dense."""
+    u, v = (side.double() for side in basis)
+    dense = torch.stack([b.double() @ a.double() for b, a in factors])
+    c = solve_diag(torch.einsum("nij,ir,jr->nr", dense, u, v), u, v, ridge=1e-14)
+    rest = torch.einsum("nr,ir,jr->nij", c, u, v) - dense
+    slopes = [torch.einsum("nij,nr,jr->ir", x, c, v) for x in (rest, dense)]
+    slopes += [torch.einsum("nij,nr,ir->jr", x, c, u) for x in (rest, dense)]
+    return float(torch.sqrt((slopes[0].square().sum() + slopes[2].square().sum()) / slopes[1].square().sum()))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_result_is_stationary(seed: int, rank: int) -> None:
+    factors = alike(seed)
+    assert gradient(factors, fit_diag(stacked(factors), rank)) < 2e-3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("rank", "own"), [(4, 0.3), (6, 1.0)])
+def test_no_worse_than_plain_als_from_ten_random_starts(seed: int, rank: int, own: float) -> None:
+    factors = alike(seed, own=own)
+    best = min(plain_als(factors, rank, start) for start in range(10))
+    assert error(factors, fit_diag(stacked(factors), rank)) <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_seed_finds_the_same_optimum(seed: int) -> None:
+    factors = alike(7, n=20, components=14)
+    assert error(factors, fit_diag(stacked(factors), 6, seed=seed)) == pytest.approx(
+        error(factors, fit_diag(stacked(factors), 6, seed=99)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("parallel", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_planted_decomposition_is_recovered_though_its_columns_are_nearly_parallel(
+    seed: int, parallel: float
+) -> None:
+    factors = planted(seed, 6, n=15, parallel=parallel)
+    assert error(factors, fit_diag(stacked(factors), 6)) < 1e-8
+
+
+def test_a_nearly_diagonal_collection_loses_its_noise_and_no_more() -> None:
+    """Orthogonal columns, strong ones, and a weak rest that no six components can hold."""
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(normal(generator, size, 6)).Q for size in (24, 20))
+    clean = [((u * normal(generator, 6)), v.mT) for _ in range(15)]
+    factors = [
+        (torch.cat([b, 0.02 * normal(generator, 24, 2)], 1).float(), torch.cat([a, normal(generator, 2, 20)]).float())
+        for b, a in clean
+    ]
+    lost = sum(float((x[0] @ x[1] - y[0] @ y[1]).square().sum()) for x, y in zip(clean, factors, strict=True))
+    total = sum(float((b @ a).square().sum()) for b, a in factors)
+    assert 0.5 * lost / total < error(factors, fit_diag(stacked(factors), 6)) <= lost / total
+
+
+@pytest.mark.parametrize("rank", [3, 6, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_never_worse_than_the_diagonal_restriction_of_the_joint_solution(seed: int, rank: int) -> None:
+    """Its cores made as diagonal as ALS on them can make them, in the joint basis."""
+    factors = alike(seed, components=5)
+    stack = stacked(factors).to(torch.float64)
+    joint = fit_joint(stack, rank)
+    inside = Stack(stack.bt @ joint.u, stack.a @ joint.v, stack.members, stack.groups)
+    u, v = (torch.eye(rank, dtype=torch.float64)[None] for _ in range(2))
+    for _ in range(300):
+        _, u, v = als_round(inside, u, v)
+    restricted = error(factors, Basis(joint.u @ u[0], joint.v @ v[0]))
+    assert error(factors, fit_diag(stacked(factors), rank)) <= restricted * (1 + 1e-5)
+
+
+def test_the_search_starts_from_the_joint_solution_too() -> None:
+    """Nearly diagonal joint cores: the rotated joint bases alone are the answer, before any child is born."""
+    generator = torch.Generator().manual_seed(5)
+    u, v = (torch.linalg.qr(normal(generator, size, 8)).Q for size in (24, 20))
+    factors = [((u * normal(generator, 8)).float(), v.mT.float()) for _ in range(30)]
+    stack = stacked(factors)
+    starts = diag._starts(stack, 8, 12, torch.Generator().manual_seed(0))
+    lost = 1 - captured(stack, *starts) / stack.squared_norms().sum()
+    warm, random = lost[1 : 1 + diag._WARM], lost[1 + diag._WARM :]
+    assert float(warm.max()) < 1e-4 < 0.1 < float(random.min())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_search_starts_from_the_own_components_too(rank: int) -> None:
+    """For one adapter these are its truncated SVD, the answer."""
+    factors = noisy(15, n=1)
+    u, v = diag._starts(stacked(factors), rank, 12, torch.Generator().manual_seed(0))
+    values = np.linalg.svd((factors[0][0].double() @ factors[0][1].double()).numpy(), compute_uv=False)
+    best = (values[rank:] ** 2).sum() / (values**2).sum()
+    assert error(factors, Basis(u[0], v[0])) == pytest.approx(best, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("parallel", [0.0, 3.0])
+def test_the_polish_never_falls(seed: int, parallel: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after every number of rounds, from a poor start, over swamps too."""
+    stack = stacked(planted(seed, 8, n=10, parallel=parallel)).to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    start = [unit(normal(generator, size, 5)) for size in (24, 20)]
+    reached = [float(captured(stack, start[0][None], start[1][None]))]
+    for rounds in range(1, 40):
+        monkeypatch.setattr(diag, "_ROUNDS", rounds)
+        u, v = polish(stack, *start)
+        reached.append(float(captured(stack, u[None], v[None], ridge=1e-10)))
+    total = float(stack.squared_norms().sum())
+    assert all(after >= before - 1e-9 * total for before, after in itertools.pairwise(reached))
+    assert reached[-1] > reached[0] + 0.1 * total
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_polish_is_faster_than_plain_rounds_through_a_swamp(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What extrapolation is for: after as many rounds, a hundredth of the error is left."""
+    stack = stacked(planted(seed, 6, n=10, parallel=3.0)).to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    start = [unit(normal(generator, size, 6)) for size in (24, 20)]
+    monkeypatch.setattr(diag, "_ROUNDS", 80)
+    u, v = (side[None] for side in start)
+    for _ in range(80):
+        _, u, v = als_round(stack, u, v, ridge=1e-10)
+    total = float(stack.squared_norms().sum())
+    plain, ours = (
+        1 - float(captured(stack, side_u, side_v, ridge=1e-10)) / total
+        for side_u, side_v in ((u, v), [side[None] for side in polish(stack, *start)])
+    )
+    assert ours < 0.01 * plain
+
+
+def test_a_round_of_als_never_falls_and_solves_each_side() -> None:
+    stack = stacked(noisy(10)).to(torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    u, v = (unit(normal(generator, 3, size, 5)) for size in (24, 20))
+    last = torch.zeros(3, dtype=torch.float64)
+    for _ in range(20):
+        reached, u, v = als_round(stack, u, v)
+        assert bool((reached >= last * (1 - 1e-6)).all())
+        last = reached
+
+
+def test_pruning_takes_away_what_does_least_harm() -> None:
+    """Eight components, three of them weak, in any order: the five strong ones stay."""
+    generator = torch.Generator().manual_seed(4)
+    u, v = unit(normal(generator, 2, 24, 8)), unit(normal(generator, 2, 20, 8))
+    size = torch.tensor([1.0, 0.01, 1, 1, 0.02, 1, 0.03, 1], dtype=torch.float64)
+    factors = [(u[0] * size * normal(generator, 8), v[0].mT) for _ in range(10)]
+    kept_u, kept_v = prune(stacked(factors), u, v, 5)
+    strong = size > 0.1
+    assert kept_u.shape == (2, 24, 5)
+    assert torch.equal(kept_u[0], u[0][:, strong])
+    assert torch.equal(kept_v[0], v[0][:, strong])
+
+
+def test_pruning_is_backward_elimination() -> None:
+    """Step by step the same as solving again for every component that could go; dense least squares."""
+    factors = noisy(16, n=6)
+    generator = torch.Generator().manual_seed(7)
+    u, v = (unit(normal(generator, size, 3) @ normal(generator, 3, 9)) for size in (24, 20))
+    left = list(range(9))
+    while len(left) > 3:
+        without = [[column for column in left if column != gone] for gone in left]
+        left = min(without, key=lambda columns: error(factors, Basis(u[:, columns], v[:, columns])))
+    kept_u, kept_v = prune(stacked(factors).to(torch.float64), u[None], v[None], 3)
+    assert torch.equal(kept_u[0], u[:, left])
+    assert torch.equal(kept_v[0], v[:, left])
+
+
+def test_pruning_twins_keeps_one_of_each() -> None:
+    generator = torch.Generator().manual_seed(6)
+    u, v = unit(normal(generator, 24, 4)), unit(normal(generator, 20, 4))
+    factors = [(u * normal(generator, 4), v.mT) for _ in range(10)]
+    kept, _ = prune(stacked(factors), torch.cat([u, u], 1)[None], torch.cat([v, v], 1)[None], 4)
+    assert torch.linalg.matrix_rank(kept[0]) == 4
+
+
+@pytest.mark.parametrize("rank", [12, 13, 40])
+def test_lossless_from_the_stacked_rank_on(rank: int) -> None:
+    factors = noisy(11, n=4)
+    assert error(factors, fit_diag(stacked(factors), rank)) < 1e-10
+
+
+def test_twins_are_no_trouble() -> None:
+    factors = noisy(12, n=3) * 2
+    for rank in (4, 9, 18):
+        assert (
+            error(factors, fit_diag(stacked(factors), rank))
+            <= error(factors[:3], fit_diag(stacked(factors[:3]), rank)) * (1 + 1e-4) + 1e-9
+        )
+
+
+def test_mixed_ranks_are_one_collection() -> None:
+    """A zero-padded adapter is the same adapter."""
+    factors = [(b[:, : 1 + i % 3], a[: 1 + i % 3]) for i, (b, a) in enumerate(noisy(13))]
+    padded = [
+        (torch.nn.functional.pad(b, (0, 3 - b.shape[1])), torch.nn.functional.pad(a, (0, 0, 0, 3 - len(a))))
+        for b, a in factors
+    ]
+    assert error(factors, fit_diag(stacked(factors), 5)) == pytest.approx(
+        error(padded, fit_diag(stacked(padded), 5)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_of_the_adapters_makes_no_difference(seed: int) -> None:
+    factors = alike(seed)
+    assert error(factors, fit_diag(stacked(factors[5:] + factors[:5][::-1]), 5)) == pytest.approx(
+        error(factors, fit_diag(stacked(factors), 5)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_transposed_updates_have_the_same_optimum(seed: int) -> None:
+    factors = alike(seed)
+    transposed = [(a.mT.contiguous(), b.mT.contiguous()) for b, a in factors]
+    assert error(transposed, fit_diag(stacked(transposed), 5)) == pytest.approx(
+        error(factors, fit_diag(stacked(factors), 5)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_growing_the_rank_never_hurts(seed: int) -> None:
+    factors = alike(seed, n=9)
+    errors = [error(factors, fit_diag(stacked(factors), rank)) for rank in (1, 2, 4, 6, 9, 13, 18, 27)]
+    assert all(after <= before * (1 + 1e-4) + 1e-9 for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 1e-9
+
+
+def test_own_components_are_the_largest_singular_triplets() -> None:
+    factors = [(b * 10.0**-i, a) for i, (b, a) in enumerate(noisy(14, n=3))]
+    u, v = own_components(stacked(factors), 4)
+    left, _, right = torch.linalg.svd(factors[0][0] @ factors[0][1])
+    torch.testing.assert_close((u[:, :3] * v[0, :3]).abs(), (left[:, :3] * right[:3, 0]).abs(), atol=1e-4, rtol=1e-3)
+    assert u.shape == (24, 4)

@@ -17,11 +17,11 @@ ROWS = [
     {"adapter", "bundle", "assignment"},
     {
         *{"linalg", "stack", "updates", "measure", "summary", "plan"},
-        *{"joint", "diag", "similarity", "assign", "factorise", "reconstruct"},
+        *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
     {"scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
 ]
-ENCODER = {"joint", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
+ENCODER = {"joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
 
 
