@@ -1,6 +1,6 @@
 """A random model of a collection of adapters, fitted to real ones: draws any number that share as much as those do.
 
-Write D_i = Σ_k s_ik u_ik v_ikᵀ in each module. Left and right singular vectors are Gaussian directions, made
+Write D_i = Σ_k s_ik u_ik v_ikᵀ in each module. Left and right singular vectors are random directions, made
 orthonormal in the order of k:
 
     u_k = Q diag(c_k)^½ g_k,    v_k = P diag(e_k)^½ h_k,
@@ -11,7 +11,9 @@ the flat one; each is a power law (t + t₀)^−a, so that it has a tail that 32
 h_k of an adapter are correlated with each other (adapters that share left directions share the matching right ones) and
 with those of its other modules (tasks that are alike are alike everywhere):
 
-    g = π f + (1−π²)^½ ε,    h = π f + (1−π²)^½ ε',    f = τ F + (1−τ²)^½ ε'',    F of the adapter, f of its module.
+    g = π f + (1−π²)^½ ε,    h = π f + (1−π²)^½ ε',    f = τ F + (1−τ²)^½ ε'',    F of the adapter, f of its module,
+
+F uniform, the others normal.
 
 All of it is set by unbiased estimates from pairs and triples of different adapters, which do not mistake the 1/n of
 each adapter with itself for sharing: E (u_ik·u_jl)², E (v_ik·v_jl)², E (u_ik·u_jk)(v_ik·v_jk), and for the first
@@ -31,7 +33,7 @@ from torch import Tensor
 
 _ROUNDS = 6  # of correction
 _TRIAL = 128  # adapters drawn in each
-_EXPONENTS = [0.5 + 0.1 * step for step in range(31)]
+_EXPONENTS = torch.arange(0.5, 3.55, 0.1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,18 @@ def fit(real: Svds, seed: int) -> ModuleModel:
         if step == _ROUNDS:
             break
         generator = torch.Generator().manual_seed(seed + step)
-        scores = torch.randn(_TRIAL, real.s.shape[1], max(sizes), generator=generator)
-        reached = moments(*draw(model, scores, 0.0, generator, rotate=False))
+        scores = draw_scores(_TRIAL, real.s.shape[1], max(sizes), generator)
+        reached = moments(*draw(model, scores, 1.0, generator, rotate=False))
         damping = 1 / (1 + step / 2)  # the draws are noisy: corrections average over the rounds
         floors = 1 / sizes[0], 1 / sizes[1], 0.0, 0.0, 0.0
         triplets = zip(going_in.parts(), target.parts(), reached.parts(), floors, strict=True)
         going_in = Moments(*(_corrected(part, goal, got, floor, damping) for part, goal, got, floor in triplets))
     return model
+
+
+def draw_scores(count: int, rank: int, size: int, generator: torch.Generator) -> Tensor:
+    """F [count, rank, size], uniform in [−√3, √3]: no adapter has several times as much in common as others."""
+    return (2 * torch.rand(count, rank, size, generator=generator) - 1) * math.sqrt(3)
 
 
 def draw(
@@ -124,23 +131,21 @@ def seed_of(*words: object) -> int:
 
 def power_law(square: float, cube: float | None, size: int) -> Tensor:
     """λ [size] ∝ (t + t₀)^−a with Σλ = 1, Σλ² = ``square`` and Σλ³ nearest to ``cube``; a = 1.2 without a cube."""
-    found: list[tuple[float, Tensor]] = []
-    for exponent in _EXPONENTS if cube is not None else [1.2]:
-        low, high = math.log(0.03), math.log(1e4)
-        for _ in range(30):  # Σλ² falls with t₀
-            middle = (low + high) / 2
-            if float(_law(exponent, middle, size).square().sum()) > square:
-                low = middle
-            else:
-                high = middle
-        law = _law(exponent, low, size)
-        found.append((abs(math.log(float(law.pow(3).sum()) / cube)) if cube else 0.0, law))
-    return min(found, key=lambda each: each[0])[1]
+    exponents = _EXPONENTS if cube is not None else torch.tensor([1.2], dtype=torch.float64)
+    low, high = torch.full_like(exponents, math.log(0.03)), torch.full_like(exponents, math.log(1e4))
+    for _ in range(30):  # Σλ² falls with t₀
+        middle = (low + high) / 2
+        above = _laws(exponents, middle, size).square().sum(1) > square
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    laws = _laws(exponents, low, size)
+    best = (laws.pow(3).sum(1) / cube).log().abs().argmin() if cube is not None else 0
+    return laws[int(best)]
 
 
-def _law(exponent: float, log_first: float, size: int) -> Tensor:
-    law = (torch.arange(size, dtype=torch.float64) + math.exp(log_first)) ** -exponent
-    return law / law.sum()
+def _laws(exponents: Tensor, log_first: Tensor, size: int) -> Tensor:
+    """(t + t₀)^−a of unit sum for every exponent a and ln t₀, [a, size]."""
+    laws = (torch.arange(size, dtype=torch.float64) + log_first.exp()[:, None]) ** -exponents[:, None]
+    return laws / laws.sum(1, keepdim=True)
 
 
 def _products(x: Tensor) -> Tensor:

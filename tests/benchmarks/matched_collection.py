@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from collection_model import ModuleModel, draw, fit, rotation, seed_of
+from collection_model import ModuleModel, draw, draw_scores, fit, rotation, seed_of
 from real_adapters import DEFAULT, Svds, open_real, require, svds
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def _fit_tau(models: tuple[ModuleModel, ...], real: tuple[Tensor, ...], seed: in
 def _scores(models: tuple[ModuleModel, ...], generator: torch.Generator) -> Tensor:
     """F [BATCH, r, d] of a batch of adapters, for the largest module."""
     size = max(max(model.left.shape[1], model.right.shape[1]) for model in models)
-    return torch.randn(BATCH, models[0].left.shape[0], size, generator=generator)
+    return draw_scores(BATCH, models[0].left.shape[0], size, generator)
 
 
 def draw_batch(model: CollectionModel, number: int, seed: int) -> Iterator[Svds]:

@@ -64,7 +64,7 @@ def _energies(updates: Updates) -> Figures:
     shares = squares / energy[..., None]
     total = energy.sum(1)
     found = {
-        f"s²_{k}/Σs², q10 q50 q90": _quantiles(shares[..., k - 1]) for k in (1, 2, 4, 8, 16) if k <= len(shares.mT)
+        f"s²_{k}/Σs², q10 q50 q90": _quantiles(shares[..., k - 1]) for k in (1, 2, 4, 8, 16) if k <= shares.shape[-1]
     }
     found["adapter's energy / mean, q10 q50 q90"] = _quantiles(total / total.mean())
     found["module's share · M, q10 q50 q90"] = _quantiles(energy / total[:, None] * energy.shape[1])
