@@ -102,10 +102,14 @@ def _render(report: ClusterReport) -> None:
         f"{count(report.adapters, 'adapter')} in {count(len(report.clusters), 'cluster')} of rank {report.rank}:"
         f" squared error mean {error(report.mean_squared_error)}, worst {error(report.max_squared_error)}"
     )
+    numbered = list(enumerate(report.clusters))
+    if len(numbered) > 2 * _LISTED:
+        console.say(f"the {_LISTED} clusters of largest mean error:")
+        numbered = sorted(numbered, key=lambda each: -each[1].mean_squared_error)[:_LISTED]
     console.say(
         table(
             ("cluster", "adapters", "mean error", "worst", "similarity within", "to others"),
-            (_cluster_row(number, figures) for number, figures in enumerate(report.clusters)),
+            (_cluster_row(number, figures) for number, figures in numbered),
         )
     )
     _list("served by no cluster", [f"{each.name}: {_REASONS[each.reason]}" for each in report.outliers])

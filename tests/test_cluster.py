@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,34 @@ class TestCommand:
         text = page.read_text()
         assert text.lower().startswith("<!doctype html>")
         assert "38 adapters in 2 clusters" in text
+
+
+class Recorder:
+    """A progress that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.stages[label] = total, 0
+
+        def advance(steps: int) -> None:
+            self.stages[label] = total, self.stages[label][1] + steps
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("clusters", [2, "auto"])
+def test_progress_arrives_where_it_said_it_would(adapters: Path, clusters: Any) -> None:
+    progress = Recorder()
+    cluster(adapters, Path("unused.json"), ClusterOptions(clusters=clusters, rank=RANK), progress=progress)
+    assert {"reading adapters", "clustering, round 1", "looking for near-duplicates"} <= set(progress.stages)
+    assert ("trying numbers of clusters" in progress.stages) == (clusters == "auto")
+    assert all(done == total for total, done in progress.stages.values())
 
 
 def test_weights_per_module_still_report_squared_errors(adapters: Path) -> None:

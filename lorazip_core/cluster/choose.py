@@ -17,6 +17,7 @@ from ..bundle import Dtype
 from ..linalg import truncated_svd
 from ..plan import bundle_bytes, equal_groups
 from ..progress import Progress
+from ..text import count
 from ..updates import Updates
 from ..workers import in_order
 
@@ -42,6 +43,7 @@ def choose_clusters(
     the numbers in the gaps beside the best are tried. The best few are settled on all modules; the best of these wins.
     """
     price = _Price(collection, rank, dtype)
+    alone = price.svd(updates)
     tried: dict[int, tuple[Clustering, Candidate]] = {}
 
     def attempt(clusters: int) -> None:
@@ -51,20 +53,23 @@ def choose_clusters(
     def cost(clusters: int) -> float:
         return tried[clusters][1].cost
 
-    most = len(collection.adapters)
-    with progress.stage("trying numbers of clusters", most) as advance:
-        for clusters in _ladder(most):
-            if tried and price.least(clusters) >= min(map(cost, tried)):
+    ladder = [(clusters, price.least(clusters)) for clusters in _ladder(len(collection.adapters))]
+    # Where the ladder ends shows on the way; about where truncated SVDs cost as much is a good guess.
+    guess = sum(least < min((each.cost for each in alone), default=1.0) for _, least in ladder)
+    with progress.stage("trying numbers of clusters", guess) as advance:
+        for clusters, least in ladder:
+            if tried and least >= min(map(cost, tried)):
                 break
             attempt(clusters)
-            advance(clusters - max((k for k in tried if k < clusters), default=0))
+            advance(int(len(tried) <= guess))
+        advance(guess - min(guess, len(tried)))
         for clusters in _gaps(min(tried, key=cost), sorted(tried)):
             attempt(clusters)
     promising = sorted(tried, key=cost)[:_SETTLED]
     settled = {}
     for clusters in promising:
         if cost(clusters) <= _CLOSE * cost(promising[0]):
-            progress.note(f"{clusters} clusters cost {cost(clusters):.4f} on the probes: trying all modules")
+            progress.note(f"{count(clusters, 'cluster')}: cost {cost(clusters):.4f} on the probes, trying all modules")
             clustering = settle(updates, tried[clusters][0].labels, rank, seed=seed, progress=progress)
             settled[clusters] = clustering, price.of(clustering, "all")
     chosen = min(settled, key=lambda clusters: settled[clusters][1].cost)
@@ -72,7 +77,7 @@ def choose_clusters(
         msgspec.structs.replace(candidate, chosen=clusters == chosen)
         for clusters, (_, candidate) in (tried | settled).items()
     ]
-    candidates += price.svd(updates)
+    candidates += alone
     return Choice(settled[chosen][0], sorted(candidates, key=lambda candidate: candidate.bytes_bundle))
 
 
