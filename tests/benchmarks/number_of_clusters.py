@@ -114,6 +114,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def at_the_end(rows: Sequence[Row]) -> list[str]:
+    """A line for each method whose cost still falls at the largest K tried."""
+    found = []
+    for method in sorted({row["method"] for row in rows}):
+        most = max(row["clusters"] for row in rows if row["method"] == method)
+        if least(rows, method)["clusters"] == most > 1:
+            found.append(f"{method}: the least is at the largest number tried, {most}; more may be better still")
+    return found
+
+
 def judge(rows: Sequence[Row], auto: Path) -> tuple[bool, str]:
     """Whether the number of clusters that ``auto`` chose is good, by the rows of its method; and a line about it."""
     report = json.loads(auto.read_text())
@@ -166,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             save(options.output, folder, rows)
     shown = [row for row in rows if row["rank"] == options.rank]
-    print(table(shown))
+    print("\n".join([table(shown), *at_the_end(shown)]))
     if options.auto is None:
         return 0
     holds, line = judge(shown, options.auto)
