@@ -245,6 +245,16 @@ class TestCompressByFile:
         assert main(["compress", str(root), "-o", str(tmp_path / "b"), "--clusters", str(file), "-q"]) == 2
         assert "it was made for other adapters: 't03' is not in the collection" in capsys.readouterr().err
 
+    def test_a_file_for_another_rank_is_taken_and_mentioned(
+        self, adapters: Path, tmp_path: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "clusters.json"
+        file.write_text(json.dumps(found))
+        for rank, said in ((RANK, False), (3, True)):
+            argv = ["compress", str(adapters), "-o", str(tmp_path / "b"), "--clusters", str(file), "--force"]
+            assert main([*argv, "--rank", str(rank)]) == 0
+            assert ("were chosen for rank 5, not 3" in capsys.readouterr().err) == said
+
     def test_auto_cannot_be_planned(self, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compress", str(adapters), "--dry-run", "--clusters", "auto"]) == 2
         assert "--clusters auto cannot be planned" in capsys.readouterr().err

@@ -192,6 +192,8 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
             raise UsageError(
                 f"--clusters {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
             )
+        if read.rank not in (None, rank):
+            progress.note(f"the clusters of {options.clusters} were chosen for rank {read.rank}, not {rank}")
         return read.labels(names)
     if options.clusters == 1:
         return [0] * len(names)

@@ -70,3 +70,18 @@ def test_same_bytes(run: str, data: Path, shuffled: Path, tmp_path: Path, proces
     )
     assert same["again"]
     assert same["shuffled"]
+
+
+def test_same_cluster_file(data: Path, shuffled: Path, tmp_path: Path, process: Process, say: Say) -> None:
+    found = {}
+    for name, source, threads in [
+        ("first", data / COLLECTION, 1),
+        ("again", data / COLLECTION, 1),
+        ("shuffled", shuffled, 1),
+        ("2 threads", data / COLLECTION, 2),
+    ]:
+        result = process("cluster", source, "-o", tmp_path / name, threads=threads)
+        assert result.returncode == 0, result.stderr
+        found[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    say(f"cluster   sha256 {found['first'][:16]}…; {found}")
+    assert len(set(found.values())) == 1

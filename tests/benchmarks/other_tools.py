@@ -56,9 +56,11 @@ for task in sorted(subspace.tasks):
 LORAZIP = {
     "svd, rank 1": ("--method", "svd", "--rank", 1),
     "joint, rank 21": ("--method", "joint", "--rank", 21),
+    "diag, rank 32": ("--method", "diag", "--rank", 32),
     "svd, rank 2": ("--method", "svd", "--rank", 2),
     TARGET: ("--method", "joint", "--rank", 31),
     "joint, rank 32": ("--method", "joint", "--rank", 32),
+    "diag, rank 64": ("--method", "diag", "--rank", 64),
     "svd, rank 4": ("--method", "svd", "--rank", 4),
     "joint, rank 50": ("--method", "joint", "--rank", 50),
 }
