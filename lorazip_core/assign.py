@@ -182,6 +182,10 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
 
 def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
     """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, that still has room; the closest go first."""
+    if capacity >= len(distance):
+        labels = distance.argmin(1)
+        labels[medoids] = torch.arange(len(medoids))
+        return labels
     labels = torch.full((len(distance),), -1)
     room = [capacity - 1] * len(medoids)
     labels[medoids] = torch.arange(len(medoids))
