@@ -144,13 +144,13 @@ def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _advise(candidates: list[Candidate]) -> None:
-    """Say so when no clustering is as good as leaving every adapter on its own."""
+    """Say so when full cores in clusters are not as good as leaving every adapter on its own."""
     chosen = next(candidate for candidate in candidates if candidate.chosen)
     best = min(candidates, key=lambda candidate: candidate.cost)
     if best.method == "svd" and best.cost < chosen.cost:
         console.say(
-            f"these adapters share little: compress --method svd --rank {best.rank} costs less than any clustering"
-            f" ({best.cost:.4f} against {chosen.cost:.4f})"
+            f"these adapters share little: compress --method svd --rank {best.rank} costs less than full cores in any"
+            f" number of clusters ({best.cost:.4f} against {chosen.cost:.4f}); diagonal cores may cost less"
         )
 
 
