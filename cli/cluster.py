@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ import typer
 
 from lorazip_core.files import canonical_json
 from lorazip_core.report import check_available
+from lorazip_core.text import plain
 
 from . import console
 from .options import AllowMixedBase, AllowPickle, Device, Directory, Dtype, Json, Quiet, Seed, SkipBad, Weights
@@ -27,7 +29,7 @@ _LISTED = 10
 
 def _number(value: str) -> str:
     """A number of clusters, or auto."""
-    if value != "auto" and not re.fullmatch(r"0*[1-9]\d{0,8}", value):
+    if value != "auto" and not re.fullmatch(r"[1-9][0-9]{0,8}", value):
         raise typer.BadParameter(f"{value!r} is neither auto nor a number of 1 or more")
     return value
 
@@ -120,7 +122,8 @@ def _render(report: ClusterReport) -> None:
             for each in report.near_duplicates
         ],
     )
-    console.say(f"go on with: lorazip compress DIR -o BUNDLE --rank {report.rank} --clusters {report.output}")
+    file = shlex.quote(report.output)
+    console.say(f"go on with: lorazip compress DIR -o BUNDLE --rank {report.rank} --clusters {file}")
 
 
 _HEAD = ("clusters", "bundle", "saved", "mean error", "worst", "cost", "measured on")
@@ -169,6 +172,6 @@ def _list(what: str, lines: list[str]) -> None:
     if lines:
         console.say(f"{what}: {len(lines)}")
         for text in lines[:_LISTED]:
-            console.say(f"  {text}")
+            console.say(f"  {plain(text)}")
         if len(lines) > _LISTED:
             console.say(f"  (and {len(lines) - _LISTED} more; --json has them all)")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorazip_core.text import plain
+
 from . import console
 from .options import (
     AllowMixedBase,
@@ -117,7 +119,7 @@ def _render(report: CompressReport) -> None:
     )
     console.say(
         f"squared error: mean {error(summary.mean_squared_error)}, p95 {error(summary.p95_squared_error)},"
-        f" worst {error(summary.max_squared_error)} ({report.worst.name})"
+        f" worst {error(summary.max_squared_error)} ({plain(report.worst.name)})"
     )
     for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
         if names and report.method != "svd":

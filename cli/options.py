@@ -30,7 +30,7 @@ def clusters(value: str) -> int | Literal["auto"] | Path:
     """A number of clusters, ``auto``, or the file that assigns them."""
     if value == "auto":
         return "auto"
-    if re.fullmatch(r"-?\d+", value):
+    if re.fullmatch(r"-?[0-9]{1,9}", value):
         if int(value) < 1:
             raise typer.BadParameter(f"{value} is not 1 or more", param_hint="'--clusters'")
         return int(value)

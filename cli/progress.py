@@ -58,7 +58,7 @@ class Lines:
             console.say(f"{label}: done in {_duration(self._clock() - start)}")
 
     def note(self, text: str) -> None:
-        console.say(text)
+        console.say(plain(text))
 
 
 class Bars:
@@ -85,7 +85,7 @@ class Bars:
 
     def note(self, text: str) -> None:
         if self._live is None:
-            console.say(text)
+            console.say(plain(text))
         else:
             self._live.console.print(plain(text))
 

@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -14,7 +15,7 @@ from typing import TextIO
 import msgspec
 
 from lorazip_core.errors import OutputExists, UsageError
-from lorazip_core.files import canonical_json, write_file
+from lorazip_core.files import canonical_json, settle, write_file
 
 from . import console
 
@@ -51,6 +52,8 @@ def check_report_file(path: Path, *, bundle: Path | None, force: bool, option: s
         raise UsageError(f"{path} is inside the bundle", f"choose another {option}")
     if path.is_dir():
         raise UsageError(f"{path} is a directory", f"{option} names the file of the report")
+    if (real.parent / "adapter_config.json").exists():
+        raise UsageError(f"{path} is in the folder of an adapter", f"choose another {option}: inputs are never changed")
     if os.path.lexists(path):
         if not (force or _is_filled_in_place(path)):
             raise OutputExists(f"{path} exists", f"choose another {option}, or --force to replace it")
@@ -73,13 +76,21 @@ def write_data(path: Path, data: bytes) -> None:
         _fill(path, data)
         return
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name}.partial")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=_made(path.parent))
+    os.close(handle)
+    partial = Path(name)
     try:
         write_file(partial, data)
+        settle(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _is_filled_in_place(path: Path) -> bool:

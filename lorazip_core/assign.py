@@ -94,7 +94,8 @@ def settle(
         numbers = current.tolist()
 
         def lost_in(module: int, numbers: list[int] = numbers) -> Tensor:
-            return _lost(updates.weighted(module), numbers, clusters, bases[module], rank, seed)
+            energies = updates.weights[:, module] * updates.norms[:, module]
+            return _lost(updates.weighted(module), energies, numbers, clusters, bases[module], rank, seed)
 
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
@@ -113,13 +114,22 @@ def settle(
     return Clustering([order.index(label) for label in current.tolist()], updates.shares(lost)[:, order], objective)
 
 
-def _lost(stack: Stack, labels: list[int], clusters: int, bases: dict[int, Basis], rank: int, seed: int) -> Tensor:
+def _lost(
+    stack: Stack,
+    energies: Tensor,
+    labels: list[int],
+    clusters: int,
+    bases: dict[int, Basis],
+    rank: int,
+    seed: int,
+) -> Tensor:
     """‖D_i‖² − ‖U_cᵀ D_i V_c‖² of every adapter i in the basis of every cluster c, [n, clusters] in float64.
 
-    ``bases`` of this module are improved first, and started or widened where a cluster has none, or too narrow a one.
+    ``energies`` [n] are the exact ‖D_i‖²: in float32, factors of large condition would spoil them. ``bases`` of this
+    module are improved first, and started or widened where a cluster has none, or too narrow a one.
     """
     members = list(stack.members)
-    norms = stack.squared_norms().double().cpu()
+    norms = energies[members]
     lost = torch.zeros(len(labels), clusters, dtype=torch.float64)
     for cluster in range(clusters):
         own = stack.select({i for i in members if labels[i] == cluster})

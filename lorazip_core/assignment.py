@@ -106,9 +106,10 @@ class Assignment(Struct, frozen=True, kw_only=True):
     """Σ of squared errors over adapters after each round of the alternation on all modules; it never rises."""
 
     def labels(self, names: list[str]) -> list[int]:
-        """The cluster of each of ``names``, numbered from 0 without a gap, in the order of first appearance."""
+        """The cluster of each of ``names`` in it, numbered from 0 without a gap, in the order of first appearance."""
         numbers: dict[int, int] = {}
-        return [numbers.setdefault(self.assignment[name], len(numbers)) for name in names]
+        assigned = (self.assignment[name] for name in names if name in self.assignment)
+        return [numbers.setdefault(cluster, len(numbers)) for cluster in assigned]
 
     def differences(self, digests: Mapping[str, str]) -> list[str]:
         """The adapters, of ``digests`` by name, whose files are not those that this was made from."""
@@ -117,18 +118,21 @@ class Assignment(Struct, frozen=True, kw_only=True):
         ]
 
 
-def read_assignment(path: Path, names: set[str], left_out: set[str]) -> Assignment:
+def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack: bool = False) -> Assignment:
     """The assignment in a file, for adapters called ``names``; those ``left_out`` as bad may be in it, or not.
 
-    Raises UsageError, by the name of the first that is wrong, when it was made for other adapters.
+    With ``may_lack`` it may lack others too, which may yet turn out bad. Raises UsageError, by the name of the first
+    that is wrong, when it was made for other adapters.
     """
     try:
         read = msgspec.json.decode(path.read_bytes(), type=Assignment)
     except FileNotFoundError:
         raise UsageError(f"--clusters {path}: neither a number nor a file") from None
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--clusters {path}: not an assignment of adapters to numbers: {error}") from None
     for name in sorted(names.symmetric_difference(read.assignment) - left_out):
+        if may_lack and name in names:
+            continue
         where = "is not in it" if name in names else "is not in the collection"
         raise UsageError(f"--clusters {path}: it was made for other adapters: {name!r} {where}")
     return read

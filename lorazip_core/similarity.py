@@ -18,9 +18,10 @@ from .workers import in_order
 
 _NEAR = 0.1  # share of the larger update: two adapters that differ by less are near-duplicates
 _SKETCH = 16  # test vectors a side: a module's sketch has 256 numbers
-_SKETCH_SLACK = 2.0  # a sketched distance is off by less, over the modules of an adapter
+_SKETCH_SLACK = 3.0  # a sketched distance is off by less, over the modules of an adapter
 _NULL = 1e-5  # of the largest eigenvalue: below, an eigenvector is noise
-_SMALL_CLUSTER, _HELD_OUT_ROUNDS = 64, 5
+_HELD_OUT_ROUNDS = 5
+_HELD_OUT_NUMBERS = 2**24  # in a tensor of all pairs of a cluster, at the most
 _BATCH = 64  # pairs whose factors are stacked at once
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -68,7 +69,9 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
         for cluster in sorted(set(labels)):
             own = stack.select({i for i in stack.members if labels[i] == cluster})
             if own.members:
-                lost[list(own.members)] = _held_out(own, rank, seed).double().cpu()
+                members = list(own.members)
+                energies = updates.weights[members, module] * updates.norms[members, module]
+                lost[members] = (energies - _captured_by_others(own, rank, seed).double().cpu()).clamp_min(0)
         weights = updates.weights[:, module]
         return torch.where(weights > 0, lost / weights, 0.0)
 
@@ -76,11 +79,11 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
     return updates.shares(sum(lost, torch.zeros(len(labels), dtype=torch.float64))).clamp(0, 1)
 
 
-def _held_out(stack: Stack, rank: int, seed: int) -> Tensor:
-    """‖D_i‖² less what a basis fitted to the others captures, [n]."""
-    norms = stack.squared_norms()
-    if len(norms) == 1:
-        return norms
+def _captured_by_others(stack: Stack, rank: int, seed: int) -> Tensor:
+    """‖Uᵀ D_i V‖² in a basis fitted to the other updates, [n]."""
+    n = len(stack.members)
+    if n == 1:
+        return torch.zeros(1)
     basis = climb(stack, hosvd(stack, rank, seed=seed))
     wide = hosvd(stack, 3 * rank, seed=seed)
     # The columns of the basis come first, so that in these coordinates they are the first unit vectors.
@@ -89,12 +92,12 @@ def _held_out(stack: Stack, rank: int, seed: int) -> Tensor:
     rank_u, rank_v = basis.u.shape[1], basis.v.shape[1]
     without_u = _leading_without(cores[:, :, :rank_v], rank_u)
     without_v = _leading_without(cores[:, :rank_u].mT, rank_v)
-    if len(norms) <= _SMALL_CLUSTER:
+    if n * n * max(cores.shape[1:]) * rank <= _HELD_OUT_NUMBERS:
         left, right = (side.transpose(0, 1).flatten(0, 1) for side in (cores, cores.mT))  # [k·n, l] and [l·n, k]
         for _ in range(_HELD_OUT_ROUNDS):
             without_u = _leading_of_others(left, without_v, rank_u)
             without_v = _leading_of_others(right, without_u, rank_v)
-    return (norms - (without_u.mT @ cores @ without_v).square().sum((1, 2))).clamp_min(0)
+    return (without_u.mT @ cores @ without_v).square().sum((1, 2))
 
 
 def _leading_of_others(unfolded: Tensor, bases: Tensor, rank: int) -> Tensor:
@@ -143,12 +146,12 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
         for found in in_order(gram_of, range(modules), updates.device):
             gram += found
             advance(1)
-    own = gram.diagonal()
-    distance = (own[:, None] + own - 2 * gram) / torch.maximum(own[:, None], own).clamp_min(_TINY)
+    own, norms = gram.diagonal(), updates.norms.sum(1)
+    distance = (own[:, None] + own - 2 * gram) / torch.maximum(norms[:, None], norms).clamp_min(_TINY)
     pairs = [
         (first, second)
         for second in range(1, n)
-        if float(own[second]) > 0
+        if float(norms[second]) > 0
         for first in [int(distance[second, :second].argmin())]
         if float(distance[second, first]) <= _SKETCH_SLACK * _NEAR
     ]

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import random_adapters as ra
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
 from lorazip_core.assignment import Assignment
@@ -190,13 +191,11 @@ class TestAuto:
 
     def test_no_other_number_costs_less(self, auto: dict[str, Any], adapters: Path) -> None:
         (chosen,) = (each for each in auto["candidates"] if each["chosen"])
-        for clusters in (6, 7, 9, 11):
+        kept = {each["clusters"]: 1 - each["saved_ratio"] for each in auto["candidates"] if each["method"] == "joint"}
+        for clusters in (5, 6, 7):
             other = clusters_of(adapters, str(clusters))
             mean = sum(adapter["squared_error"] for adapter in other["adapters"]) / len(other["adapters"])
-            per_cluster = [each for each in auto["candidates"] if each["method"] == "joint"]
-            size = next((1 - each["saved_ratio"] for each in per_cluster if each["clusters"] == clusters), None)
-            if size is not None:
-                assert mean + size >= 0.95 * chosen["cost"]
+            assert mean + kept[clusters] > 1.01 * chosen["cost"]
 
     def test_the_ladder_climbs_by_quarters(self) -> None:
         assert list(_ladder(30)) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27]
@@ -221,7 +220,7 @@ class TestAuto:
         assert found["assignment"] == {"t00": 0}
         (only,) = found["adapters"]
         assert (only["nearest"], only["next_cluster"]) == (None, None)
-        assert found["outliers"][0]["reason"] == "alone"
+        assert found["outliers"] == []
 
 
 class TestCompressByFile:
@@ -236,6 +235,26 @@ class TestCompressByFile:
         said = capsys.readouterr().err
         assert said == (f"lorazip: error: --clusters {file}: it was made for other weights of 't02' (cluster again)\n")
         assert not (tmp_path / "b").exists()
+
+    def test_a_file_without_an_adapter_that_is_skipped_is_taken(self, tmp_path: Path) -> None:
+        """That it holds NaN shows only when its weights are read, after the file."""
+        root = ra.write_collection(tmp_path / "in", ra.plain(4))
+        tensors = load_file(root / "t02" / "adapter_model.safetensors")
+        save_file({key: x * float("nan") for key, x in tensors.items()}, root / "t02" / "adapter_model.safetensors")
+        file = tmp_path / "c.json"
+        assert main(["cluster", str(root), "-o", str(file), "--clusters", "2", "--skip-bad", "-q"]) == 0
+        assert "t02" not in json.loads(file.read_text())["assignment"]
+        argv = ["compress", str(root), "-o", str(tmp_path / "b"), "--clusters", str(file), "--skip-bad", "-q"]
+        assert main([*argv, "--dry-run"]) == 0
+        assert main(argv) == 0
+        assert [entry.name for entry in Bundle(tmp_path / "b").manifest.adapters] == ["t00", "t01", "t03"]
+
+    def test_a_file_that_is_no_utf8_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        root = ra.write_collection(tmp_path / "in", ra.plain(1))
+        file = tmp_path / "c.json"
+        file.write_bytes(b'{"schema":"lorazip.clusters/1","assignment":{"a\xff":0}}')
+        assert main(["compress", str(root), "-o", str(tmp_path / "b"), "--clusters", str(file)]) == 2
+        assert "not an assignment of adapters to numbers" in capsys.readouterr().err
 
     def test_a_file_for_other_names_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         root = ra.write_collection(tmp_path / "in", ra.plain(4))
@@ -319,6 +338,21 @@ class TestCommand:
         assert file.read_text() == "mine"
         assert main([*argv, "--force"]) == 0
         assert json.loads(file.read_text())["schema"] == "lorazip.clusters/1"
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "new.json"])
+    def test_no_file_goes_into_the_folder_of_an_adapter(self, tmp_path: Path, name: str) -> None:
+        root = ra.write_collection(tmp_path / "in", ra.plain(2))
+        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        assert main(["cluster", str(root), "-o", str(root / "t00" / name), "--force", "-q"]) == 2
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+    def test_a_name_cannot_forge_a_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        root = ra.write_collection(tmp_path / "in", ra.plain(2))
+        (root / "t00").rename(root / "x\nlorazip: error: forged")
+        assert main(["cluster", str(root), "-o", str(tmp_path / "c.json"), "--clusters", "2"]) == 0
+        argv = ["compress", str(root), "-o", str(tmp_path / "b"), "--rank", "1", "--max-error", "0.0001"]
+        assert main(argv) == 0
+        assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorazip: error")]
 
     def test_bad_adapters_are_named_or_skipped(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         root = ra.write_collection(tmp_path / "in", ra.plain(3))

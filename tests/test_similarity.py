@@ -45,12 +45,12 @@ def test_similarity_is_high_within_groups_and_depends_on_the_updates_alone() -> 
     assert torch.allclose(found, subspace_similarity(collected(rewritten(adapters)), 4), atol=1e-4)
 
 
-@pytest.mark.parametrize("small_cluster", [64, 2])
+@pytest.mark.parametrize("most_numbers", [2**24, 0])
 def test_held_out_error_is_that_of_a_basis_fitted_without_the_adapter(
-    monkeypatch: pytest.MonkeyPatch, small_cluster: int
+    monkeypatch: pytest.MonkeyPatch, most_numbers: int
 ) -> None:
     """Closely in a small cluster; about so where a single half-step must do, as in large ones."""
-    monkeypatch.setattr(similarity, "_SMALL_CLUSTER", small_cluster)
+    monkeypatch.setattr(similarity, "_HELD_OUT_NUMBERS", most_numbers)
     adapters, _ = groups([8], own=0.15)
     updates = collected(adapters)
     found = held_out_errors(updates, [0] * 8, 5, seed=0)
@@ -62,7 +62,7 @@ def test_held_out_error_is_that_of_a_basis_fitted_without_the_adapter(
             u, v = (side.double() for side in climb(others, hosvd(others, 5)))
             update = dense(adapters, i, module)
             lost += float(update.square().sum() - (u.mT @ update @ v).square().sum())
-        assert float(found[i]) == pytest.approx(lost / energy(adapters, i), rel=0.05 if small_cluster == 64 else 0.3)
+        assert float(found[i]) == pytest.approx(lost / energy(adapters, i), rel=0.05 if most_numbers else 0.3)
 
 
 def test_a_stranger_is_held_out_by_all_the_others() -> None:
@@ -120,13 +120,14 @@ def test_of_many_alike_each_is_paired_with_one_earlier() -> None:
 
 
 def test_a_missing_module_is_a_difference() -> None:
+    """Of all of that module's energy, which is little here."""
     adapters, _ = groups([1])
-    short = dict(adapters[0])
-    del short[0]
+    adapters[0][0] = (0.3 * adapters[0][0][0], adapters[0][0][1])
+    short = {module: factors for module, factors in adapters[0].items() if module != 0}
     own = float(dense(adapters, 0, 0).square().sum()) / energy(adapters, 0)
-    found = near_duplicates(collected([adapters[0], short]), seed=0, progress=Silent())
-    assert ([near.squared_distance for near in found] == [pytest.approx(own, rel=1e-5)]) == (own <= 0.1)
-    assert bool(found) == (own <= 0.1)
+    assert 0.005 < own < 0.1
+    (found,) = near_duplicates(collected([adapters[0], short]), seed=0, progress=Silent())
+    assert found.squared_distance == pytest.approx(own, rel=1e-5)
 
 
 def test_zero_adapters_are_nobodys_duplicates() -> None:

@@ -138,7 +138,7 @@ def _assign(
         probes=[collection.modules[module].name for module in probes.modules],
         adapters=adapters,
         clusters=_clusters(clustering, probes.similarity),
-        outliers=_outliers(adapters),
+        outliers=_outliers(adapters, (scanned.norms.sum(1) > 0).tolist()),
         near_duplicates=[
             NearDuplicate(first=names[near.first], second=names[near.second], squared_distance=near.squared_distance)
             for near in near_duplicates(updates, seed=seed, progress=progress)
@@ -193,14 +193,16 @@ def _clusters(clustering: Clustering, similarity: Tensor) -> list[ClusterFigures
     return figures
 
 
-def _outliers(adapters: list[AssignedAdapter]) -> list[Outlier]:
-    """As `Outlier` defines them, in the order of names."""
+def _outliers(adapters: list[AssignedAdapter], has_energy: list[bool]) -> list[Outlier]:
+    """As `Outlier` defines them, in the order of names; a zero adapter needs no cluster, and a single one has none."""
+    if len(adapters) == 1:
+        return []
     sizes: dict[int, int] = {}
     for adapter in adapters:
         sizes[adapter.cluster] = sizes.get(adapter.cluster, 0) + 1
     usual = 1 - float(numpy.median([adapter.held_out_squared_error for adapter in adapters]))
     found = []
-    for adapter in adapters:
+    for adapter in (each for each, some in zip(adapters, has_energy, strict=True) if some):
         shared = 1 - adapter.held_out_squared_error
         reason: Literal["alone", "loses-most", "shares-nothing"]
         if sizes[adapter.cluster] == 1:

@@ -87,7 +87,7 @@ def plan(
         )
     groups: Sequence[Sequence[int]]
     if isinstance(options.clusters, Path):
-        groups = _groups(_read_clusters(options.clusters, collection), collection)
+        groups = _groups(_read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
     else:
         groups = equal_groups(len(collection.adapters), options.clusters)
     return PlanReport(
@@ -122,7 +122,8 @@ def compress(
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     if isinstance(options.clusters, Path):
-        _read_clusters(options.clusters, collection)  # a mistake in it should not cost the reading of all weights
+        # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
+        _read_clusters(options.clusters, collection, may_lack=skip_bad)
     with atomic_directory(output, force=force, replaceable=is_bundle) as folder:
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance)
@@ -205,14 +206,18 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
     return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
-def _read_clusters(path: Path, collection: Collection) -> Assignment:
+def _read_clusters(path: Path, collection: Collection, *, may_lack: bool = False) -> Assignment:
     names = {adapter.name for adapter in collection.adapters}
-    return read_assignment(path, names, {skipped.name for skipped in collection.skipped})
+    return read_assignment(path, names, {skipped.name for skipped in collection.skipped}, may_lack=may_lack)
 
 
 def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
-    labels = assignment.labels([adapter.name for adapter in collection.adapters])
-    return [[i for i, label in enumerate(labels) if label == cluster] for cluster in range(max(labels) + 1)]
+    here = [i for i, adapter in enumerate(collection.adapters) if adapter.name in assignment.assignment]
+    labels = assignment.labels([collection.adapters[i].name for i in here])
+    groups: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
+    for i, label in zip(here, labels, strict=True):
+        groups[label].append(i)
+    return groups
 
 
 def _report(output: Path, manifest: Manifest, size: int, seconds: float) -> CompressReport:
