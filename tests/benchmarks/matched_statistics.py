@@ -14,10 +14,12 @@ from real_adapters import Svds, svds
 from torch import Tensor
 
 from lorazip_core.adapter import Collection
-from lorazip_core.cluster import assign_clusters
-from lorazip_core.diag import fit_diag, solve_diag
+from lorazip_core.assign import Probes, settle
+from lorazip_core.cp import solve_diag
+from lorazip_core.diag import fit_diag
 from lorazip_core.joint import Basis, fit_joint
 from lorazip_core.stack import Stack
+from lorazip_core.updates import Updates
 from lorazip_core.workers import in_order
 
 HANDFUL = 6
@@ -25,7 +27,7 @@ _RANKS = (8, 16, 32, 64)
 _QUANTILES = (0.1, 0.5, 0.9)
 
 Figures = dict[str, list[float]]
-Updates = Sequence[Svds]
+OfModules = Sequence[Svds]
 """One for each module, of the same adapters."""
 
 
@@ -57,7 +59,7 @@ def _quantiles(values: Tensor) -> list[float]:
     return torch.quantile(values.double().flatten(), torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
 
 
-def _energies(updates: Updates) -> Figures:
+def _energies(updates: OfModules) -> Figures:
     """Quantiles over adapters and modules of s²_k/Σs², of a module's share and of an adapter's energy."""
     squares = torch.stack([of.s for of in updates], dim=1).double().square()
     energy = squares.sum(2)
@@ -71,7 +73,7 @@ def _energies(updates: Updates) -> Figures:
     return found
 
 
-def _shared(updates: Updates) -> Figures:
+def _shared(updates: OfModules) -> Figures:
     """What pairs of adapters share: in the leading subspaces of each other, and in the directions of their updates."""
     overlaps: dict[int, list[Tensor]] = {1: [], 4: [], 16: []}
     for of in updates:
@@ -112,7 +114,7 @@ def _overlaps(of: Svds, k: int) -> Tensor:
     return captured[~torch.eye(n, dtype=torch.bool)]
 
 
-def _bases(updates: Updates) -> Figures:
+def _bases(updates: OfModules) -> Figures:
     """HOSVD, errors of shared bases with one and more clusters, and errors of adapters that a basis has not seen."""
     stacks = [Stack.of(of.unit(), range(len(of.s))) for of in updates]
     weights = torch.stack([of.s.square().sum(1) for of in updates], dim=1)  # energy of each module, [n, M]
@@ -173,16 +175,15 @@ def _held_out(stack: Stack, rank: int, halves: tuple[list[int], list[int]]) -> T
 
 def _clustered(stacks: Sequence[Stack], weights: Tensor, clusters: int) -> Tensor:
     """Squared error of each adapter over the modules with one basis for each cluster, [n]."""
-    labels = assign_clusters(
+    updates = Updates(
         lambda module: stacks[module].scaled(weights[:, module].sqrt()),
-        torch.ones_like(weights),
-        weights,
-        clusters,
-        16,
-        seed=0,
-        device=CPU,
-        advance=lambda steps: None,
+        [(stack.bt.shape[1], stack.a.shape[1]) for stack in stacks],
+        weights.double(),
+        torch.ones_like(weights, dtype=torch.float64),
+        CPU,
     )
+    tried = Probes(updates, 16).cluster(clusters, seed=0)
+    labels = settle(updates, tried.labels, 16, seed=0).labels
 
     def kept(stack: Stack) -> Tensor:
         shares = torch.zeros(len(labels))
