@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import msgspec
 import pytest
 import random_adapters as ra
 import torch
+from recorder import Recorder
 from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
@@ -375,25 +374,6 @@ class TestCommand:
         text = page.read_text()
         assert text.lower().startswith("<!doctype html>")
         assert "38 adapters in 2 clusters" in text
-
-
-class Recorder:
-    """A progress that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, tuple[int, int]] = {}
-
-    @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        self.stages[label] = total, 0
-
-        def advance(steps: int) -> None:
-            self.stages[label] = total, self.stages[label][1] + steps
-
-        yield advance
-
-    def note(self, text: str) -> None:
-        assert "\n" not in text
 
 
 @pytest.mark.parametrize("clusters", [2, "auto"])

@@ -16,6 +16,7 @@ import random_adapters as ra
 import torch
 from msgspec.structs import replace
 from peft_fixtures import edit_weights
+from recorder import Recorder
 from reference_reader import ReferenceReader
 
 from lorazip_core.bundle import AdapterEntry, Bundle
@@ -494,26 +495,6 @@ def test_an_interruption_leaves_no_folder_and_the_old_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * force
     assert contents(tmp_path / "out") == before
     checked(alike, tmp_path / "out", options, force=force)
-
-
-class Recorder:
-    """A progress that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, tuple[int, int]] = {}
-        self.notes: list[str] = []
-
-    @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Advance]:
-        self.stages[label] = total, 0
-
-        def advance(steps: int) -> None:
-            self.stages[label] = total, self.stages[label][1] + steps
-
-        yield advance
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_progress_arrives_where_it_said_it_would(mixed: Path, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from real_data import SHARED, Compressed, Process, Say
+from torch import Tensor
 
+from lorazip_core.adapter import Collection, open_collection
 from lorazip_core.compress import CompressOptions, CompressReport, compress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # reference_reader
@@ -35,6 +38,22 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
             print(text, flush=True)
 
     return line
+
+
+@pytest.fixture(scope="session")
+def collection(data: Path) -> Collection:
+    """The 32 adapters of smollm2-r16."""
+    return open_collection(data / "smollm2-r16")
+
+
+@pytest.fixture(scope="session")
+def weights(collection: Collection) -> Tensor:
+    """w_i = 1/Σ_m‖ΔW_im‖²."""
+    energy = [
+        sum(float((b.T @ b * (a @ a.T)).sum()) for b, a in (each.factors(name, torch.float64) for name in each.parts))
+        for each in collection.adapters
+    ]
+    return 1 / torch.tensor(energy, dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from real_data import Compressed, Say
 from reference_reader import ReferenceReader
 from torch import Tensor
 
-from lorazip_core.adapter import Collection, open_collection
+from lorazip_core.adapter import Collection
 from lorazip_core.compress import CompressOptions
 from lorazip_core.joint import fit_joint
 from lorazip_core.stack import Stack
@@ -76,21 +76,6 @@ def test_claimed_errors_are_those_of_a_dozen_lines_of_numpy(
         + (f"; adapters per cluster {report.clusters}" if len(report.clusters) > 1 else "")
     )
     assert deviation <= 1e-4
-
-
-@pytest.fixture(scope="module")
-def collection(data: Path) -> Collection:
-    return open_collection(data / "smollm2-r16")
-
-
-@pytest.fixture(scope="module")
-def weights(collection: Collection) -> Tensor:
-    """w_i = 1/Σ_m‖ΔW_im‖²."""
-    energy = [
-        sum(float((b.T @ b * (a @ a.T)).sum()) for b, a in (each.factors(name, torch.float64) for name in each.parts))
-        for each in collection.adapters
-    ]
-    return 1 / torch.tensor(energy, dtype=torch.float64)
 
 
 def modules_tried() -> list[str]:
