@@ -14,7 +14,7 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
     {"errors", "progress", "files", "text", "workers", "device", "sample"},
-    {"adapter", "bundle", "assignment"},
+    {"adapter", "bundle", "assignment", "lock"},
     {
         *{"linalg", "stack", "updates", "measure", "summary", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},

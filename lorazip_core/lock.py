@@ -1,0 +1,134 @@
+"""``lorazip.lock``: what a directory of fetched adapters consists of, byte for byte, and where each came from.
+
+Written by ``fetch``, read by it and by ``compress``, which puts the origin of each adapter into the manifest. It is
+indented, so that it can live in version control and its changes be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import Unsupported, UsageError
+
+LOCK_NAME = "lorazip.lock"
+SCHEMA: Literal["lorazip.lock/1"] = "lorazip.lock/1"
+
+Count = Annotated[int, Meta(ge=0)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class LockedFile(Struct, frozen=True):
+    """A file of an adapter, in its folder."""
+
+    path: FileName
+    size_bytes: Count
+    sha256: Sha256
+
+
+class Origin(Struct, frozen=True, kw_only=True):
+    """Where an adapter comes from: a repository of the Hub at a commit, or a local directory."""
+
+    repository: str | None = None
+    """``owner/name`` on the Hub; null for a local adapter."""
+    revision: str | None = None
+    """The branch, tag or commit that was asked for; null for the default branch."""
+    commit: Commit | None = None
+    """What that was when it was fetched; null for a local adapter."""
+    subfolder: str = ""
+    """The adapter's folder in its repository or directory, as a POSIX path; empty for the root."""
+    directory: str | None = None
+    """The local directory, as it was given."""
+    license: str | None = None
+    """The licence that its model card names, as the Hub writes it (``apache-2.0``)."""
+
+
+class LockedAdapter(Struct, frozen=True, kw_only=True):
+    """An adapter below the directory of the lock. ``name`` is its folder there, as a POSIX path."""
+
+    name: str
+    origin: Origin
+    base_model: str | None
+    files: list[LockedFile]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+class Filters(Struct, frozen=True, kw_only=True):
+    """What the adapters of a source were narrowed down to; see the options of ``fetch``."""
+
+    base_model: str | None = None
+    search: str | None = None
+    tags: list[str] = []
+    limit: int | None = None
+
+
+class LeftOut(Struct, frozen=True):
+    """Something that a source names and that is no adapter to fetch: which, and why."""
+
+    what: str
+    reason: str
+
+
+class LockedSource(Struct, frozen=True, kw_only=True):
+    """One SOURCE of ``fetch``, and the names of the adapters that it stands for."""
+
+    source: str
+    filters: Filters | None
+    complete: bool
+    """Whether all of it arrived; if not, the next run looks at it again."""
+    adapters: list[str]
+    left_out: list[LeftOut]
+
+
+class Lock(Struct, frozen=True, kw_only=True):
+    """The whole file: adapters in the order of their names, sources in the order in which they were first given."""
+
+    schema: Literal["lorazip.lock/1"] = SCHEMA
+    sources: list[LockedSource]
+    adapters: list[LockedAdapter]
+
+
+def encode_lock(lock: Lock) -> bytes:
+    """The bytes of the file: sorted keys, two blanks of indentation, UTF-8."""
+    text = json.dumps(msgspec.to_builtins(lock), sort_keys=True, ensure_ascii=False, indent=2)
+    return text.encode() + b"\n"
+
+
+def read_lock(directory: Path) -> Lock | None:
+    """The lock of ``directory``, or None when it has none.
+
+    Raises UsageError when the file is not a lock or names a place outside of ``directory``, Unsupported for another
+    version of the format.
+    """
+    path = directory / LOCK_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        fields = msgspec.json.decode(data)
+        schema = fields.get("schema") if isinstance(fields, dict) else None
+        if schema != SCHEMA and str(schema).startswith("lorazip.lock/"):
+            raise Unsupported(f"{path}: {schema}; this lorazip reads {SCHEMA}", "update lorazip")
+        lock = msgspec.convert(fields, Lock)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not a lock of lorazip: {error}", "restore it, or move it away and fetch") from None
+    for adapter in lock.adapters:
+        if not is_inner_path(adapter.name):
+            raise UsageError(f"{path}: the name {adapter.name!r} is no folder below it", "restore it, or fetch anew")
+    return lock
+
+
+def is_inner_path(path: str) -> bool:
+    """Whether a POSIX path stays below where it starts: no ``..``, not absolute, no empty or odd component."""
+    return all(part not in ("", ".", "..") and not re.search(r"[\\\x00-\x1f\x7f]", part) for part in path.split("/"))
