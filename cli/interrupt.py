@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lorazip_core.progress import Advance, Progress
+from lorazip_core.progress import Advance, Progress, Transfer
 
 _requested = False
 
@@ -57,6 +57,12 @@ class Interruptible:
                     raise KeyboardInterrupt
 
             yield heed
+
+    @contextmanager
+    def transfer(self, label: str, items: int, size: int) -> Iterator[Transfer]:
+        """Its steps are heard in other threads; the one that waits for them gets the signal itself."""
+        with self._inner.transfer(label, items, size) as transfer:
+            yield transfer
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -21,6 +21,7 @@ from .demo import demo
 from .exit_codes import BUG, INTERRUPTED
 from .export import export
 from .failures import explain
+from .fetch import fetch
 from .info import info
 from .interrupt import interruptible, requested
 from .verify import verify
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (cluster, compress, verify, export, info, demo):
+for verb in (fetch, cluster, compress, verify, export, info, demo):
     app.command()(verb)
 
 

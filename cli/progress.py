@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorazip_core.progress import Advance, Progress, Silent
-from lorazip_core.text import plain
+from lorazip_core.progress import Advance, Progress, Silent, Transfer
+from lorazip_core.text import count, megabytes, plain
 
 from . import console
 from .interrupt import Interruptible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 _OFTEN, _SELDOM = 10.0, 60.0  # seconds between two lines in a log while much happens, and at the most
 _WORTH_A_LINE = 1.0  # seconds that a stage takes before a log hears of its end
@@ -57,8 +60,46 @@ class Lines:
         if self._clock() - start >= _WORTH_A_LINE:
             console.say(f"{label}: done in {_duration(self._clock() - start)}")
 
+    @contextmanager
+    def transfer(self, label: str, items: int, size: int) -> Iterator[Transfer]:
+        start = self._clock()
+        lines = _TransferLines(label, items, size, self._clock)
+        console.say(f"{label}: {count(items, 'adapter')}, {megabytes(size)} ...")
+        yield lines
+        console.say(f"{lines.state()} in {_duration(self._clock() - start)}")
+
     def note(self, text: str) -> None:
         console.say(plain(text))
+
+
+class _TransferLines:
+    """How far a transfer is, for a log: a line when both 10 s and a tenth have passed, or a minute."""
+
+    def __init__(self, label: str, items: int, size: int, clock: Callable[[], float]) -> None:
+        self._label, self._items, self._size, self._clock = label, items, size, clock
+        self._mutex = threading.Lock()
+        self._start = self._said_at = clock()
+        self._done = self._arrived = self._said = 0
+
+    def received(self, size: int) -> None:
+        with self._mutex:
+            self._arrived += size
+            now = self._clock()
+            waited = now - self._said_at
+            if waited >= _SELDOM or (waited >= _OFTEN and self._arrived - self._said >= self._size / 10):
+                rate = (self._arrived - self._said) / waited
+                left = (self._size - self._arrived) / rate if rate > 0 else None
+                time_left = "" if left is None else f", about {_duration(left)} left"
+                console.say(f"{self.state()}, {megabytes(round(rate))}/s{time_left}")
+                self._said, self._said_at = self._arrived, now
+
+    def finished(self, items: int = 1) -> None:
+        with self._mutex:
+            self._done += items
+
+    def state(self) -> str:
+        sizes = f"{megabytes(self._arrived)} of {megabytes(self._size)}"
+        return f"{self._label}: {self._done:,} of {count(self._items, 'adapter')}, {sizes}"
 
 
 class Bars:
@@ -83,6 +124,16 @@ class Bars:
                 live.stop()
                 self._live = None
 
+    @contextmanager
+    def transfer(self, label: str, items: int, size: int) -> Iterator[Transfer]:
+        with _transfer_bars() as live:
+            bar = _TransferBar(live, live.add_task(label, total=size, items=items, done=0))
+            self._live = live
+            try:
+                yield bar
+            finally:
+                self._live = None
+
     def note(self, text: str) -> None:
         if self._live is None:
             console.say(plain(text))
@@ -90,8 +141,44 @@ class Bars:
             self._live.console.print(plain(text))
 
 
-def _rich_progress() -> RichProgress:
+class _TransferBar:
+    """A bar over bytes, with adapters done and the rate."""
+
+    def __init__(self, live: RichProgress, task: TaskID) -> None:
+        self._live, self._task = live, task
+        self._done = 0
+        self._mutex = threading.Lock()
+
+    def received(self, size: int) -> None:
+        self._live.advance(self._task, size)
+
+    def finished(self, items: int = 1) -> None:
+        with self._mutex:
+            self._done += items
+            self._live.update(self._task, done=self._done)
+
+
+def _transfer_bars() -> RichProgress:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description} {task.fields[done]:,}/{task.fields[items]:,}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=_stderr(),
+        transient=True,
+    )
+
+
+def _stderr() -> Console:
     from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _rich_progress() -> RichProgress:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     return Progress(
@@ -99,7 +186,7 @@ def _rich_progress() -> RichProgress:
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True),
+        console=_stderr(),
         transient=True,
     )
 

@@ -75,6 +75,12 @@ class OutputExists(LorazipError):
     meaning = "the output exists"
 
 
+class HubError(LorazipError):
+    slug = "hub"
+    exit_code = 7
+    meaning = "the Hub or the network does not answer or refuses"
+
+
 class LocalError(LorazipError):
     slug = "local"
     exit_code = 8

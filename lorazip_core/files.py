@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -61,7 +62,24 @@ def settle(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-    _sync(path)
+    sync(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """``target`` as a hard link to ``source``, or as a copy where the file system does not link; on the disk."""
+    try:
+        os.link(source, target)
+        sync(target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy with normal permissions, on the disk."""
+    shutil.copyfile(source, target)
+    settle(target)
 
 
 def tree(root: Path) -> Iterator[str]:
@@ -96,14 +114,14 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         check_output(target, force=force, replaceable=replaceable)
         yield partial
         (partial / _MARKER).unlink()
-        _sync_tree(partial)
+        sync_tree(partial)
         check_output(target, force=force, replaceable=replaceable)
         if target.exists():
             _replace(target, partial, old)
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -191,12 +209,14 @@ def _clear(folder: Path) -> None:
             entry.unlink()
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
+    """Have the directories at and below ``root`` on the disk; their files are written with `write_file` or `settle`."""
     for folder, _, _ in os.walk(root):
-        _sync(Path(folder))
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the entries of a directory, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -45,7 +45,7 @@ class Origin(Struct, frozen=True, kw_only=True):
     subfolder: str = ""
     """The adapter's folder in its repository or directory, as a POSIX path; empty for the root."""
     directory: str | None = None
-    """The local directory, as it was given."""
+    """The local directory, relative to that of the lock unless it was given as an absolute path."""
     license: str | None = None
     """The licence that its model card names, as the Hub writes it (``apache-2.0``)."""
 
@@ -83,9 +83,8 @@ class LockedSource(Struct, frozen=True, kw_only=True):
     """One SOURCE of ``fetch``, and the names of the adapters that it stands for."""
 
     source: str
+    """As it was given; a local directory relative to the one of the lock, unless it is absolute."""
     filters: Filters | None
-    complete: bool
-    """Whether all of it arrived; if not, the next run looks at it again."""
     adapters: list[str]
     left_out: list[LeftOut]
 

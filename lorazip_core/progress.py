@@ -9,6 +9,18 @@ from typing import Protocol
 Advance = Callable[[int], None]
 
 
+class Transfer(Protocol):
+    """A stage that is measured in bytes and in whole items; its methods may be called from several threads."""
+
+    def received(self, size: int) -> None:
+        """So many bytes more, or fewer when an attempt failed and its bytes do not count."""
+        ...
+
+    def finished(self, items: int = 1) -> None:
+        """So many items more are complete."""
+        ...
+
+
 class Progress(Protocol):
     """What a verb tells its caller while it works."""
 
@@ -16,9 +28,23 @@ class Progress(Protocol):
         """Open a stage of ``total`` steps; the function it yields is called with each number of steps done."""
         ...
 
+    def transfer(self, label: str, items: int, size: int) -> AbstractContextManager[Transfer]:
+        """Open a stage of ``items`` things that have ``size`` bytes together."""
+        ...
+
     def note(self, text: str) -> None:
         """Say one line that a person should see: a decision taken, an adapter left out."""
         ...
+
+
+class SilentTransfer:
+    """A transfer that tells nobody."""
+
+    def received(self, size: int) -> None:
+        pass
+
+    def finished(self, items: int = 1) -> None:
+        pass
 
 
 class Silent:
@@ -27,6 +53,10 @@ class Silent:
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Advance]:
         yield lambda steps: None
+
+    @contextmanager
+    def transfer(self, label: str, items: int, size: int) -> Iterator[Transfer]:
+        yield SilentTransfer()
 
     def note(self, text: str) -> None:
         pass

@@ -4,8 +4,8 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 ``B`` [d_out, r] and ``A`` [r, d_in] of an update ``ΔW = scale · B A``, with scale = alpha/r, or alpha/√r with rsLoRA.
 """
 
-from .collection import Collection, Skipped, open_collection
-from .config import LoraConfig
+from .collection import Collection, Skipped, find_adapters, inside, open_collection
+from .config import LoraConfig, NotLora, parse_config
 from .module import Kind, Module
 from .reader import Adapter, open_adapter
 from .writer import write_adapter
@@ -16,8 +16,12 @@ __all__ = [
     "Kind",
     "LoraConfig",
     "Module",
+    "NotLora",
     "Skipped",
+    "find_adapters",
+    "inside",
     "open_adapter",
     "open_collection",
+    "parse_config",
     "write_adapter",
 ]

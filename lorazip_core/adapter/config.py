@@ -29,6 +29,10 @@ _VARIANTS = {
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class NotLora(AdapterError):
+    """A PEFT configuration of another method, or none of PEFT at all."""
+
+
 class LoraConfig(msgspec.Struct, frozen=True):
     """The fields that lorazip needs, with PEFT's defaults for missing ones; ``raw`` is the whole object."""
 
@@ -70,9 +74,9 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
     except (ValueError, RecursionError) as error:
         raise AdapterError(adapter, f"{CONFIG_NAME} is not JSON: {error}") from None
     if not isinstance(raw, dict) or "peft_type" not in raw:
-        raise AdapterError(adapter, f"{CONFIG_NAME} has no peft_type: not a PEFT adapter")
+        raise NotLora(adapter, f"{CONFIG_NAME} has no peft_type: not a PEFT adapter")
     if raw["peft_type"] != "LORA":
-        raise AdapterError(adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA")
+        raise NotLora(adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA")
     for field, method in _VARIANTS.items():
         if raw.get(field):
             raise AdapterError(adapter, f"{method} is not supported: its update is not B A")

@@ -1,0 +1,200 @@
+"""`lorazip fetch`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorazip_core.lock import LOCK_NAME
+from lorazip_core.text import plain
+
+from . import console
+from .options import AllowPickle, Json, Quiet
+from .progress import progress
+from .table import count, megabytes, table
+
+if TYPE_CHECKING:
+    from lorazip_core.fetch import FetchedAdapter, FetchReport
+
+_LISTED = 10
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def _size(value: str | None) -> str | None:
+    """A number of bytes: 500MB, 2GiB, 1000000."""
+    if value is not None:
+        _bytes(value)
+    return value
+
+
+def _bytes(value: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMG]I?)?B?", value.upper())
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"{value!r} is no size such as 500MB or 2GiB", param_hint="'--max-size'")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def fetch(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapters go.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="owner/repo[/subfolder][@revision], collection:owner/slug, org:NAME, user:NAME, @list.txt or ./dir.",
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="ID", help="Only adapters of this base model.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", metavar="TEXT", help="Of org: and user:, only what matches.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option("--tag", metavar="TAG", help="Of org: and user:, only what has this tag; may be given again."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Of each org: and user:, only the N most downloaded."),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option("--max-size", metavar="SIZE", callback=_size, help="Leave out adapters with more (500MB, 2GiB)."),
+    ] = None,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Have just what DIR/lorazip.lock says, or fail with exit code 1.")
+    ] = False,
+    update: Annotated[bool, typer.Option("--update", help="Look for newer commits, and say what changes.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove fetched adapters that the sources do not name.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, max=64, help="Requests at a time.")] = 16,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast/--keep-going", help="Stop at the first failure, or bring what can be had.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be fetched; change nothing in DIR.")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without what cannot be used, is missing or is refused.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace fetched adapters whose files were changed.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Bring adapters from the Hub and from directories into DIR, pinned by DIR/lorazip.lock."""
+    from lorazip_core.fetch import FetchOptions
+    from lorazip_core.fetch import fetch as fetch_adapters
+
+    report = fetch_adapters(
+        sources or [],
+        output,
+        FetchOptions(
+            base_model=base_model,
+            search=search,
+            tags=tuple(tag or ()),
+            limit=limit,
+            max_bytes=None if max_size is None else _bytes(max_size),
+            allow_pickle=allow_pickle,
+            locked=locked,
+            update=update,
+            prune=prune,
+            force=force,
+            fail_fast=fail_fast,
+            skip_bad=skip_bad,
+            dry_run=dry_run,
+            jobs=jobs,
+        ),
+        progress=progress(quiet),
+    )
+    if json:
+        console.json(report)
+    elif dry_run:
+        _render_plan(report)
+    if not (json or quiet):
+        _render(report)
+    for failure in report.failures:
+        console.error(failure.message)
+    if report.failures and not quiet:
+        console.say(_unfinished(report))
+    return min((failure.exit_code for failure in report.failures), default=0)
+
+
+def _render_plan(report: FetchReport) -> None:
+    rows = [
+        (
+            adapter.name,
+            (adapter.origin.commit or "local")[:7],
+            f"{adapter.files:,}",
+            megabytes(adapter.size_bytes),
+            adapter.base_model or "-",
+            adapter.status,
+        )
+        for adapter in report.adapters
+    ]
+    if rows:
+        console.line(table(("adapter", "commit", "files", "size", "base model", "status"), rows))
+    console.line(f"{count(len(rows), 'adapter')}, {megabytes(report.summary.size_bytes)}")
+
+
+def _render(report: FetchReport) -> None:
+    summary = report.summary
+    if not report.dry_run:
+        _render_changes(report.adapters)
+    _list("removed", report.removed)
+    _list("left out", [f"{each.what}: {each.reason}" for each in report.left_out])
+    bases = Counter(adapter.base_model for adapter in report.adapters)
+    if len(bases) > 1:
+        named = ", ".join(f"{base or 'unnamed'} ({number:,})" for base, number in bases.most_common(3))
+        console.say(f"the adapters have {len(bases)} base models: {named}{' …' if len(bases) > 3 else ''}")
+    if report.dry_run:
+        return
+    there = f"{count(summary.adapters, 'adapter')} in {report.directory}, {megabytes(summary.size_bytes)}"
+    if report.complete and summary.present == summary.adapters and not report.removed:
+        console.say(f"{there}: all as they should be, nothing to download")
+        return
+    changes = [
+        f"{number:,} {what}"
+        for number, what in (
+            (summary.new, "new"),
+            (summary.updated, "updated"),
+            (summary.restored, "restored"),
+            (summary.present, "as they were"),
+            (summary.removed, "removed"),
+        )
+        if number
+    ]
+    console.say(f"{there}: {', '.join(changes) or 'none'}; {megabytes(summary.bytes_downloaded)} downloaded")
+
+
+def _render_changes(adapters: list[FetchedAdapter]) -> None:
+    """What --update changed."""
+    lines = [
+        f"{each.name}: {(each.previous_commit or '?')[:7]} to {(each.origin.commit or '?')[:7]}"
+        f" ({', '.join(each.changed_files) or 'no file that is needed'})"
+        for each in adapters
+        if each.previous_commit is not None
+    ]
+    _list("updated", lines)
+
+
+def _unfinished(report: FetchReport) -> str:
+    failures = count(len(report.failures), "failure")
+    if report.dry_run:
+        return failures
+    escape = "" if all(failure.exit_code not in (3, 7) for failure in report.failures) else ", or --skip-bad"
+    return f"{failures}: {LOCK_NAME} was not written; what has arrived stays (run again to go on{escape})"
+
+
+def _list(what: str, lines: list[str]) -> None:
+    if lines:
+        console.say(f"{what}: {len(lines):,}")
+        for text in lines[:_LISTED]:
+            console.say(f"  {plain(text)}")
+        if len(lines) > _LISTED:
+            console.say(f"  (and {len(lines) - _LISTED:,} more; --json has them all)")

@@ -1,0 +1,6 @@
+"""``fetch``: whole collections of adapters, from the Hub and from local directories, pinned by a lock."""
+
+from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
+from .run import FetchOptions, fetch
+
+__all__ = ["FetchFailure", "FetchOptions", "FetchReport", "FetchSummary", "FetchedAdapter", "fetch"]

@@ -1,0 +1,113 @@
+"""One adapter into its place: its files downloaded or copied, checked, and read by the adapter reader."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from ..adapter import open_adapter
+from ..errors import AdapterError, LocalError
+from ..files import copy, link_or_copy
+from ..lock import LockedAdapter, LockedFile
+from ..progress import Transfer
+from ..text import megabytes
+from .hub import Hub
+from .wanted import Wanted, WantedFile
+from .workspace import Workspace
+
+
+class NotAsLocked(AdapterError):
+    """A local adapter is not (any more) what the lock has."""
+
+
+def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, allow_pickle: bool) -> LockedAdapter:
+    """Have an adapter in its place, or held; its entry of the lock.
+
+    Raises AdapterError when the reader refuses it or a local one is not what it was, HubError, OSError.
+    """
+    folder = workspace.work(wanted.name)
+    try:
+        files = [_file(wanted, file, folder, hub, transfer) for file in wanted.files]
+        open_adapter(wanted.label, folder, allow_pickle=allow_pickle or _is_pickled(wanted))
+        entry = wanted.locked(files)
+        workspace.arrived(entry, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return entry
+
+
+def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, transfer: Transfer) -> LockedFile:
+    target = folder / file.name
+    if wanted.local is not None:
+        return _local_file(wanted, file, wanted.local / file.name, target, transfer)
+    assert wanted.origin.repository is not None
+    assert wanted.origin.commit is not None
+    told = 0
+
+    def received(size: int) -> None:
+        nonlocal told
+        told += size
+        transfer.received(size)
+
+    blob, identified = hub.file(wanted.origin.repository, wanted.origin.commit, file, received)
+    transfer.received(identified.size_bytes - told)  # what came from the cache
+    link_or_copy(blob, target)
+    return identified
+
+
+def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, transfer: Transfer) -> LockedFile:
+    """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
+    if not source.is_file():
+        raise NotAsLocked(wanted.label, f"{source} is not there", "--update takes what is there now")
+    copy(source, target)
+    identified = file.identify(target)
+    if identified is None:
+        raise NotAsLocked(wanted.label, f"{source} is not what it was", "--update takes what is there now")
+    transfer.received(identified.size_bytes)
+    return identified
+
+
+def _is_pickled(wanted: Wanted) -> bool:
+    """The lock has pickles only for who asked for them when it was made."""
+    return any(file.name.endswith(".bin") for file in wanted.files)
+
+
+def check_space(todo: Iterable[Wanted], directory: Path, hub: Hub) -> None:
+    """Raise LocalError if the files of ``todo`` do not fit, into the cache of the Hub or into ``directory``."""
+    cache = Path(constants.HF_HUB_CACHE)
+    places = {_device(path): path for path in (cache, directory)}
+    needed: Counter[int] = Counter()
+    for wanted in todo:
+        origin = wanted.origin
+        for file in wanted.files:
+            size = file.size_bytes or 0
+            if origin.repository is None or origin.commit is None:
+                needed[_device(directory)] += size
+                continue
+            if not hub.cached(origin.repository, origin.commit, file.path):
+                needed[_device(cache)] += size
+            if _device(cache) != _device(directory):  # else it is linked
+                needed[_device(directory)] += size
+    for device, size in needed.items():
+        free = shutil.disk_usage(_existing(places[device])).free
+        if size > free:
+            where = _existing(places[device])
+            raise LocalError(
+                f"{where}: {megabytes(size)} are needed, {megabytes(free)} are free",
+                "free some space, choose another -o, or move the cache with HF_HOME",
+            )
+
+
+def _device(path: Path) -> int:
+    return os.stat(_existing(path)).st_dev
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,213 @@
+"""From sources to adapters: which repositories, at which commit, which of their files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..adapter import NotLora, find_adapters, inside, open_adapter, parse_config
+from ..adapter.config import CONFIG_NAME
+from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
+from ..errors import AdapterError, LorazipError
+from ..lock import LeftOut, Origin, is_inner_path
+from ..text import count, megabytes
+from .hub import Hub, Snapshot
+from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
+from .trouble import HubRefused, HubUnavailable, RevisionGone
+from .wanted import Wanted, WantedFile
+
+README = "README.md"
+_SHARD = re.compile(r"adapter_model-[A-Za-z0-9._-]+\.safetensors")
+
+
+class Failure(Exception):
+    """One thing that was asked for and cannot be had; ``what`` names it."""
+
+    def __init__(self, what: str, error: LorazipError) -> None:
+        super().__init__(str(error))
+        self.what = what
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What adapters have to be like, whatever their source."""
+
+    max_bytes: int | None
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """A repository to look into. ``named``: it was asked for by its name, so that it must be an adapter."""
+
+    repository: str
+    revision: str | None = None
+    subfolder: str = ""
+    base_model: str | None = None
+    named: bool = field(default=True, compare=False)
+
+
+Found = Wanted | LeftOut | Failure
+
+
+def places(source: Source, hub: Hub) -> Iterator[Place | LeftOut]:
+    """The repositories that a source of the Hub stands for, and what of it is none. Raises HubError."""
+    base_model = source.filters.base_model if source.filters else None
+    match source:
+        case RepositorySource(repository=repository, revision=revision, subfolder=subfolder):
+            yield Place(repository, revision, subfolder, base_model)
+        case CollectionSource(slug=slug):
+            for kind, item in hub.collection(slug):
+                if kind == "model":
+                    yield Place(item, base_model=base_model, named=False)
+                else:
+                    yield LeftOut(item, f"a {kind}, not a model")
+        case AuthorSource(name=name, filters=filters):
+            taken, empty = 0, True
+            for repository, has_adapter in hub.repositories_of(name, filters):
+                empty = False
+                if not has_adapter:
+                    yield LeftOut(repository, f"no {CONFIG_NAME}: not an adapter")
+                elif filters.limit is None or taken < filters.limit:
+                    taken += 1
+                    yield Place(repository, base_model=base_model, named=False)
+            if empty:
+                raise HubRefused(f"{source.text}: the Hub lists no model that matches", "check the name and filters")
+
+
+def adapters_at(place: Place, pinned: str | None, hub: Hub, limits: Limits) -> list[Found]:
+    """The adapters of one repository: in its root, or else in its folders; or why there is none.
+
+    They are looked for at the commit ``pinned``, if the Hub still has it. Raises HubUnavailable.
+    """
+    try:
+        snapshot = _snapshot(place, pinned, hub)
+    except HubUnavailable:
+        raise
+    except LorazipError as error:
+        return [Failure(place.repository, error)]
+    folders = _folders(snapshot, place.subfolder)
+    if not folders:
+        within = f" in {place.subfolder}" if place.subfolder else ""
+        return [_misfit(place, AdapterError(place.repository, f"no {CONFIG_NAME}{within}: not an adapter"))]
+    found = [_adapter(place, snapshot, folder, hub, limits) for folder in folders]
+    if folders == [place.subfolder] and (others := _below(snapshot, place.subfolder)):
+        label = "/".join(filter(None, (place.repository, place.subfolder)))
+        reason = f"{count(len(others), 'more adapter')} in folders of an adapter; name a folder to have it"
+        found.append(LeftOut(f"{label}/…", reason))
+    return found
+
+
+def _snapshot(place: Place, pinned: str | None, hub: Hub) -> Snapshot:
+    if pinned is not None:
+        with contextlib.suppress(RevisionGone):
+            return hub.snapshot(place.repository, pinned)
+    return hub.snapshot(place.repository, place.revision)
+
+
+def _folders(snapshot: Snapshot, subfolder: str) -> list[str]:
+    """``subfolder`` if it is an adapter, else all adapters below it."""
+    config = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+    return [subfolder] if any(file.path == config for file in snapshot.files) else _below(snapshot, subfolder)
+
+
+def _below(snapshot: Snapshot, subfolder: str) -> list[str]:
+    start = f"{subfolder}/" if subfolder else ""
+    folders = {file.path.rpartition("/")[0] for file in snapshot.files if file.name == CONFIG_NAME}
+    return sorted(folder for folder in folders - {subfolder} if folder.startswith(start))
+
+
+def _adapter(place: Place, snapshot: Snapshot, folder: str, hub: Hub, limits: Limits) -> Found:
+    label = "/".join(filter(None, (snapshot.repository, folder)))
+    if folder and not is_inner_path(folder):
+        return LeftOut(label, "the path of its folder is unsafe")
+    try:
+        files = _chosen(label, snapshot, folder, limits.allow_pickle)
+        config_file = next(file for file in files if file.name == CONFIG_NAME)
+        path, _ = hub.file(snapshot.repository, snapshot.commit, config_file, lambda count: None)
+        base_model = parse_config(label, path.read_bytes()).base_model
+    except NotLora as error:
+        return _misfit(place, error)
+    except HubUnavailable:
+        raise
+    except LorazipError as error:
+        return Failure(label, error)
+    origin = Origin(
+        repository=snapshot.repository,
+        revision=place.revision,
+        commit=snapshot.commit,
+        subfolder=folder,
+        license=snapshot.license,
+    )
+    return _within_limits(Wanted(origin, base_model, files), place.base_model, place.named, limits)
+
+
+def _chosen(label: str, snapshot: Snapshot, folder: str, allow_pickle: bool) -> tuple[WantedFile, ...]:
+    """The files of an adapter that are needed: configuration, weights, model card."""
+    here = {file.name: file for file in snapshot.files if file.path.rpartition("/")[0] == folder}
+    names = [CONFIG_NAME, *([README] if README in here else [])]
+    if SAFETENSORS in here:
+        names.append(SAFETENSORS)
+    elif INDEX in here:
+        names += [INDEX, *filter(_SHARD.fullmatch, here)]
+    elif PICKLE not in here:
+        raise AdapterError(label, f"no weights: neither {SAFETENSORS} nor {INDEX}")
+    elif allow_pickle:
+        names.append(PICKLE)
+    else:
+        raise AdapterError(
+            label, f"{PICKLE} is pickled, and a pickle can run code", "--allow-pickle fetches and reads it safely"
+        )
+    return tuple(here[name] for name in sorted(names))
+
+
+def _within_limits(wanted: Wanted, base_model: str | None, named: bool, limits: Limits) -> Found:
+    reason = None
+    if base_model is not None and wanted.base_model != base_model:
+        reason = f"its base model is {wanted.base_model}, not {base_model}"
+    elif limits.max_bytes is not None and wanted.size_bytes > limits.max_bytes:
+        reason = f"it has {megabytes(wanted.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
+    if reason is None:
+        return wanted
+    return Failure(wanted.label, AdapterError(wanted.label, reason)) if named else LeftOut(wanted.label, reason)
+
+
+def _misfit(place: Place, error: AdapterError) -> Found:
+    """What is no LoRA adapter: left out of what was found by listing, a failure where it was asked for by name."""
+    return Failure(error.adapter, error) if place.named else LeftOut(error.adapter, error.reason)
+
+
+def local_adapters(source: DirectorySource, limits: Limits, license_of: Callable[[Path], str | None]) -> list[Found]:
+    """The adapters below a local directory."""
+    found: list[Found] = []
+    real_root = Path(os.path.realpath(source.path))
+
+    def present(path: Path) -> bool:
+        return path.is_file() and inside(real_root, path)
+
+    for name, folder in find_adapters(source.path):
+        subfolder = "" if name == "." else name
+        label = "/".join(filter(None, (source.text, subfolder)))
+        try:
+            adapter = open_adapter(label, folder, allow_pickle=limits.allow_pickle, present=present)
+        except NotLora as error:
+            found.append(LeftOut(label, error.reason))
+            continue
+        except AdapterError as error:
+            found.append(Failure(label, error))
+            continue
+        card = folder / README
+        paths = [*adapter.files, *([card] if present(card) else [])]
+        files = tuple(WantedFile(path.name, str(path), path.stat().st_size) for path in sorted(paths))
+        origin = Origin(directory=source.text, subfolder=subfolder, license=license_of(card))
+        wanted = Wanted(origin, adapter.config.base_model, files, local=folder)
+        found.append(_within_limits(wanted, source.filters.base_model if source.filters else None, False, limits))
+    if not found:
+        nothing = AdapterError(source.text, f"no {CONFIG_NAME} at or below it: no adapters here")
+        found.append(Failure(source.text, nothing))
+    return found

@@ -1,0 +1,127 @@
+"""Manners towards the Hub, laid around huggingface_hub's own HTTP client.
+
+The client retries on its own and thread by thread. What it does not do: when one request is told to wait (429 with
+Retry-After), all threads should wait; a request that nobody answers should end; and Ctrl-C should not have to wait for
+sixteen downloads. All of this is done through the client's public hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import logging
+import math
+import socket
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public by its documentation
+
+_TIMEOUT = 30.0  # seconds that a silent server has, where huggingface_hub would wait for ever
+_LONG_WAIT = 5.0  # seconds from which on a person is told
+
+
+class Stopped(Exception):
+    """The run is over: no request is made any more."""
+
+
+class Manners:
+    """Within its context every request waits as long as the Hub asks any of them to, and `stop` ends them all.
+
+    huggingface_hub says nothing on stderr meanwhile: what fails in the end is told by lorazip, once.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._lock = threading.Lock()
+        self._context = contextlib.ExitStack()
+        self._clients: list[Any] = []
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._not_before = 0.0
+        self.stopped = threading.Event()
+        self.last_answer = -math.inf
+        """When the Hub last answered something else than that it can't (`time.monotonic`)."""
+
+    def attach(self) -> None:
+        """Hook into the present client of huggingface_hub, which replaces it after connection errors."""
+        client = get_session()
+        with self._lock:
+            if not any(client is known for known in self._clients):
+                client.event_hooks["request"].append(self._before)
+                client.event_hooks["response"].append(self._after)
+                client.timeout = _TIMEOUT
+                self._clients.append(client)
+
+    def __enter__(self) -> Self:
+        logger = logging.getLogger("huggingface_hub")
+        self._level = logger.level
+        if not constants.HF_DEBUG:
+            logger.setLevel(logging.CRITICAL)
+        self._context.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Leave the client, its logger and the warnings as they were."""
+        self._context.close()
+        logging.getLogger("huggingface_hub").setLevel(self._level)
+        with self._lock:
+            for client in self._clients:
+                client.event_hooks["request"].remove(self._before)
+                client.event_hooks["response"].remove(self._after)
+                client.timeout = None
+            self._clients.clear()
+
+    def stop(self) -> None:
+        """End every request, now, also those that wait for a byte."""
+        self.stopped.set()
+        for connection in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _before(self, request: Any) -> None:
+        while not self.stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
+            self.stopped.wait(left)
+        if self.stopped.is_set():
+            raise Stopped
+        request.extensions["trace"] = self._remember
+
+    def _after(self, response: Any) -> None:
+        if response.status_code == 429:
+            self._wait(_seconds_to_wait(response.headers))
+        elif response.status_code < 500:
+            self.last_answer = time.monotonic()
+
+    def _wait(self, seconds: float) -> None:
+        with self._lock:
+            until = time.monotonic() + seconds
+            longer = until - self._not_before
+            self._not_before = max(self._not_before, until)
+        if seconds >= _LONG_WAIT and longer >= 1:
+            self._note(f"the Hub asks to wait {seconds:.0f} s (too many requests; HF_TOKEN raises the limit)")
+
+    def _remember(self, event: str, info: dict[str, Any]) -> None:
+        """Every connection as it is made, from the client's trace of what it does."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = info["return_value"].get_extra_info("socket")
+            if connection is not None:
+                self._sockets.add(connection)
+
+
+def _seconds_to_wait(headers: Any) -> float:
+    """What a 429 asks for: the end of the window of its rate limit, or Retry-After in seconds or as a date."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = headers.get("retry-after", "").strip()
+    if value.isdigit():
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return 0.0

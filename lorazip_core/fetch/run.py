@@ -1,0 +1,321 @@
+"""``fetch``: adapters from the Hub and from local directories into one directory, pinned by its lock."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..adapter import find_adapters
+from ..errors import AdapterError, CheckFailed, LocalError, LorazipError, OutputExists, UsageError
+from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, read_lock
+from ..progress import Progress, Silent, Transfer
+from ..text import count
+from .bring import NotAsLocked, bring, check_space
+from .hub import Hub
+from .listing import Failure, Limits
+from .manners import Manners, Stopped
+from .plan import Plan, Planner
+from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
+from .sources import read_sources, sources_of
+from .state import State, entry_of, identified, state_of
+from .trouble import HubDiffers, HubRefused, HubUnavailable
+from .wanted import Wanted, folder_digests
+from .workspace import Workspace, read_journal
+
+_SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """What a run is asked for; the options of the command line, and how patient it is with the Hub."""
+
+    base_model: str | None = None
+    search: str | None = None
+    tags: tuple[str, ...] = ()
+    limit: int | None = None
+    max_bytes: int | None = None
+    allow_pickle: bool = False
+    locked: bool = False
+    update: bool = False
+    prune: bool = False
+    force: bool = False
+    fail_fast: bool = False
+    skip_bad: bool = False
+    dry_run: bool = False
+    jobs: int = 16
+    attempts: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second attempt; they double with each, up to 30, and jitter is added."""
+
+    def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
+        """Raise UsageError for options that contradict each other."""
+        if self.locked and (self.update or self.prune):
+            raise UsageError("--locked changes no lock, so neither --update nor --prune goes with it")
+        if self.prune and not sources:
+            raise UsageError("--prune removes what the given sources do not name, and none is given")
+        if lock is None and (self.locked or not sources):
+            hint = "name a SOURCE, or choose another -o" if not self.locked else "fetch once without --locked"
+            raise UsageError(f"{directory} has no {LOCK_NAME}", hint)
+
+
+def fetch(
+    sources: Sequence[str], directory: Path, options: FetchOptions, *, progress: Progress = _SILENT
+) -> FetchReport:
+    """Have the adapters that ``sources`` name in ``directory``, and its lock written when all of them are there.
+
+    What fails on its own is in the report's ``failures``; what has arrived stays, and the next run goes on from there.
+    Raises UsageError, CheckFailed for sources that a lock to be kept to lacks, HubError when the Hub cannot be reached
+    at all, LocalError for a full disk or another run at work, and with ``fail_fast`` the first failure.
+    """
+    started = time.monotonic()
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file, not a directory", "choose another -o")
+    with ExitStack() as stack:
+        manners = stack.enter_context(Manners(progress.note))
+        workspace = None if options.dry_run else stack.enter_context(Workspace(directory))
+        executor = stack.enter_context(_executor(options.jobs, manners))
+        run = _Run(
+            directory, options, Hub(manners, options.attempts, options.first_wait), workspace, executor, progress
+        )
+        run.make_plan(sources)
+        run.compare()
+        if workspace is not None:
+            run.bring(workspace)
+        return run.report(time.monotonic() - started)
+
+
+@contextmanager
+def _executor(jobs: int, manners: Manners) -> Iterator[Executor]:
+    """Threads for the requests. Whatever ends the block early ends them too, wherever they wait."""
+    executor = ThreadPoolExecutor(jobs, thread_name_prefix="fetch")
+    try:
+        yield executor
+    except BaseException:
+        manners.stop()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Run:
+    """One run, step by step: plan, compare with what is there, bring what is not, report."""
+
+    directory: Path
+    options: FetchOptions
+    hub: Hub
+    workspace: Workspace | None
+    executor: Executor
+    progress: Progress
+    plan: Plan = field(default_factory=Plan)
+    states: dict[str, State] = field(default_factory=dict)
+    entries: dict[str, LockedAdapter] = field(default_factory=dict)
+    """What is in place, or held until all is there, by name."""
+    removed: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def __post_init__(self) -> None:
+        self.lock = read_lock(self.directory)
+        self.before = {entry.name: entry for entry in self.lock.adapters} if self.lock else {}
+        self.journal = read_journal(self.directory)
+
+    def make_plan(self, words: Sequence[str]) -> None:
+        """Which adapters, at which commits. Asks the Hub for what the lock does not know."""
+        options, lock = self.options, self.lock
+        options.check(words, lock, self.directory)
+        filters = Filters(
+            base_model=options.base_model, search=options.search, tags=sorted(options.tags), limit=options.limit
+        )
+        sources = read_sources(words, self.directory, filters)
+        limits = Limits(options.max_bytes, options.allow_pickle)
+        planner = Planner(self.directory, lock, self.journal, self.hub, limits, self.executor, self.progress)
+        if options.locked or not (sources or options.update):
+            self.plan = planner.from_lock(sources or None)
+        else:
+            sources = sources or (sources_of(lock, self.directory) if lock else [])
+            self.plan = planner.resolve(sources, update=options.update, prune=options.prune, skip_bad=options.skip_bad)
+        if options.prune:
+            named = {name for source in self.plan.sources for name in source.adapters}
+            self.removed = sorted(self.before.keys() - named)
+        self._heed_fail_fast()
+
+    def compare(self) -> None:
+        """What of it is there already. Every file is read: a size and a date prove nothing."""
+        with self.progress.stage("checking what is there", len(self.plan.wanted)) as advance:
+            for wanted, state in zip(self.plan.wanted, self.executor.map(self._state, self.plan.wanted), strict=True):
+                if not self._would_lose(wanted.label, wanted.name, state.lost):
+                    self.states[wanted.name] = state
+                    if state.entry is not None:
+                        self.entries[wanted.name] = state.entry
+                advance(1)
+        for name in self.removed:
+            ours = {file.path: file.sha256 for file in self.before[name].files}
+            there = folder_digests(self.directory / name)
+            self._would_lose(name, name, next((path for path in there if ours.get(path) != there[path]), None))
+        self._heed_fail_fast()
+
+    def bring(self, workspace: Workspace) -> None:
+        """Download and copy what is not there; if nothing is missing then, write the lock."""
+        todo = []
+        for wanted in self.plan.wanted:
+            if wanted.name in self.states and wanted.name not in self.entries:
+                held = entry_of(wanted, identified(wanted, workspace.held(wanted.name)))
+                if held is None:
+                    todo.append(wanted)
+                else:
+                    self.entries[wanted.name] = held
+        check_space(todo, self.directory, self.hub)
+        if todo:
+            size = sum(wanted.size_bytes for wanted in todo)
+            with self.progress.transfer("fetching", len(todo), size) as transfer:
+                self._bring_all(todo, workspace, transfer)
+        self._find_strangers()
+        if not self.plan.failures:
+            self._finish(workspace)
+
+    def _bring_all(self, todo: list[Wanted], workspace: Workspace, transfer: Transfer) -> None:
+        waiting = {
+            self.executor.submit(bring, wanted, self.hub, workspace, transfer, self.options.allow_pickle): wanted
+            for wanted in todo
+        }
+        stopping = False
+        for future in as_completed(waiting):
+            wanted = waiting[future]
+            try:
+                self.entries[wanted.name] = future.result()
+                transfer.finished()
+            except (CancelledError, Stopped):
+                continue
+            except (LorazipError, OSError) as error:
+                if stopping:  # it failed because of that
+                    continue
+                fatal = isinstance(error, HubUnavailable | OSError)  # the next ones would fail as well
+                self._fail(wanted, error if isinstance(error, LorazipError) else _local(error))
+                if fatal or (self.options.fail_fast and self.plan.failures):
+                    stopping = True
+                    for other in waiting:
+                        other.cancel()
+                    self.hub.stop()
+        if stopping:
+            missing = sum(wanted.name not in self.entries for wanted in todo)
+            self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
+
+    def _fail(self, wanted: Wanted, error: LorazipError) -> None:
+        """Record a failure; or, if that was asked for, leave the adapter out."""
+        if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
+            error = CheckFailed(error.message, error.hint)
+        elif self.options.skip_bad and isinstance(error, AdapterError | HubRefused):
+            reason = error.reason if isinstance(error, AdapterError) else str(error)
+            self.plan.leave_out(wanted, LeftOut(wanted.label, reason))
+            return
+        self.plan.failures.append(Failure(wanted.label, error))
+
+    def _would_lose(self, label: str, name: str, lost: str | None) -> bool:
+        if lost is None or self.options.force:
+            return False
+        where = f"{self.directory / name}: {lost} is not as lorazip wrote it"
+        error = OutputExists(where, "move it away, or --force to replace it")
+        self.plan.failures.append(Failure(label, error))
+        return True
+
+    def _state(self, wanted: Wanted) -> State:
+        place = self.workspace.place(wanted.name) if self.workspace else self.directory / wanted.name
+        known = [entries[wanted.name] for entries in (self.before, self.journal) if wanted.name in entries]
+        return state_of(wanted, place, known)
+
+    def _heed_fail_fast(self) -> None:
+        if self.options.fail_fast and self.plan.failures:
+            raise self.plan.failures[0].error
+
+    def _find_strangers(self) -> None:
+        """Adapters in the directory that nobody asked for: compress would take them as well."""
+        known = self.before.keys() | self.entries.keys() | self.journal.keys()
+        strangers = [name for name, _ in find_adapters(self.directory) if name not in known]
+        if self.options.locked:
+            for name in strangers:
+                error = CheckFailed(f"{self.directory / name}: {LOCK_NAME} has no such adapter", "move it away")
+                self.plan.failures.append(Failure(name, error))
+        elif strangers:
+            names = f"{strangers[0]!r}{f' and {len(strangers) - 1} more' if strangers[1:] else ''}"
+            self.progress.note(f"{self.directory} has adapters that were not fetched, such as {names}")
+
+    def _finish(self, workspace: Workspace) -> None:
+        adapters = self.before | self.entries
+        for name in self.removed:
+            del adapters[name]
+        lock = Lock(
+            sources=self.plan.sources, adapters=sorted(adapters.values(), key=lambda entry: entry.name.encode())
+        )
+        orphans = adapters.keys() - {name for source in lock.sources for name in source.adapters}
+        if orphans:
+            names = f"{min(orphans)!r}{f' and {len(orphans) - 1} more' if len(orphans) > 1 else ''}"
+            self.progress.note(
+                f"no source names {names} any more; --prune with the sources removes what they do not name"
+            )
+        workspace.finish(lock)
+        self.complete = True
+
+    def report(self, seconds: float) -> FetchReport:
+        """What was done; with ``dry_run`` what would be."""
+        adapters = [
+            self._fetched(wanted)
+            for wanted in self.plan.wanted
+            if wanted.name in self.states and (self.options.dry_run or wanted.name in self.entries)
+        ]
+        statuses = Counter(adapter.status for adapter in adapters)
+        removed = self.removed if self.complete or self.options.dry_run else []
+        return FetchReport(
+            directory=str(self.directory),
+            dry_run=self.options.dry_run,
+            locked=self.options.locked,
+            complete=self.complete,
+            adapters=adapters,
+            removed=removed,
+            left_out=self.plan.left_out,
+            failures=[_failure(failure) for failure in self.plan.failures],
+            summary=FetchSummary(
+                adapters=len(adapters),
+                new=statuses["new"],
+                updated=statuses["updated"],
+                restored=statuses["restored"],
+                present=statuses["present"],
+                removed=len(removed),
+                left_out=len(self.plan.left_out),
+                failures=len(self.plan.failures),
+                size_bytes=sum(adapter.size_bytes for adapter in adapters),
+                bytes_downloaded=self.hub.downloaded,
+                seconds=seconds,
+            ),
+        )
+
+    def _fetched(self, wanted: Wanted) -> FetchedAdapter:
+        state, entry, old = self.states[wanted.name], self.entries.get(wanted.name), self.before.get(wanted.name)
+        moved = old is not None and old.origin.commit != wanted.origin.commit
+        return FetchedAdapter(
+            name=wanted.name,
+            origin=wanted.origin,
+            base_model=wanted.base_model,
+            files=len(wanted.files),
+            size_bytes=entry.size_bytes if entry else wanted.size_bytes,
+            status=state.status,
+            previous_commit=old.origin.commit if old and moved else None,
+            changed_files=list(state.changed),
+        )
+
+
+def _failure(failure: Failure) -> FetchFailure:
+    error = failure.error
+    return FetchFailure(what=failure.what, slug=error.slug, exit_code=error.exit_code, message=str(error))
+
+
+def _local(error: OSError) -> LocalError:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    hint = "free some space, or choose another -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return LocalError(f"{where}{error.strerror or error}", hint)

@@ -1,0 +1,157 @@
+"""What went wrong with the Hub, in one line that says what to do about it.
+
+Nothing of an exception's own text is repeated but what the Hub says about a refusal: addresses can carry signatures and
+passwords, and a server can echo a token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from urllib.parse import urlsplit
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the httpx that the hub uses
+    DisabledRepoError,
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import HubError
+from ..text import plain
+
+_PASSING = (408, 429, 500, 502, 503, 504)
+
+
+class HubRefused(HubError):
+    """The Hub answered, and will not give it: missing, private, gated, gone. Asking again does not help."""
+
+
+class HubDiffers(HubRefused):
+    """The Hub does not have (any more) what it is said to have: the repository, the file, or these bytes."""
+
+
+class RevisionGone(HubDiffers):
+    """The repository is there, the revision is not."""
+
+
+class HubUnavailable(HubError):
+    """The Hub does not answer at all, or refuses everything: there is no use in asking for anything else."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether asking again may help."""
+    error = _root(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    return isinstance(error, HTTPError) or _is_inconsistent(error) or _is_xet(error)
+
+
+def translate(
+    error: BaseException, what: str, *, endpoint: str, revision: str | None, file: str | None, attempts: int
+) -> HubError | None:
+    """The failure that an exception of huggingface_hub stands for; None for one that is not about the Hub."""
+    error = _root(error)
+    where = f"{what}: {file}" if file else what
+    host = _without_password(endpoint)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnavailable(f"{where}: not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it online")
+    if isinstance(error, GatedRepoError):
+        return HubRefused(f"{what}: access is restricted", f"ask for it at {host}/{what}, {_log_in('then ')}")
+    if isinstance(error, RevisionNotFoundError):
+        return RevisionGone(f"{what}: it has no revision {revision!r}", "was it deleted or its history rewritten?")
+    if isinstance(error, EntryNotFoundError):
+        return HubDiffers(f"{where}: the Hub does not have it")
+    if isinstance(error, DisabledRepoError):
+        return HubRefused(f"{what}: the Hub has disabled it")
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, what, where, host, attempts)
+    if isinstance(error, HTTPError):
+        reason = _reason(error)
+        return HubError(
+            f"{where}: no answer from {host} after {_times(attempts)}: {reason}", "what has arrived is kept: run again"
+        )
+    if _is_inconsistent(error):
+        return HubError(f"{where}: {_times(attempts)} the connection ended early or late", "run again later")
+    if _is_xet(error):
+        return HubError(f"{where}: the Xet download failed {_times(attempts)}", "or go without: HF_HUB_DISABLE_XET=1")
+    if isinstance(error, json.JSONDecodeError | FileMetadataError):
+        return HubError(f"{what}: {host} does not answer as a Hub does", "is HF_ENDPOINT right, or a proxy in between?")
+    return None
+
+
+def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: int) -> HubError:
+    status = error.response.status_code
+    said = _harmless(error.server_message or "")
+    if status == 401 and "Invalid credentials" in said:
+        return HubUnavailable(f"{host} refuses your token", "renew HF_TOKEN, or run 'hf auth login'")
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        kind = HubDiffers if status == 404 else HubRefused  # without a token, what is missing is a 401 as well
+        if get_token() is None:
+            return kind(f"{what}: not found, or private", f"check the name; if it is private, {_log_in()}")
+        return kind(f"{what}: not found, or your token may not read it", "check the name and the token")
+    if status == 429:
+        return HubError(
+            f"{where}: the Hub still answers 429 (too many requests) after {_times(attempts)}",
+            "what has arrived is kept: run again later, with fewer --jobs, or with HF_TOKEN set",
+        )
+    if status in _PASSING:
+        return HubError(
+            f"{where}: the Hub still answers {status} after {_times(attempts)}",
+            "what has arrived is kept: run again later",
+        )
+    return HubRefused(f"{where}: the Hub answers {status}{f': {said}' if said else ''}")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The failure that huggingface_hub has wrapped: 'not in the cache' says why it could not be downloaded."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_inconsistent(error: BaseException) -> bool:
+    """huggingface_hub's bare OSError for a body of another length than was promised."""
+    return type(error) is OSError and "Consistency check failed" in str(error)
+
+
+def _is_xet(error: BaseException) -> bool:
+    return "xet" in type(error).__module__.lower() or "xet" in type(error).__name__.lower()
+
+
+def _log_in(before: str = "") -> str:
+    return f"{before}set HF_TOKEN or run 'hf auth login'"
+
+
+def _times(attempts: int) -> str:
+    return "1 attempt" if attempts == 1 else f"{attempts} attempts"
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost system error in words, or the kind of failure (``ReadTimeout``)."""
+    innermost = error
+    while (deeper := innermost.__cause__ or innermost.__context__) is not None:
+        innermost = deeper
+    if isinstance(innermost, OSError) and innermost.errno is not None:
+        return os.strerror(innermost.errno) if innermost.errno > 0 else (innermost.strerror or "unknown host")
+    return type(error).__name__
+
+
+def _harmless(text: str) -> str:
+    """What a server says, on one line, short, and without the token."""
+    token = get_token()
+    text = plain(" ".join(text.split()))
+    return (text.replace(token, "***") if token else text)[:200]
+
+
+def _without_password(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -1,0 +1,94 @@
+"""An adapter that is to be in the directory: which files, from where, and how to know them again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..files import sha256_file
+from ..lock import LockedAdapter, LockedFile, Origin
+
+
+@dataclass(frozen=True)
+class WantedFile:
+    """A file of an adapter. What the Hub does not tell is None; ``sha256`` or ``git_oid`` identify the content."""
+
+    name: str
+    path: str
+    """Where it is in the repository, or the local directory."""
+    size_bytes: int | None = None
+    sha256: str | None = None
+    git_oid: str | None = None
+    """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub tells of files that are not in Git LFS."""
+
+    def identify(self, path: Path) -> LockedFile | None:
+        """The file at ``path`` as the lock records it, or None when it is not the wanted one."""
+        size = path.stat().st_size
+        if self.size_bytes not in (None, size):
+            return None
+        sha256 = sha256_file(path)
+        if self.sha256 not in (None, sha256):
+            return None
+        if self.sha256 is None and self.git_oid not in (None, _git_oid(path, size)):
+            return None
+        return LockedFile(self.name, size, sha256)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter: where it comes from and its files. ``name``, its folder, is empty until names are given."""
+
+    origin: Origin
+    base_model: str | None
+    files: tuple[WantedFile, ...]
+    name: str = ""
+    local: Path | None = None
+    """The folder of a local adapter."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it: by where it comes from."""
+        place = self.origin.repository or self.origin.directory or ""
+        return "/".join(filter(None, (place, self.origin.subfolder)))
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that are known of."""
+        return sum(file.size_bytes or 0 for file in self.files)
+
+    def named(self, name: str) -> Wanted:
+        return replace(self, name=name)
+
+    def locked(self, files: list[LockedFile]) -> LockedAdapter:
+        """The entry of the lock, once its files have arrived."""
+        return LockedAdapter(name=self.name, origin=self.origin, base_model=self.base_model, files=files)
+
+
+def wanted_again(entry: LockedAdapter, directory: Path) -> Wanted:
+    """What an entry of the lock of ``directory`` stands for: just these bytes, from where they came."""
+    origin = entry.origin
+    folder = f"{origin.subfolder}/" if origin.subfolder else ""
+    files = tuple(WantedFile(file.path, folder + file.path, file.size_bytes, file.sha256) for file in entry.files)
+    local = None if origin.directory is None else directory / origin.directory / origin.subfolder
+    return Wanted(origin, entry.base_model, files, entry.name, local)
+
+
+def _git_oid(path: Path, size: int) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder of an adapter, by its path; a link, or what is no file, has an empty one."""
+    found: dict[str, str] = {}
+    for here, names, files in os.walk(folder):
+        for name in files + [name for name in names if (Path(here) / name).is_symlink()]:
+            path = Path(here) / name
+            plain = path.is_file() and not path.is_symlink()
+            found[path.relative_to(folder).as_posix()] = sha256_file(path) if plain else ""
+    return found
