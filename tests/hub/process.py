@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,13 @@ def repositories_of(directory: Path, owner: str) -> list[Repository]:
     """One for every adapter under a directory, tagged as the Hub tags adapters."""
     found = []
     for config in sorted(directory.rglob("adapter_config.json")):
-        name = config.parent.relative_to(directory).as_posix().replace("/", "--").strip(".") or directory.name
+        path = config.parent.relative_to(directory).as_posix()
+        # Ids are short of characters, and the client refuses "--" and "..".
+        name = re.sub(r"[^A-Za-z0-9_]+", "-", directory.name if path == "." else path).strip("-")
         card = {"library_name": "peft", "base_model": json.loads(config.read_bytes()).get("base_model_name_or_path")}
         found.append(Repository.from_directory(f"{owner}/{name}", config.parent, card_data=card))
+    if len({repository.id for repository in found}) < len(found):
+        raise ValueError("two adapters would be the same repository")
     return found
 
 

@@ -18,6 +18,7 @@ from .repository import Catalogue, Commit, Repository
 
 # A name has one or two segments, and what follows may look like one: the shorter reading is tried first.
 _NAME = r"(?P<id>[^/]+(?:/[^/]+)??)"
+_SHA = r"(?P<revision>[0-9a-f]{40})"
 _SORTED = {"downloads": "downloads", "likes": "likes", "lastModified": "last_modified", "id": "id"}
 _LIST_PARAMETERS = {
     *("author", "search", "filter", "gated", "sort", "direction"),
@@ -43,7 +44,7 @@ class Routes:
                 ("GET", rf"/api/models/{_NAME}", self._model),
                 ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", self._collection),
                 ("GET", r"/api/agent-harnesses", self._harnesses),
-                ("GET|HEAD", rf"/api/resolve-cache/models/{_NAME}/(?P<revision>[^/]+)/(?P<path>.+)", self._cached),
+                ("GET|HEAD", rf"/api/resolve-cache/models/{_NAME}/{_SHA}/(?P<path>.+)", self._cached),
                 ("GET|HEAD", rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", self._resolve),
             )
         ]
