@@ -4,6 +4,10 @@ with HubServer(Repository.of("org/adapter", {"adapter_config.json": b"{}"})) as 
     hub.faults.add(Status(503), method="GET", path="adapter_config", nth={1})
     HfApi(endpoint=hub.url).model_info("org/adapter")
     hub.log.requests
+
+Whoever asks is the unmodified huggingface_hub: in this process by `endpoint=`, in another one by HF_ENDPOINT. There is
+no Xet (files come from the CDN by plain HTTP, as they do to clients without hf_xet), no compression of answers, no
+uploads, no git protocol, no If-None-Match, and there are no repositories of data sets and spaces.
 """
 
 from .answers import Answer, Request

@@ -6,13 +6,13 @@ token and 404 with one. Of a gated repository everybody sees the metadata, and o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from email.message import Message
 
 from .answers import Refused
 from .repository import Catalogue, Collection, Repository
 
 
-def user_of(headers: Mapping[str, str], catalogue: Catalogue) -> str | None:
+def user_of(headers: Message, catalogue: Catalogue) -> str | None:
     """Who asks; None is anybody."""
     authorization = headers.get("Authorization")
     if authorization is None:

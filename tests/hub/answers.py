@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -24,7 +25,8 @@ class Request:
     path: str
     """The path with its percent-encoding removed; what faults match and the log shows. It has no secrets in it."""
     query: Mapping[str, list[str]]
-    headers: Mapping[str, str]
+    headers: Message
+    """Their names in any case."""
     body: bytes = b""
 
 

@@ -37,7 +37,7 @@ def model(repository: Repository, commit: Commit | None, fields: set[str], *, bl
     values: dict[str, Any] = {
         "author": repository.id.partition("/")[0] if "/" in repository.id else None,
         "cardData": repository.card_data or None,
-        "config": _config(files.get("adapter_config.json")),
+        "config": _config(files.get("adapter_config.json")) if "config" in fields else None,
         "createdAt": "2024-01-01T00:00:00.000Z",
         "disabled": repository.disabled,
         "downloads": repository.downloads,
@@ -48,7 +48,7 @@ def model(repository: Repository, commit: Commit | None, fields: set[str], *, bl
         "pipeline_tag": repository.card_data.get("pipeline_tag"),
         "private": repository.private,
         "sha": commit.sha if commit else None,
-        "siblings": [_sibling(path, file, blobs) for path, file in files.items()],
+        "siblings": [_sibling(path, file, blobs) for path, file in files.items()] if "siblings" in fields else None,
         "tags": repository.all_tags,
         "usedStorage": sum(file.size for file in files.values()),
     }
@@ -124,7 +124,7 @@ def _last_commit(commit: Commit) -> dict[str, Any]:
 
 def collection(of: Collection, user: str | None, catalogue: Catalogue) -> dict[str, Any]:
     """Without the models that the user may not see; an item that the catalogue doesn't know stays."""
-    items = []
+    items: list[dict[str, Any]] = []
     for item in of.items:
         repository = catalogue.repositories.get(item.id) if item.type == "model" else None
         if repository is not None and not is_visible(repository, user):

@@ -126,13 +126,11 @@ class Repository:
 
     def squash(self, branch: str = "main") -> str:
         """One commit without a past in place of a branch's history, whose commits cannot be asked for any more."""
-        gone = self.branches[branch]
-        files = self.commits[gone].files
-        sha: str | None = gone
-        while sha in self.commits:
-            assert sha is not None
-            sha = self.commits.pop(sha).parent
-        return self._add(Commit(files, None, "Super-squash branch"), branch)
+        gone: str | None = self.branches[branch]
+        new = self._add(Commit(self.commits[self.branches[branch]].files, None, "Super-squash branch"), branch)
+        while gone is not None and gone != new and gone in self.commits:
+            gone = self.commits.pop(gone).parent
+        return new
 
     def tag(self, name: str, sha: str | None = None) -> None:
         self.git_tags[name] = sha or self.head

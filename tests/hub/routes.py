@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
@@ -162,7 +162,7 @@ class Routes:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def _expanded(self, query: dict[str, list[str]]) -> set[str]:
+    def _expanded(self, query: Mapping[str, list[str]]) -> set[str]:
         fields = {*query.get("expand", ())}
         if unknown := fields - describe.EXPANDABLE:
             raise Refused(400, f"This server cannot expand {', '.join(sorted(unknown))}")
@@ -184,7 +184,7 @@ def _head(repository: Repository) -> Commit | None:
     return repository.at("main")
 
 
-def _matches(repository: Repository, query: dict[str, list[str]]) -> bool:
+def _matches(repository: Repository, query: Mapping[str, list[str]]) -> bool:
     author, search, gated = query.get("author"), query.get("search"), query.get("gated")
     return (
         (author is None or repository.id.split("/")[0] == author[0])
@@ -194,5 +194,5 @@ def _matches(repository: Repository, query: dict[str, list[str]]) -> bool:
     )
 
 
-def _is_true(query: dict[str, list[str]], name: str) -> bool:
+def _is_true(query: Mapping[str, list[str]], name: str) -> bool:
     return query.get(name, ["false"])[0].lower() in ("true", "1")
