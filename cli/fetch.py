@@ -152,7 +152,7 @@ def _render(report: FetchReport) -> None:
     if len(bases) > 1:
         named = ", ".join(f"{base or 'unnamed'} ({number:,})" for base, number in bases.most_common(3))
         console.say(f"the adapters have {len(bases)} base models: {named}{' …' if len(bases) > 3 else ''}")
-    if report.dry_run:
+    if report.dry_run or not (report.complete or summary.adapters):
         return
     there = f"{count(summary.adapters, 'adapter')} in {report.directory}, {megabytes(summary.size_bytes)}"
     if report.complete and summary.present == summary.adapters and not report.removed:

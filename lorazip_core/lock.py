@@ -68,7 +68,7 @@ class Filters(Struct, frozen=True, kw_only=True):
 
     base_model: str | None = None
     search: str | None = None
-    tags: list[str] = []
+    tags: tuple[str, ...] = ()
     limit: int | None = None
 
 

@@ -115,7 +115,7 @@ class Planner:
 
     def _look_up(self, sources: Sequence[Source], update: bool) -> dict[Source, list[Found]]:
         found: dict[Source, list[Found]] = {source: [] for source in sources}
-        remote = [source for source in sources if not isinstance(source, DirectorySource)]
+        remote: list[Source] = [source for source in sources if not isinstance(source, DirectorySource)]
         wanted_places: dict[Source, list[Place]] = {}
         for asked, listed in zip(remote, self._executor.map(self._places, remote), strict=True):
             wanted_places[asked] = [place for place in listed if isinstance(place, Place)]

@@ -131,7 +131,7 @@ class _Run:
         options, lock = self.options, self.lock
         options.check(words, lock, self.directory)
         filters = Filters(
-            base_model=options.base_model, search=options.search, tags=sorted(options.tags), limit=options.limit
+            base_model=options.base_model, search=options.search, tags=tuple(sorted(options.tags)), limit=options.limit
         )
         sources = read_sources(words, self.directory, filters)
         limits = Limits(options.max_bytes, options.allow_pickle)
