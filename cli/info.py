@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from lorazip_core.text import plain
 
 from . import console
 from .options import Bundle, Json
@@ -10,6 +13,9 @@ from .table import count, error, megabytes, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.info import AdapterInfo, InfoReport
+    from lorazip_core.lock import Origin
+
+_UNKNOWN = "unknown"  # the Hub's own word for it, too
 
 
 def info(bundle: Bundle, json: Json = False) -> int:
@@ -41,6 +47,9 @@ def _render(report: InfoReport) -> None:
         f"size         {megabytes(report.bytes_bundle)}, was {megabytes(report.bytes_original)}:"
         f" {times(report.bytes_original, report.bytes_bundle)}"
     )
+    known = any(adapter.origin for adapter in report.adapters)
+    if known:
+        console.line(f"licences     {_licences(report.adapters)}")
     if report.clusters:
         clusters = [
             (
@@ -61,11 +70,13 @@ def _render(report: InfoReport) -> None:
             str(adapter.modules),
             error(adapter.squared_error),
             megabytes(adapter.bytes_own),
+            *((_source(adapter.origin), _licence(adapter.origin) or "-") if known else ()),
         )
         for adapter in report.adapters
     ]
+    head = ("adapter", "kept as", "modules", "squared error", "its own", *(("source", "licence") if known else ()))
     console.line()
-    console.line(table(("adapter", "kept as", "modules", "squared error", "its own"), adapters))
+    console.line(table(head, adapters))
     if report.skipped:
         console.line()
         console.line(f"left out: {count(len(report.skipped), 'adapter')}")
@@ -75,3 +86,24 @@ def _render(report: InfoReport) -> None:
 
 def _alone(adapter: AdapterInfo) -> str:
     return adapter.scheme if adapter.rank is None else f"{adapter.scheme}, rank {adapter.rank}"
+
+
+def _source(origin: Origin | None) -> str:
+    """``owner/repo/sub@1234567``, as ``fetch`` takes it; a local directory as it was given; '-' for nothing known."""
+    if origin is None:
+        return "-"
+    place = origin.directory if origin.repository is None else origin.repository
+    commit = f"@{origin.commit[:7]}" if origin.commit else ""
+    return ("/".join(filter(None, (place, origin.subfolder))) or "-") + commit
+
+
+def _licence(origin: Origin | None) -> str:
+    """As the Hub writes it; empty when it is not known."""
+    return origin.license or "" if origin else ""
+
+
+def _licences(adapters: list[AdapterInfo]) -> str:
+    """Every licence and how many adapters have it, the most frequent first, the unknown last."""
+    counts = Counter(_licence(adapter.origin) or _UNKNOWN for adapter in adapters)
+    ordered = sorted(counts.items(), key=lambda item: (item[0] == _UNKNOWN, -item[1], item[0]))
+    return ", ".join(f"{plain(name)} ({number:,})" for name, number in ordered)

@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleEntry, Parameters, ShardEntry, SkippedEntry
+from .lock import Origin
 
 
 class ModuleShape(Struct, frozen=True):
@@ -43,6 +44,7 @@ class AdapterInfo(Struct, frozen=True):
     squared_error: float
     bytes_original: int
     bytes_own: int
+    origin: Origin | None
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
@@ -107,6 +109,7 @@ def info(path: Path) -> InfoReport:
                 bytes_original=_original(adapter),
                 bytes_own=shares.get(index, 0)
                 + sum(sizes[own] for own in (adapter.individual, adapter.extras, adapter.config) if own is not None),
+                origin=adapter.origin,
             )
             for index, adapter in enumerate(manifest.adapters)
         ],

@@ -106,8 +106,8 @@ def encode_lock(lock: Lock) -> bytes:
 def read_lock(directory: Path) -> Lock | None:
     """The lock of ``directory``, or None when it has none.
 
-    Raises UsageError when the file is not a lock or names a place outside of ``directory``, Unsupported for another
-    version of the format.
+    Raises UsageError when the file is not a lock, or names a place outside of ``directory`` or one adapter twice, and
+    Unsupported for another version of the format.
     """
     path = directory / LOCK_NAME
     try:
@@ -119,12 +119,18 @@ def read_lock(directory: Path) -> Lock | None:
         schema = fields.get("schema") if isinstance(fields, dict) else None
         if schema != SCHEMA and str(schema).startswith("lorazip.lock/"):
             raise Unsupported(f"{path}: {schema}; this lorazip reads {SCHEMA}", "update lorazip")
+        if schema is None:  # the type has a default for it
+            raise msgspec.ValidationError("it names no schema")
         lock = msgspec.convert(fields, Lock)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not a lock of lorazip: {error}", "restore it, or move it away and fetch") from None
+    names: set[str] = set()
     for adapter in lock.adapters:
         if not is_inner_path(adapter.name):
             raise UsageError(f"{path}: the name {adapter.name!r} is no folder below it", "restore it, or fetch anew")
+        if adapter.name in names:
+            raise UsageError(f"{path}: two adapters are named {adapter.name!r}", "restore it, or fetch anew")
+        names.add(adapter.name)
     return lock
 
 

@@ -1,4 +1,4 @@
-"""The first pass over the weights: digests, NaN and Inf, and the energy of every update."""
+"""The first pass over the weights: digests, also against a lock, NaN and Inf, and the energy of every update."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .bundle import SourceEntry, Weights
 from .errors import AdapterError, AdapterErrors
 from .files import canonical_json, sha256_bytes, sha256_file
 from .linalg import squared_norm
+from .lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from .progress import Advance
 from .stack import Stack
 from .updates import Updates
@@ -22,11 +23,13 @@ from .workers import in_order
 
 @dataclass(frozen=True)
 class Scan:
-    """A collection whose tensors are all finite, with ‖ΔW_im‖² [n, M] in float64 and the source files."""
+    """A collection whose tensors are all finite, with ‖ΔW_im‖² [n, M] in float64 and, by adapter, the source files."""
 
     collection: Collection
     norms: Tensor
     files: list[list[SourceEntry]]
+    origins: list[Origin | None]
+    """Where the lock of the collection says that each adapter comes from; None for those that it does not name."""
 
     def updates(self, per: Weights, device: torch.device) -> Updates:
         """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
@@ -51,9 +54,16 @@ class Scan:
 def scan(collection: Collection, *, skip_bad: bool, advance: Advance) -> Scan:
     """Read every tensor once, adapter by adapter. ``advance`` is called with 1 for each.
 
-    Raises AdapterErrors for NaN and Inf, unless ``skip_bad``: then these adapters leave the collection.
+    Raises AdapterErrors for NaN and Inf and for files that are not those of the collection's lock, unless ``skip_bad``:
+    then these adapters leave the collection. A lock that cannot be read raises as `read_lock` does.
     """
-    found = in_order(_read, collection.adapters, torch.device("cpu"))
+    lock = read_lock(collection.root)
+    locked = {adapter.name: adapter for adapter in lock.adapters} if lock else {}
+
+    def read_one(adapter: Adapter) -> tuple[dict[str, float], list[SourceEntry]] | AdapterError:
+        return _read(adapter, locked.get(adapter.name))
+
+    found = in_order(read_one, collection.adapters, torch.device("cpu"))
     read: dict[str, tuple[dict[str, float], list[SourceEntry]]] = {}
     bad: list[AdapterError] = []
     for adapter, result in zip(collection.adapters, found, strict=True):
@@ -70,19 +80,35 @@ def scan(collection: Collection, *, skip_bad: bool, advance: Advance) -> Scan:
         for adapter in collection.adapters
     ]
     return Scan(
-        collection, torch.tensor(norms, dtype=torch.float64), [read[adapter.name][1] for adapter in collection.adapters]
+        collection,
+        torch.tensor(norms, dtype=torch.float64),
+        [read[adapter.name][1] for adapter in collection.adapters],
+        [locked[adapter.name].origin if adapter.name in locked else None for adapter in collection.adapters],
     )
 
 
-def _read(adapter: Adapter) -> tuple[dict[str, float], list[SourceEntry]] | AdapterError:
+def _read(adapter: Adapter, locked: LockedAdapter | None) -> tuple[dict[str, float], list[SourceEntry]] | AdapterError:
     """‖ΔW‖² of every module and the digests of the files, or what is wrong."""
+    files = [_source(adapter, path) for path in adapter.files]
     try:
+        if locked is not None:  # first: NaN in a file that is another one by now says nothing about the adapter
+            _check_locked(adapter, files, locked)
         norms = _module_norms(adapter)
         for key in adapter.extras:
             _check_finite(adapter, key)
     except AdapterError as error:
         return error
-    return norms, [_source(adapter, path) for path in adapter.files]
+    return norms, files
+
+
+def _check_locked(adapter: Adapter, files: list[SourceEntry], locked: LockedAdapter) -> None:
+    """What is read is what was fetched. A file that the lock has and nobody reads, like a model card, may change."""
+    digests = {file.path: file.sha256 for file in locked.files}
+    for file in files:
+        if digests.get(file.path) != file.sha256:
+            what = f"not what {LOCK_NAME} has" if file.path in digests else f"not in {LOCK_NAME}"
+            hint = f"fetch again with --force, or remove {LOCK_NAME}"
+            raise AdapterError(adapter.name, f"{file.path} is {what}", hint)
 
 
 def _module_norms(adapter: Adapter) -> dict[str, float]:

@@ -233,6 +233,7 @@ MANIFESTS = [
     Broken("an adapter of another cluster", manifest(lambda m: m["adapters"][0].update(cluster=1)), {"manifest"}),
     Broken("an adapter of no cluster", manifest(lambda m: m["adapters"][0].update(cluster=9)), {"manifest"}),
     Broken("an adapter of no module set", manifest(lambda m: m["adapters"][0].update(module_set=99)), {"manifest"}),
+    Broken("a commit that is none", manifest(lambda m: m["adapters"][0]["origin"].update(commit="main")), {"manifest"}),
     Broken("two adapters of one name", manifest(lambda m: m["adapters"][0].update(name="b/c")), {"manifest"}),
     Broken(
         "cores of a basis that is not there",

@@ -28,6 +28,7 @@ from lorazip_core.bundle import (
     SourceEntry,
 )
 from lorazip_core.files import safe_name, sha256_file
+from lorazip_core.lock import Origin
 
 BASE = "org/base"
 MODULES = [
@@ -52,11 +53,14 @@ class Sketch:
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     scale: float = 2.0
+    origin: Origin | None = None
 
 
+HUB = Origin(repository="alice/loras", revision="main", commit="0123456789" * 4, subfolder="a b", license="apache-2.0")
+LOCAL = Origin(directory="/home/bob/adapters", subfolder="c")
 SKETCHES = [
-    Sketch("a", "joint", [0, 1, 2, 3], 3, extras={EXTRA: torch.arange(6.0).reshape(2, 3)}),
-    Sketch("b/c", "joint", [2, 3], 4, dtype=torch.bfloat16, scale=0.5),
+    Sketch("a", "joint", [0, 1, 2, 3], 3, extras={EXTRA: torch.arange(6.0).reshape(2, 3)}, origin=HUB),
+    Sketch("b/c", "joint", [2, 3], 4, dtype=torch.bfloat16, scale=0.5, origin=LOCAL),
     Sketch("d", "joint", [1, 2], 3),
     Sketch("e", "diag", [0, 2, 3], 2),
     Sketch("f", "diag", [2], 5, dtype=torch.float16),
@@ -240,6 +244,7 @@ class _Maker:
             mean_module_squared_error=sum(ratios.values()) / len(ratios),
             worst_module=None if sketch.zero else ModuleError(MODULES[worst].name, ratios[worst]),
             because="method",
+            origin=sketch.origin,
         )
 
 

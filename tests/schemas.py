@@ -14,6 +14,7 @@ from lorazip_core.cluster import ClusterReport
 from lorazip_core.compress import CompressReport, PlanReport
 from lorazip_core.export import ExportReport
 from lorazip_core.info import InfoReport
+from lorazip_core.lock import Lock
 from lorazip_core.verify import VerifyReport
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
@@ -24,6 +25,7 @@ TYPES: dict[str, type] = {
     "compress-1": CompressReport,
     "export-1": ExportReport,
     "info-1": InfoReport,
+    "lock-1": Lock,
     "plan-1": PlanReport,
     "verify-1": VerifyReport,
 }

@@ -12,7 +12,7 @@ import pytest
 import schemas
 import torch
 from broken import flip
-from random_bundle import EXTRA, SKETCHES, as_json, make_bundle
+from random_bundle import EXTRA, HUB, LOCAL, SKETCHES, as_json, make_bundle
 from reference_reader import DamagedError, ReferenceReader
 
 from lorazip_core.bundle import DTYPES, Bundle
@@ -110,6 +110,7 @@ def test_info_describes_what_is_inside(path: Path) -> None:
     assert 0 <= report.bytes_bundle - shared - own < len(SKETCHES)  # shares of a shard are rounded down
     assert report.bytes_bundle == bundle.size_bytes == sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     assert [skipped.name for skipped in report.skipped] == ["bad"]
+    assert [adapter.origin for adapter in report.adapters] == [HUB, LOCAL, *[None] * 6]
 
 
 def test_info_reads_no_tensors(tmp_path: Path) -> None:
@@ -156,7 +157,9 @@ def test_what_is_written_is_valid(path: Path) -> None:
         ("bundle-1", lambda d: d.update(format_version=2)),
         ("bundle-1", lambda d: d["files"][0].update(path="/etc/passwd")),
         ("bundle-1", lambda d: d["adapters"][0].update(scheme="zip")),
+        ("bundle-1", lambda d: d["adapters"][0]["origin"].update(commit="main")),
         ("info-1", lambda d: d.pop("schema")),
+        ("info-1", lambda d: d["adapters"][0].pop("origin")),
         ("verify-1", lambda d: d.update(schema="lorazip.verify/2")),
         ("verify-1", lambda d: d["adapters"][0].pop("squared_error")),
     ],

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from ..errors import BundleDamaged, Unsupported, UsageError
 from ..files import canonical_json, sha256_bytes
+from ..lock import Origin
 
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
 FORMAT_VERSION: Literal[1] = 1
@@ -88,7 +89,7 @@ class ModuleError(Struct, frozen=True):
     squared_error: SquaredError
 
 
-class AdapterEntry(Struct, frozen=True):
+class AdapterEntry(Struct, frozen=True, omit_defaults=True):
     """An adapter: where it came from, how it is kept, and what that costs."""
 
     name: str
@@ -113,6 +114,8 @@ class AdapterEntry(Struct, frozen=True):
     worst_module: ModuleError | None
     because: Literal["method", "max_error"]
     """Why it has its scheme: the method asked for, or that it would exceed ``max_error`` otherwise."""
+    origin: Origin | None = None
+    """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
 
 
 class SkippedEntry(Struct, frozen=True):

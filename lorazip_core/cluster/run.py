@@ -79,7 +79,7 @@ def cluster(
     """Group the adapters below ``root`` for shared bases; ``output`` is where the caller will write the file.
 
     Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), UsageError for options that make no
-    sense, and LocalError for a device that is not there.
+    sense, LocalError for a device that is not there, and for the lock of ``root`` as `read_lock` does.
     """
     started = time.monotonic()
     device = find_device(options.device)

@@ -126,6 +126,7 @@ class Assembly:
             mean_module_squared_error=sum(shares.values()) / len(shares),
             worst_module=ModuleError(worst, shares[worst]),
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
+            origin=self.scan.origins[number],
         )
 
 

@@ -114,7 +114,8 @@ def compress(
     """Compress the adapters below ``root`` into a bundle at ``output``, which appears whole or not at all.
 
     Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), OutputExists, UsageError for options
-    that make no sense, and LocalError for a device that is not there or a value that the dtype cannot hold.
+    that make no sense, LocalError for a device that is not there or a value that the dtype cannot hold, and for the
+    lock of ``root`` as `read_lock` does.
     """
     started = time.monotonic()
     device = find_device(options.device)

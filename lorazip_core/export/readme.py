@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import re
 from typing import NamedTuple
+from urllib.parse import quote
 
 from ..bundle import AdapterEntry, Bundle
+from ..lock import Origin, is_inner_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_UNKNOWN = Origin()
 
 
 class Changes(NamedTuple):
@@ -25,9 +31,13 @@ class Changes(NamedTuple):
 def readme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
     """The text of ``README.md``, with the front matter of a model card."""
     base = adapter.base_model
-    front = ["library_name: peft", "tags:", "- lora", "- lorazip"]
+    origin = adapter.origin or _UNKNOWN
+    front = ["library_name: peft"]
     if base and _HUB_ID.fullmatch(base):
         front.insert(0, f"base_model: {json.dumps(base)}")
+    if origin.license and _LICENSE.fullmatch(origin.license):
+        front.append(f"license: {json.dumps(origin.license)}")
+    front += ["tags:", "- lora", "- lorazip"]
     sources = "\n".join(f"| {_code(file.path)} | {file.size_bytes} | `{file.sha256}` |" for file in adapter.files)
     return f"""---
 {chr(10).join(front)}
@@ -39,7 +49,7 @@ A LoRA adapter of {_code(base) if base else "an unnamed base model"}, exported f
 
 ## Origin
 
-The adapter {_code(adapter.name)}, read from these files. Its licence is that of the original adapter.
+The adapter {_code(adapter.name)}{_source(origin)}, read from these files. {_license(origin)}
 
 | file | bytes | sha256 |
 |---|---|---|
@@ -59,6 +69,26 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
+
+
+def _source(origin: Origin) -> str:
+    """The repository, linked where its name and commit can only be those of the Hub.
+
+    A local directory is left out: it says nothing to whoever reads a model card, and much of who wrote it.
+    """
+    if not origin.repository:
+        return ""
+    repository, commit = _code(origin.repository), origin.commit
+    if commit and _REPOSITORY.fullmatch(origin.repository) and _COMMIT.fullmatch(commit):
+        folder = f"/{quote(origin.subfolder)}" if is_inner_path(origin.subfolder) else ""
+        repository = f"[{repository}](https://huggingface.co/{origin.repository}/tree/{commit}{folder})"
+    folder = f", folder {_code(origin.subfolder)}" if origin.subfolder else ""
+    return f" of {repository}{f' at commit {_code(commit)}' if commit else ''}{folder}"
+
+
+def _license(origin: Origin) -> str:
+    named = f": {_code(origin.license)}" if origin.license else ""
+    return f"Its licence is that of the original adapter{named}."
 
 
 def _scheme(bundle: Bundle, adapter: AdapterEntry) -> str:
@@ -95,4 +125,4 @@ def _line(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{_line(text).replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{_line(text).replace('`', chr(39)).replace('|', '/') or ' '}`"  # two ticks alone would open a longer one
