@@ -1,6 +1,7 @@
 """``fetch``: whole collections of adapters, from the Hub and from local directories, pinned by a lock."""
 
+from .hub import Patience
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .run import FetchOptions, fetch
 
-__all__ = ["FetchFailure", "FetchOptions", "FetchReport", "FetchSummary", "FetchedAdapter", "fetch"]
+__all__ = ["FetchFailure", "FetchOptions", "FetchReport", "FetchSummary", "FetchedAdapter", "Patience", "fetch"]

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from tenacity.nap import sleep_using_event
 from ..errors import HubError
 from ..lock import Filters, LockedFile
 from .manners import Manners
-from .trouble import HubDiffers, HubUnavailable, is_transient, translate
+from .trouble import HubDiffers, HubUnavailable, is_rate_limit, is_transient, translate
 from .wanted import WantedFile
 
 T = TypeVar("T")
@@ -41,14 +42,30 @@ class Snapshot(NamedTuple):
     license: str | None
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a request that fails is repeated: a number of attempts, and a time that waiting on demand adds to."""
+
+    attempts: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second attempt; they double with each, up to 30, and some jitter is added."""
+    seconds: float = 60.0
+    """From the first attempt on, no new one is made after this, unless the Hub had asked to wait (429)."""
+
+    def ends(self, state: tenacity.RetryCallState) -> bool:
+        """Whether the attempt that has failed was the last one."""
+        error = state.outcome.exception() if state.outcome else None
+        waited = state.seconds_since_start or 0.0
+        return state.attempt_number >= self.attempts or (waited >= self.seconds and not is_rate_limit(error))
+
+
 class Hub:
     """One run's conversation with the Hub. Every method raises HubError, in one line, when it fails in the end."""
 
-    def __init__(self, manners: Manners, attempts: int, first_wait: float) -> None:
-        self._api = HfApi(library_name="lorazip")
+    def __init__(self, manners: Manners, patience: Patience) -> None:
+        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lorazip")
         self._manners = manners
-        self._attempts = attempts
-        self._first_wait = first_wait
+        self._patience = patience
         self._counting = threading.Lock()
         self.downloaded = 0
         """Bytes of files that have arrived, also of attempts that failed."""
@@ -156,8 +173,10 @@ class Hub:
             return function()
 
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self._attempts),
-            wait=tenacity.wait_exponential_jitter(self._first_wait, max=30.0, jitter=self._first_wait),
+            stop=self._patience.ends,
+            wait=tenacity.wait_exponential_jitter(
+                self._patience.first_wait, max=30.0, jitter=self._patience.first_wait
+            ),
             retry=tenacity.retry_if_exception(lambda error: is_transient(error) or isinstance(error, Corrupt)),
             sleep=sleep_using_event(self._manners.stopped),
             reraise=True,

@@ -18,7 +18,7 @@ from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, read_lock
 from ..progress import Progress, Silent, Transfer
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
-from .hub import Hub
+from .hub import Hub, Patience
 from .listing import Failure, Limits
 from .manners import Manners, Stopped
 from .plan import Plan, Planner
@@ -50,9 +50,7 @@ class FetchOptions:
     skip_bad: bool = False
     dry_run: bool = False
     jobs: int = 16
-    attempts: int = 6
-    first_wait: float = 1.0
-    """Seconds before the second attempt; they double with each, up to 30, and jitter is added."""
+    patience: Patience = field(default_factory=Patience)
 
     def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
         """Raise UsageError for options that contradict each other."""
@@ -81,9 +79,7 @@ def fetch(
         manners = stack.enter_context(Manners(progress.note))
         workspace = None if options.dry_run else stack.enter_context(Workspace(directory))
         executor = stack.enter_context(_executor(options.jobs, manners))
-        run = _Run(
-            directory, options, Hub(manners, options.attempts, options.first_wait), workspace, executor, progress
-        )
+        run = _Run(directory, options, Hub(manners, options.patience), workspace, executor, progress)
         run.make_plan(sources)
         run.compare()
         if workspace is not None:

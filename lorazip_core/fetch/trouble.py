@@ -55,6 +55,12 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, HTTPError) or _is_inconsistent(error) or _is_xet(error)
 
 
+def is_rate_limit(error: BaseException | None) -> bool:
+    """Whether the Hub asked to wait, so that the time so far says nothing about it."""
+    root = _root(error) if error else None
+    return isinstance(root, HfHubHTTPError) and root.response.status_code == 429
+
+
 def translate(
     error: BaseException, what: str, *, endpoint: str, revision: str | None, file: str | None, attempts: int
 ) -> HubError | None:
