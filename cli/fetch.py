@@ -87,7 +87,10 @@ def fetch(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Bring adapters from the Hub and from directories into DIR, pinned by DIR/lorazip.lock."""
+    """Bring adapters from the Hub or from directories, pinned by a lock.
+
+    DIR/lorazip.lock says from where each came and what it is, byte for byte: keep it under version control.
+    """
     from lorazip_core.fetch import FetchOptions
     from lorazip_core.fetch import fetch as fetch_adapters
 

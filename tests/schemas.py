@@ -13,6 +13,7 @@ from lorazip_core.bundle import Manifest
 from lorazip_core.cluster import ClusterReport
 from lorazip_core.compress import CompressReport, PlanReport
 from lorazip_core.export import ExportReport
+from lorazip_core.fetch import FetchReport
 from lorazip_core.info import InfoReport
 from lorazip_core.lock import Lock
 from lorazip_core.verify import VerifyReport
@@ -24,6 +25,7 @@ TYPES: dict[str, type] = {
     "clusters-1": Assignment,
     "compress-1": CompressReport,
     "export-1": ExportReport,
+    "fetch-1": FetchReport,
     "info-1": InfoReport,
     "lock-1": Lock,
     "plan-1": PlanReport,

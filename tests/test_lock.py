@@ -31,12 +31,11 @@ FULL = Lock(
     sources=[
         LockedSource(
             source="org:alice",
-            filters=Filters(base_model="org/base", search="sql", tags=["lora"], limit=3),
-            complete=False,
+            filters=Filters(base_model="org/base", search="sql", tags=("lora",), limit=3),
             adapters=["alice/sql"],
             left_out=[LeftOut("alice/full", "no adapter_config.json")],
         ),
-        LockedSource(source="./mine", filters=None, complete=True, adapters=["mine/ünïcode"], left_out=[]),
+        LockedSource(source="./mine", filters=None, adapters=["mine/ünïcode"], left_out=[]),
     ],
     adapters=[
         LockedAdapter(
