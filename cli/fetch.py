@@ -87,7 +87,7 @@ def fetch(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Bring adapters from the Hub or from directories, pinned by a lock.
+    """Bring adapters from the Hub or a directory, pinned by a lock.
 
     DIR/lorazip.lock says from where each came and what it is, byte for byte: keep it under version control.
     """

@@ -114,14 +114,21 @@ class Workspace:
                 sync(place.parent)
 
     def finish(self, lock: Lock) -> None:
-        """Put all that is held into its place, take away what the old lock has and the new one does not."""
-        write_file(self._folder / LOCK_NAME, encode_lock(lock))
-        self._recover()
+        """Put all that is held into its place, take away what the old lock has and the new one does not.
+
+        A lock that would not change stays as it is, its time of change too, which make goes by.
+        """
+        unfinished = (self._folder / _JOURNAL).exists() or (self._folder / "held").exists()
+        if unfinished or lock != read_lock(self.directory):
+            write_file(self._folder / LOCK_NAME, encode_lock(lock))
+            self._recover()
 
     def _recover(self) -> None:
         """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
         lock = read_lock(self._folder)
         if lock is None:
+            for waste in ("work", "old"):
+                shutil.rmtree(self._folder / waste, ignore_errors=True)
             return
         for adapter in lock.adapters:
             held, place = self.held(adapter.name), self.place(adapter.name)
@@ -135,7 +142,10 @@ class Workspace:
             self._take_away(name)
             with contextlib.suppress(OSError):  # it has others
                 self.place(name).parent.rmdir()
-        (self._folder / LOCK_NAME).rename(self.directory / LOCK_NAME)
+        if lock == old:
+            (self._folder / LOCK_NAME).unlink()
+        else:
+            (self._folder / LOCK_NAME).rename(self.directory / LOCK_NAME)
         sync(self.directory)
         for done in ("held", "old"):
             shutil.rmtree(self._folder / done, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Fixtures of more than one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fetching import Fetching
+from hub import HubServer
+from huggingface_hub import close_session, constants
+
+import lorazip_core.fetch
+from lorazip_core.fetch import FetchOptions, Patience
+
+TOKENS = {"hf_secretofann": "ann", "hf_secretofbob": "bob"}
+
+
+@pytest.fixture
+def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """huggingface_hub as in a new process of nobody: it reads most of its settings when it is imported."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
+def hub(hub_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub that HF_ENDPOINT names, and a `fetch` that does not wait long between attempts."""
+    patience = Patience(attempts=3, first_wait=0.01, seconds=10)
+    monkeypatch.setattr(lorazip_core.fetch, "FetchOptions", partial(FetchOptions, patience=patience))
+    with HubServer(tokens=TOKENS, page_size=3) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def fetch(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fetching:
+    """The command against that Hub."""
+    return Fetching(hub, tmp_path / "adapters", capsys)
