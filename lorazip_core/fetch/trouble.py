@@ -142,13 +142,15 @@ def _times(attempts: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost system error in words, or the kind of failure (``ReadTimeout``)."""
+    """The innermost system error in words, or the kind of failure."""
+    if "Timeout" in type(error).__name__:
+        return "timed out"
     innermost = error
     while (deeper := innermost.__cause__ or innermost.__context__) is not None:
         innermost = deeper
     if isinstance(innermost, OSError) and innermost.errno is not None:
         return os.strerror(innermost.errno) if innermost.errno > 0 else (innermost.strerror or "unknown host")
-    return type(error).__name__
+    return "the connection broke off" if "ProtocolError" in type(error).__name__ else type(error).__name__
 
 
 def _harmless(text: str) -> str:
