@@ -87,7 +87,7 @@ class _TransferLines:
             now = self._clock()
             waited = now - self._said_at
             if waited >= _SELDOM or (waited >= _OFTEN and self._arrived - self._said >= self._size / 10):
-                rate = (self._arrived - self._said) / waited
+                rate = max(0, self._arrived - self._said) / waited  # less than none: an attempt that failed
                 left = (self._size - self._arrived) / rate if rate > 0 else None
                 time_left = "" if left is None else f", about {_duration(left)} left"
                 console.say(f"{self.state()}, {megabytes(round(rate))}/s{time_left}")

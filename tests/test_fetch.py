@@ -267,6 +267,40 @@ class TestAgain:
         assert not [name for name in fetch.downloaded() if name.startswith("ann/a/")]  # it had arrived before
         assert not (fetch.directory / ".lorazip-fetch").exists()
 
+    def test_an_update_that_is_given_up_leaves_no_trace(self, fetch: Fetching) -> None:
+        one, two = serve(fetch.hub, "ann/a", "ann/b")
+        fetch("org:ann")
+        lock, files = fetch.lock, fetch.files()
+        one.commit(adapter_files(9))
+        two.commit({"adapter_model.safetensors": b"no weights"})
+        assert fetch("org:ann", "--update") == 3
+        assert fetch("org:ann") == 0
+        assert (fetch.lock, fetch.files()) == (lock, files)
+
+    def test_what_arrived_for_another_source_is_remembered(self, fetch: Fetching) -> None:
+        """A run for ann/b alone must not make it forget that the folder ann/a is its own."""
+        one, _ = serve(fetch.hub, "ann/a", "ann/b")
+        assert fetch("ann/a", "ann/none") == 7
+        one.commit(adapter_files(9))
+        assert fetch("ann/b") == 0
+        assert fetch.names == ["ann/b"]
+        assert fetch("ann/a", "--update") == 0
+        assert fetch.files()["ann/a/adapter_model.safetensors"] == adapter_files(9)["adapter_model.safetensors"]
+        assert not (fetch.directory / ".lorazip-fetch").exists()
+
+    def test_update_takes_what_a_local_directory_has_now(self, fetch: Fetching, tmp_path: Path) -> None:
+        write_collection(tmp_path / "mine", plain(1))
+        fetch(str(tmp_path / "mine"))
+        (name,) = fetch.names
+        write_collection(tmp_path / "again", plain(1), seed=1)
+        (folder,) = (tmp_path / "mine").iterdir()
+        weights = next((tmp_path / "again").rglob("*.safetensors")).read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(weights)  # of the same size
+        assert fetch(str(tmp_path / "mine")) == 0
+        assert fetch.files()[f"{name}/adapter_model.safetensors"] != weights
+        assert fetch(str(tmp_path / "mine"), "--update") == 0
+        assert fetch.files()[f"{name}/adapter_model.safetensors"] == weights
+
     def test_sources_add_up(self, fetch: Fetching) -> None:
         serve(fetch.hub, "ann/a", "ann/b")
         fetch("ann/a")

@@ -400,6 +400,7 @@ class TestUsage:
             (["one"], f"'one': {GRAMMAR}"),
             (["a/b/../c"], "'a/b/../c': '../c' is no folder of a repository"),
             (["https://user:hf_secret@huggingface.co/a/b"], "an address is no source (write owner/repo)"),
+            (["a/b--c"], "'a/b--c': 'a/b--c' is no name of a repository"),
             (["./none"], "'./none' is not a directory"),
             (["@none.txt"], "@none.txt: there is no file 'none.txt'"),
             (["@/"], "@/: not a text file with one source a line"),

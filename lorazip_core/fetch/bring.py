@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -80,32 +79,26 @@ def _is_pickled(wanted: Wanted) -> bool:
 
 def check_space(todo: Iterable[Wanted], directory: Path, hub: Hub) -> None:
     """Raise LocalError if the files of ``todo`` do not fit, into the cache of the Hub or into ``directory``."""
-    cache = Path(constants.HF_HUB_CACHE)
-    places = {_device(path): path for path in (cache, directory)}
-    needed: Counter[int] = Counter()
+    cache, directory = _existing(Path(constants.HF_HUB_CACHE)), _existing(directory)
+    linked = cache.stat().st_dev == directory.stat().st_dev
+    needed: Counter[Path] = Counter()
     for wanted in todo:
         origin = wanted.origin
         for file in wanted.files:
-            size = file.size_bytes or 0
             if origin.repository is None or origin.commit is None:
-                needed[_device(directory)] += size
+                needed[directory] += file.size_bytes or 0
                 continue
             if not hub.cached(origin.repository, origin.commit, file.path):
-                needed[_device(cache)] += size
-            if _device(cache) != _device(directory):  # else it is linked
-                needed[_device(directory)] += size
-    for device, size in needed.items():
-        free = shutil.disk_usage(_existing(places[device])).free
+                needed[directory if linked else cache] += file.size_bytes or 0
+            if not linked:
+                needed[directory] += file.size_bytes or 0
+    for place, size in needed.items():
+        free = shutil.disk_usage(place).free
         if size > free:
-            where = _existing(places[device])
             raise LocalError(
-                f"{where}: {megabytes(size)} are needed, {megabytes(free)} are free",
+                f"{place}: {megabytes(size)} are needed, {megabytes(free)} are free",
                 "free some space, choose another -o, or move the cache with HF_HOME",
             )
-
-
-def _device(path: Path) -> int:
-    return os.stat(_existing(path)).st_dev
 
 
 def _existing(path: Path) -> Path:

@@ -13,6 +13,7 @@ from ..adapter import NotLora, find_adapters, inside, open_adapter, parse_config
 from ..adapter.config import CONFIG_NAME
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
 from ..errors import AdapterError, LorazipError
+from ..files import sha256_file
 from ..lock import LeftOut, Origin, is_inner_path
 from ..text import count, megabytes
 from .hub import Hub, Snapshot
@@ -24,13 +25,12 @@ README = "README.md"
 _SHARD = re.compile(r"adapter_model-[A-Za-z0-9._-]+\.safetensors")
 
 
-class Failure(Exception):
+@dataclass(frozen=True)
+class Failure:
     """One thing that was asked for and cannot be had; ``what`` names it."""
 
-    def __init__(self, what: str, error: LorazipError) -> None:
-        super().__init__(str(error))
-        self.what = what
-        self.error = error
+    what: str
+    error: LorazipError
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ def local_adapters(source: DirectorySource, limits: Limits, license_of: Callable
             continue
         card = folder / README
         paths = [*adapter.files, *([card] if present(card) else [])]
-        files = tuple(WantedFile(path.name, str(path), path.stat().st_size) for path in sorted(paths))
+        files = tuple(
+            WantedFile(path.name, str(path), path.stat().st_size, sha256_file(path)) for path in sorted(paths)
+        )
         origin = Origin(directory=source.text, subfolder=subfolder, license=license_of(card))
         wanted = Wanted(origin, adapter.config.base_model, files, local=folder)
         found.append(_within_limits(wanted, source.filters.base_model if source.filters else None, False, limits))

@@ -62,8 +62,8 @@ def _readable(origin: Origin) -> str:
 
 def _portable(part: str) -> str:
     """``part``, or a safe name with its digest where some file system would not take it as it is."""
-    plain = _PORTABLE.fullmatch(part) and not _DEVICE.fullmatch(part) and len(part) <= 120
-    return part if plain else safe_name(part)
+    name = part if _PORTABLE.fullmatch(part) and len(part) <= 120 else safe_name(part)
+    return f"adapter-{safe_name(part)}" if _DEVICE.fullmatch(name) else name
 
 
 def _folded(name: str) -> str:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from ..adapter import find_adapters
 from ..errors import AdapterError, CheckFailed, LocalError, LorazipError, OutputExists, UsageError
-from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, read_lock
+from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_lock
 from ..progress import Progress, Silent, Transfer
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
-from .hub import Hub, Patience
+from .hub import Hub
 from .listing import Failure, Limits
 from .manners import Manners, Stopped
+from .options import FetchOptions
 from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .sources import read_sources, sources_of
@@ -30,37 +31,6 @@ from .wanted import Wanted, folder_digests
 from .workspace import Workspace, read_journal
 
 _SILENT = Silent()
-
-
-@dataclass(frozen=True)
-class FetchOptions:
-    """What a run is asked for; the options of the command line, and how patient it is with the Hub."""
-
-    base_model: str | None = None
-    search: str | None = None
-    tags: tuple[str, ...] = ()
-    limit: int | None = None
-    max_bytes: int | None = None
-    allow_pickle: bool = False
-    locked: bool = False
-    update: bool = False
-    prune: bool = False
-    force: bool = False
-    fail_fast: bool = False
-    skip_bad: bool = False
-    dry_run: bool = False
-    jobs: int = 16
-    patience: Patience = field(default_factory=Patience)
-
-    def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
-        """Raise UsageError for options that contradict each other."""
-        if self.locked and (self.update or self.prune):
-            raise UsageError("--locked changes no lock, so neither --update nor --prune goes with it")
-        if self.prune and not sources:
-            raise UsageError("--prune removes what the given sources do not name, and none is given")
-        if lock is None and (self.locked or not sources):
-            hint = "name a SOURCE, or choose another -o" if not self.locked else "fetch once without --locked"
-            raise UsageError(f"{directory} has no {LOCK_NAME}", hint)
 
 
 def fetch(
@@ -126,10 +96,7 @@ class _Run:
         """Which adapters, at which commits. Asks the Hub for what the lock does not know."""
         options, lock = self.options, self.lock
         options.check(words, lock, self.directory)
-        filters = Filters(
-            base_model=options.base_model, search=options.search, tags=tuple(sorted(options.tags)), limit=options.limit
-        )
-        sources = read_sources(words, self.directory, filters)
+        sources = read_sources(words, self.directory, options.filters)
         limits = Limits(options.max_bytes, options.allow_pickle)
         planner = Planner(self.directory, lock, self.journal, self.hub, limits, self.executor, self.progress)
         if options.locked or not (sources or options.update):
@@ -144,17 +111,18 @@ class _Run:
 
     def compare(self) -> None:
         """What of it is there already. Every file is read: a size and a date prove nothing."""
-        with self.progress.stage("checking what is there", len(self.plan.wanted)) as advance:
+        there = sum(os.path.lexists(self.directory / wanted.name) for wanted in self.plan.wanted)
+        with self.progress.stage("checking what is there", there) as advance:
             for wanted, state in zip(self.plan.wanted, self.executor.map(self._state, self.plan.wanted), strict=True):
                 if not self._would_lose(wanted.label, wanted.name, state.lost):
                     self.states[wanted.name] = state
                     if state.entry is not None:
                         self.entries[wanted.name] = state.entry
-                advance(1)
+                advance(state.is_there)
         for name in self.removed:
             ours = {file.path: file.sha256 for file in self.before[name].files}
-            there = folder_digests(self.directory / name)
-            self._would_lose(name, name, next((path for path in there if ours.get(path) != there[path]), None))
+            digests = folder_digests(self.directory / name)
+            self._would_lose(name, name, next((path for path in digests if ours.get(path) != digests[path]), None))
         self._heed_fail_fast()
 
     def bring(self, workspace: Workspace) -> None:
@@ -165,7 +133,7 @@ class _Run:
                 held = entry_of(wanted, identified(wanted, workspace.held(wanted.name)))
                 if held is None:
                     todo.append(wanted)
-                else:
+                else:  # an unfinished run has brought it
                     self.entries[wanted.name] = held
         check_space(todo, self.directory, self.hub)
         if todo:

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation
+
 from ..errors import UsageError
 from ..lock import Filters, Lock, is_inner_path
 
-_ID = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_ID = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"(?P<repository>{_ID}/{_ID})(?:/(?P<subfolder>[^@]+?))?/?(?:@(?P<revision>[^\s@]+))?")
 _COLLECTION = re.compile(rf"collection:(?P<slug>{_ID}/{_ID})")
 _AUTHOR = re.compile(rf"(?:org|user):(?P<name>{_ID})")
@@ -111,6 +114,10 @@ def _parse(text: str, base: Path, target: Path, filters: Filters) -> Source:
     if match := _AUTHOR.fullmatch(text):
         return AuthorSource(text, match["name"], filters)
     if match := _REPOSITORY.fullmatch(text):
+        try:
+            validate_repo_id(match["repository"])
+        except HFValidationError:
+            raise UsageError(f"{text!r}: {match['repository']!r} is no name of a repository") from None
         subfolder = match["subfolder"] or ""
         if subfolder and not is_inner_path(subfolder):
             raise UsageError(f"{text!r}: {subfolder!r} is no folder of a repository")

@@ -24,6 +24,7 @@ class State:
     changed: tuple[str, ...] = ()
     """The files that differ from what is wanted, are missing, or are not wanted any more."""
     lost: str | None = None
+    is_there: bool = True
 
 
 def state_of(wanted: Wanted, place: Path, known: Sequence[LockedAdapter]) -> State:
@@ -32,7 +33,7 @@ def state_of(wanted: Wanted, place: Path, known: Sequence[LockedAdapter]) -> Sta
     ``known`` are the entries of the lock and of an unfinished run's journal for it.
     """
     if not os.path.lexists(place):
-        return State("restored" if _again(wanted, known) else "new")
+        return State("restored" if _again(wanted, known) else "new", is_there=False)
     there = identified(wanted, place)
     if entry := entry_of(wanted, there):
         return State("present", entry)
@@ -43,11 +44,12 @@ def state_of(wanted: Wanted, place: Path, known: Sequence[LockedAdapter]) -> Sta
 
 
 def identified(wanted: Wanted, folder: Path) -> dict[str, LockedFile | None]:
-    """Each wanted file as it is in ``folder``, or None where that is another one or none."""
+    """Each wanted file as it is in ``folder``, or None where that is another one, none, or cannot be told."""
     found: dict[str, LockedFile | None] = {}
     for file in wanted.files:
         path = folder / file.name
-        found[file.name] = file.identify(path) if path.is_file() and not path.is_symlink() else None
+        comparable = file.has_digest and path.is_file() and not path.is_symlink()
+        found[file.name] = file.identify(path) if comparable else None
     return found
 
 

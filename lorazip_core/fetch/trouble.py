@@ -17,6 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -70,6 +71,8 @@ def translate(
     host = _without_password(endpoint)
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailable(f"{where}: not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it online")
+    if isinstance(error, HFValidationError):
+        return HubRefused(f"{what}: no name of a repository")
     if isinstance(error, GatedRepoError):
         return HubRefused(f"{what}: access is restricted", f"ask for it at {host}/{what}, {_log_in('then ')}")
     if isinstance(error, RevisionNotFoundError):

@@ -23,8 +23,13 @@ class WantedFile:
     git_oid: str | None = None
     """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub tells of files that are not in Git LFS."""
 
+    @property
+    def has_digest(self) -> bool:
+        """Whether it can be told from another file; not every mirror of the Hub lists digests."""
+        return self.sha256 is not None or self.git_oid is not None
+
     def identify(self, path: Path) -> LockedFile | None:
-        """The file at ``path`` as the lock records it, or None when it is not the wanted one."""
+        """The file at ``path`` as the lock records it, or None when it is known not to be the wanted one."""
         size = path.stat().st_size
         if self.size_bytes not in (None, size):
             return None

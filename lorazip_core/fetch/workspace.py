@@ -114,14 +114,18 @@ class Workspace:
                 sync(place.parent)
 
     def finish(self, lock: Lock) -> None:
-        """Put all that is held into its place, take away what the old lock has and the new one does not.
+        """Put what is held into its place if ``lock`` has it, and take away what the old lock has and this one not.
 
         A lock that would not change stays as it is, its time of change too, which make goes by.
         """
-        unfinished = (self._folder / _JOURNAL).exists() or (self._folder / "held").exists()
-        if unfinished or lock != read_lock(self.directory):
-            write_file(self._folder / LOCK_NAME, encode_lock(lock))
-            self._recover()
+        arrived = read_journal(self.directory)
+        if not arrived and lock == read_lock(self.directory):
+            return
+        for entry in lock.adapters:
+            if arrived.get(entry.name) != entry:  # held for an update that was given up
+                shutil.rmtree(self.held(entry.name), ignore_errors=True)
+        write_file(self._folder / LOCK_NAME, encode_lock(lock))
+        self._recover()
 
     def _recover(self) -> None:
         """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
@@ -149,7 +153,18 @@ class Workspace:
         sync(self.directory)
         for done in ("held", "old"):
             shutil.rmtree(self._folder / done, ignore_errors=True)
-        (self._folder / _JOURNAL).unlink(missing_ok=True)
+        self._forget({adapter.name for adapter in lock.adapters})
+
+    def _forget(self, names: set[str]) -> None:
+        """Strike out of the journal what the lock has; adapters of a source that has not all arrived stay in it."""
+        left = [entry for name, entry in read_journal(self.directory).items() if name not in names]
+        left = [entry for entry in left if self.place(entry.name).exists()]
+        if left:
+            lines = b"".join(canonical_json(msgspec.to_builtins(entry)) for entry in left)
+            write_file(self._folder / f"{_JOURNAL}.new", lines)
+            (self._folder / f"{_JOURNAL}.new").rename(self._folder / _JOURNAL)
+        else:
+            (self._folder / _JOURNAL).unlink(missing_ok=True)
 
     def _take_away(self, name: str) -> None:
         """Move the adapter that is in place aside, in one step; it goes when the new lock is there."""

@@ -1,0 +1,47 @@
+"""What a run of ``fetch`` can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UsageError
+from ..lock import LOCK_NAME, Filters, Lock
+from .hub import Patience
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """What a run is asked for; the options of the command line, and how patient it is with the Hub."""
+
+    base_model: str | None = None
+    search: str | None = None
+    tags: tuple[str, ...] = ()
+    limit: int | None = None
+    max_bytes: int | None = None
+    allow_pickle: bool = False
+    locked: bool = False
+    update: bool = False
+    prune: bool = False
+    force: bool = False
+    fail_fast: bool = False
+    skip_bad: bool = False
+    dry_run: bool = False
+    jobs: int = 16
+    patience: Patience = field(default_factory=Patience)
+
+    @property
+    def filters(self) -> Filters:
+        """What narrows the sources down."""
+        return Filters(base_model=self.base_model, search=self.search, tags=tuple(sorted(self.tags)), limit=self.limit)
+
+    def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
+        """Raise UsageError for options that contradict each other."""
+        if self.locked and (self.update or self.prune):
+            raise UsageError("--locked changes no lock, so neither --update nor --prune goes with it")
+        if self.prune and not sources:
+            raise UsageError("--prune removes what the given sources do not name, and none is given")
+        if lock is None and (self.locked or not sources):
+            hint = "name a SOURCE, or choose another -o" if not self.locked else "fetch once without --locked"
+            raise UsageError(f"{directory} has no {LOCK_NAME}", hint)
