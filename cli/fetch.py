@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -173,6 +174,8 @@ def _render(report: FetchReport) -> None:
         if number
     ]
     console.say(f"{there}: {', '.join(changes) or 'none'}; {megabytes(summary.bytes_downloaded)} downloaded")
+    if report.complete and summary.new:
+        console.say(f"go on with: lorazip cluster {shlex.quote(report.directory)} -o clusters.json")
 
 
 def _render_changes(adapters: list[FetchedAdapter]) -> None:

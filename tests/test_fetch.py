@@ -37,9 +37,10 @@ class TestSources:
         (entry,) = fetch.lock.adapters
         assert (entry.origin.repository, entry.origin.commit, entry.origin.revision) == ("ann/sql", one.head, None)
         assert (entry.origin.license, entry.base_model) == ("mit", BASE)
-        assert fetch.err.splitlines()[-1] == (
-            f"1 adapter in {fetch.directory}, {entry.size_bytes:,} bytes: 1 new; {entry.size_bytes:,} bytes downloaded"
-        )
+        assert fetch.err.splitlines()[-2:] == [
+            f"1 adapter in {fetch.directory}, {entry.size_bytes:,} bytes: 1 new; {entry.size_bytes:,} bytes downloaded",
+            f"go on with: lorazip cluster {fetch.directory} -o clusters.json",
+        ]
 
     def test_only_what_is_needed_is_downloaded(self, fetch: Fetching) -> None:
         serve(fetch.hub, "ann/sql")
