@@ -169,6 +169,7 @@ class Hub:
         def attempt() -> T:
             nonlocal attempts
             attempts += 1
+            self._manners.heed()
             self._manners.attach()
             return function()
 

@@ -84,12 +84,20 @@ class Manners:
         for connection in list(self._sockets):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ImportError):  # Xet has connections of its own, and no public way to end them
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
+
+    def heed(self) -> None:
+        """Raise Stopped after `stop`."""
+        if self.stopped.is_set():
+            raise Stopped
 
     def _before(self, request: Any) -> None:
         while not self.stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
             self.stopped.wait(left)
-        if self.stopped.is_set():
-            raise Stopped
+        self.heed()
         request.extensions["trace"] = self._remember
 
     def _after(self, response: Any) -> None:
