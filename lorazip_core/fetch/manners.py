@@ -87,7 +87,7 @@ class Manners:
         with contextlib.suppress(ImportError):  # Xet has connections of its own, and no public way to end them
             from huggingface_hub.utils._xet import abort_xet_session
 
-            abort_xet_session()
+            abort_xet_session()  # type: ignore[no-untyped-call]
 
     def heed(self) -> None:
         """Raise Stopped after `stop`."""
