@@ -21,7 +21,7 @@ from tenacity.nap import sleep_using_event
 from ..errors import HubError
 from ..lock import Filters, LockedFile
 from .manners import Manners
-from .trouble import HubDiffers, HubUnavailable, is_rate_limit, is_transient, translate
+from .trouble import HubDiffers, HubTrouble, is_rate_limit, is_transient, is_unreachable, translate
 from .wanted import WantedFile
 
 T = TypeVar("T")
@@ -193,8 +193,8 @@ class Hub:
             trouble = translate(error, what, endpoint=self.endpoint, revision=revision, file=file, attempts=attempts)
             if trouble is None:
                 raise
-            if is_transient(error) and self._manners.last_answer < started:
-                raise HubUnavailable(trouble.message, trouble.hint) from error
+            if is_unreachable(error) and isinstance(trouble, HubTrouble) and self._manners.last_answer < started:
+                raise trouble.of_all from error
             raise trouble from error
 
 

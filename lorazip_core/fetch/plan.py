@@ -16,7 +16,7 @@ from .hub import Hub, license_in
 from .listing import Failure, Found, Limits, Place, adapters_at, local_adapters, places
 from .names import Identity, give_names, identity
 from .sources import DirectorySource, Source
-from .trouble import HubRefused, HubUnavailable
+from .trouble import HubRefused, HubUnavailable, Outage
 from .wanted import Wanted, wanted_again
 
 
@@ -50,6 +50,7 @@ class Planner:
         hub: Hub,
         limits: Limits,
         executor: Executor,
+        jobs: int,
         progress: Progress,
     ) -> None:
         self._directory = directory
@@ -59,6 +60,7 @@ class Planner:
         self._hub = hub
         self._limits = limits
         self._executor = executor
+        self._jobs = jobs
         self._progress = progress
 
     def from_lock(self, sources: Sequence[Source] | None) -> Plan:
@@ -122,6 +124,7 @@ class Planner:
             found[asked] += [each for each in listed if not isinstance(each, Place)]
         pins = {} if update else self._pins()
         distinct = self._distinct(wanted_places.values())
+        outage = Outage(self._jobs)
         with self._progress.stage("looking at repositories", len(distinct)) as advance:
 
             def look(place: Place) -> list[Found]:
@@ -131,6 +134,7 @@ class Planner:
             answers: dict[Place, list[Found]] = {}
             for place, answer in zip(distinct, self._executor.map(look, distinct), strict=True):
                 answers[place] = answer
+                outage.heed(next((each.error for each in answer if isinstance(each, Failure)), None))
                 advance(1)
         for asked, own in wanted_places.items():
             found[asked] += [each for place in own for each in answers[place]]

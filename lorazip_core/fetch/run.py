@@ -26,7 +26,7 @@ from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .sources import read_sources, sources_of
 from .state import State, entry_of, identified, state_of
-from .trouble import HubDiffers, HubRefused, HubUnavailable
+from .trouble import HubDiffers, HubRefused, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
 from .workspace import Workspace, read_journal
 
@@ -98,7 +98,9 @@ class _Run:
         options.check(words, lock, self.directory)
         sources = read_sources(words, self.directory, options.filters)
         limits = Limits(options.max_bytes, options.allow_pickle)
-        planner = Planner(self.directory, lock, self.journal, self.hub, limits, self.executor, self.progress)
+        planner = Planner(
+            self.directory, lock, self.journal, self.hub, limits, self.executor, options.jobs, self.progress
+        )
         if options.locked or not (sources or options.update):
             self.plan = planner.from_lock(sources or None)
         else:
@@ -149,20 +151,19 @@ class _Run:
             self.executor.submit(bring, wanted, self.hub, workspace, transfer, self.options.allow_pickle): wanted
             for wanted in todo
         }
-        stopping = False
+        outage, stopping = Outage(self.options.jobs), False
         for future in as_completed(waiting):
             wanted = waiting[future]
             try:
                 self.entries[wanted.name] = future.result()
                 transfer.finished()
+                outage.heed(None)
             except (CancelledError, Stopped):
                 continue
             except (LorazipError, OSError) as error:
                 if stopping:  # it failed because of that
                     continue
-                fatal = isinstance(error, HubUnavailable | OSError)  # the next ones would fail as well
-                self._fail(wanted, error if isinstance(error, LorazipError) else _local(error))
-                if fatal or (self.options.fail_fast and self.plan.failures):
+                if self._is_fatal(wanted, error, outage) or (self.options.fail_fast and self.plan.failures):
                     stopping = True
                     for other in waiting:
                         other.cancel()
@@ -170,6 +171,17 @@ class _Run:
         if stopping:
             missing = sum(wanted.name not in self.entries for wanted in todo)
             self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
+
+    def _is_fatal(self, wanted: Wanted, error: LorazipError | OSError, outage: Outage) -> bool:
+        """Record a failure, or what is behind it; whether the next adapters would fail as well."""
+        if isinstance(error, OSError):
+            error = _local(error)
+        try:
+            outage.heed(error)
+        except HubUnavailable as unavailable:
+            error = unavailable
+        self._fail(wanted, error)
+        return isinstance(error, HubUnavailable | LocalError)
 
     def _fail(self, wanted: Wanted, error: LorazipError) -> None:
         """Record a failure; or, if that was asked for, leave the adapter out."""

@@ -24,10 +24,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
-from ..errors import HubError
+from ..errors import HubError, LorazipError
 from ..text import plain
 
 _PASSING = (408, 429, 500, 502, 503, 504)
+_KEPT = "what has arrived is kept: run again later"
+_KEPT_429 = f"{_KEPT}, with fewer --jobs, or with HF_TOKEN set"
 
 
 class HubRefused(HubError):
@@ -42,8 +44,38 @@ class RevisionGone(HubDiffers):
     """The repository is there, the revision is not."""
 
 
+class HubTrouble(HubError):
+    """The Hub or the network failed, to the last attempt; asking again later may help. ``where`` is what for."""
+
+    def __init__(self, where: str, what: str, hint: str) -> None:
+        super().__init__(f"{where}: {what}", hint)
+        self._what = what
+
+    @property
+    def of_all(self) -> HubUnavailable:
+        """The same, said of the Hub as a whole."""
+        return HubUnavailable(self._what, self.hint)
+
+
 class HubUnavailable(HubError):
     """The Hub does not answer at all, or refuses everything: there is no use in asking for anything else."""
+
+
+class Outage:
+    """Tells the trouble of the Hub from that of single repositories: it is the Hub's when ``many`` fail in a row."""
+
+    def __init__(self, many: int) -> None:
+        self._many = max(3, many)
+        self._in_a_row = 0
+
+    def heed(self, error: LorazipError | None) -> None:
+        """Note how the next one ended; None: well. Raises HubUnavailable."""
+        if not isinstance(error, HubTrouble):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        if self._in_a_row >= self._many:
+            raise error.of_all
 
 
 def is_transient(error: BaseException) -> bool:
@@ -84,14 +116,11 @@ def translate(
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, what, where, host, attempts)
     if isinstance(error, HTTPError):
-        reason = _reason(error)
-        return HubError(
-            f"{where}: no answer from {host} after {_times(attempts)}: {reason}", "what has arrived is kept: run again"
-        )
+        return HubTrouble(where, f"no answer from {host} after {_times(attempts)}: {_reason(error)}", _KEPT)
     if _is_inconsistent(error):
-        return HubError(f"{where}: {_times(attempts)} the connection ended early or late", "run again later")
+        return HubTrouble(where, f"another size arrived than was promised, {_times(attempts)}", _KEPT)
     if _is_xet(error):
-        return HubError(f"{where}: the Xet download failed {_times(attempts)}", "or go without: HF_HUB_DISABLE_XET=1")
+        return HubTrouble(where, f"Xet failed, {_times(attempts)}", "without it: HF_HUB_DISABLE_XET=1")
     if isinstance(error, json.JSONDecodeError | FileMetadataError):
         return HubError(f"{what}: {host} does not answer as a Hub does", "is HF_ENDPOINT right, or a proxy in between?")
     return None
@@ -107,17 +136,15 @@ def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: 
         if get_token() is None:
             return kind(f"{what}: not found, or private", f"check the name; if it is private, {_log_in()}")
         return kind(f"{what}: not found, or your token may not read it", "check the name and the token")
-    if status == 429:
-        return HubError(
-            f"{where}: the Hub still answers 429 (too many requests) after {_times(attempts)}",
-            "what has arrived is kept: run again later, with fewer --jobs, or with HF_TOKEN set",
-        )
     if status in _PASSING:
-        return HubError(
-            f"{where}: the Hub still answers {status} after {_times(attempts)}",
-            "what has arrived is kept: run again later",
-        )
+        still = f"the Hub still answers {status}{' (too many requests)' if status == 429 else ''}"
+        return HubTrouble(where, f"{still} after {_times(attempts)}", _KEPT_429 if status == 429 else _KEPT)
     return HubRefused(f"{where}: the Hub answers {status}{f': {said}' if said else ''}")
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether there is not even a connection: no such host, nobody listens there."""
+    return "ConnectError" in type(_root(error)).__name__
 
 
 def _root(error: BaseException) -> BaseException:
