@@ -28,7 +28,7 @@ from lorazip_core.errors import AdapterError, AdapterErrors, BundleDamaged, Lora
 from lorazip_core.plan import DEFAULT_RANK, CompressOptions
 from lorazip_core.sample import sample_path
 
-COMMANDS = ("compress", "verify", "export", "info", "demo")
+COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "demo")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "commands.md"
 ANSI = "\x1b"
 
