@@ -28,7 +28,7 @@ from lorazip_core.errors import AdapterError, AdapterErrors, BundleDamaged, Lora
 from lorazip_core.plan import DEFAULT_RANK, CompressOptions
 from lorazip_core.sample import sample_path
 
-COMMANDS = ("compress", "verify", "export", "info", "demo")
+COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "demo")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "commands.md"
 ANSI = "\x1b"
 
@@ -249,7 +249,12 @@ class TestDocument:
         rows = [line.split(" | ")[0] for line in section[1].splitlines() if line.startswith("| `-")]
         documented = {option for row in rows for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", row)}
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-        real = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        real = {
+            option
+            for parameter in command.params
+            for option in [*parameter.opts, *parameter.secondary_opts]
+            if option.startswith("-")
+        }
         assert documented == real - {"--help"}
 
     def test_defaults_of_compress_are_those_of_the_core(self) -> None:
