@@ -186,14 +186,16 @@ def _render_changes(adapters: list[FetchedAdapter]) -> None:
         for each in adapters
         if each.previous_commit is not None
     ]
-    _list("updated", lines)
+    _list("at another commit", lines)
 
 
 def _unfinished(report: FetchReport) -> str:
     failures = count(len(report.failures), "failure")
     if report.dry_run:
         return failures
-    escape = "" if all(failure.exit_code not in (3, 7) for failure in report.failures) else ", or --skip-bad"
+    if report.locked:
+        return f"{failures}: {report.directory} is not what {LOCK_NAME} says"
+    escape = ", or --skip-bad" if any(failure.skippable for failure in report.failures) else ""
     return f"{failures}: {LOCK_NAME} was not written; what has arrived stays (run again to go on{escape})"
 
 

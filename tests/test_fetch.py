@@ -307,7 +307,10 @@ class TestAgain:
         fetch("ann/a")
         fetch("ann/b")
         assert fetch.names == ["ann/a", "ann/b"]
-        assert [source.source for source in fetch.lock.sources] == ["ann/a", "ann/b"]
+        lock = fetch.lock
+        assert [source.source for source in lock.sources] == ["ann/a", "ann/b"]
+        fetch("ann/a")
+        assert fetch.lock == lock
 
     def test_prune_removes_what_is_not_named(self, fetch: Fetching) -> None:
         serve(fetch.hub, "ann/a", "ann/b", "bob/c")

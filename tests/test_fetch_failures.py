@@ -124,8 +124,11 @@ class TestRefusals:
         good.hub.catalogue.add(repository("ann/gated", 1, gated="auto"))
         assert good("ann/a", "ann/none", "ann/gated", "--skip-bad") == 0
         assert good.names == ["ann/a"]
-        left_out = {each.what for source in good.lock.sources for each in source.left_out}
-        assert left_out == {"ann/none", "ann/gated"}
+        left_out = {each.what: each.reason for source in good.lock.sources for each in source.left_out}
+        assert left_out == {
+            "ann/none": f"not found, or private (check the name; if it is private, {LOG_IN})",
+            "ann/gated": f"access is restricted (ask for it at {good.hub.url}/ann/gated, then {LOG_IN})",
+        }
 
 
 class TestTrouble:
@@ -157,6 +160,7 @@ class TestTrouble:
         good.hub.faults.add(Status(500), path="/api/models/ann/ill")
         good("ann/a", "ann/ill")
         check(good, 7, f"ann/ill: the Hub still answers 500 after 3 attempts ({KEPT})")
+        assert good.err.splitlines()[-1] == f"{UNFINISHED})"  # --skip-bad would not help
 
     def test_the_hub_goes_down_on_the_way(self, good: Fetching) -> None:
         """One line for all, and those that had arrived stay."""
@@ -360,6 +364,7 @@ class TestLocked:
         locked.hub.catalogue.remove("ann/a")
         assert locked("--locked") == 1
         assert locked.errors == ["ann/a: not found, or your token may not read it (check the name and the token)"]
+        assert locked.err.splitlines()[-1] == f"1 failure: {locked.directory} is not what {LOCK_NAME} says"
 
     def test_the_commit_is_gone(self, locked: Fetching) -> None:
         old = locked.lock.adapters[0].origin.commit
@@ -398,10 +403,12 @@ class TestLocked:
         assert good("ann/a", "--locked") == 2
         assert good.errors == [f"{good.directory} has no {LOCK_NAME} (fetch once without --locked)"]
 
-    @pytest.mark.parametrize("option", ["--update", "--prune"])
+    @pytest.mark.parametrize("option", ["--update", "--prune", "--skip-bad"])
     def test_with_what_would_change_it(self, good: Fetching, option: str) -> None:
         assert good("ann/a", "--locked", option) == 2
-        assert good.errors == ["--locked changes no lock, so neither --update nor --prune goes with it"]
+        assert good.errors == [
+            "--locked has just what the lock says, so no --update, --prune or --skip-bad goes with it"
+        ]
 
 
 class TestUsage:

@@ -32,6 +32,17 @@ class Failure:
     what: str
     error: LorazipError
 
+    @property
+    def can_be_skipped(self) -> bool:
+        """Whether the thing itself is of no use: a bad adapter, or what the Hub refuses; a silent Hub is not."""
+        return isinstance(self.error, AdapterError | HubRefused)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The same, where it is no failure."""
+        reason = self.error.reason if isinstance(self.error, AdapterError) else str(self.error)
+        return LeftOut(self.what, reason.removeprefix(f"{self.what}: "))
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -174,12 +185,14 @@ def _within_limits(wanted: Wanted, base_model: str | None, named: bool, limits: 
         reason = f"it has {megabytes(wanted.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
     if reason is None:
         return wanted
-    return Failure(wanted.label, AdapterError(wanted.label, reason)) if named else LeftOut(wanted.label, reason)
+    failure = Failure(wanted.label, AdapterError(wanted.label, reason))
+    return failure if named else failure.left_out
 
 
 def _misfit(place: Place, error: AdapterError) -> Found:
     """What is no LoRA adapter: left out of what was found by listing, a failure where it was asked for by name."""
-    return Failure(error.adapter, error) if place.named else LeftOut(error.adapter, error.reason)
+    failure = Failure(error.adapter, error)
+    return failure if place.named else failure.left_out
 
 
 def local_adapters(source: DirectorySource, limits: Limits, license_of: Callable[[Path], str | None]) -> list[Found]:

@@ -38,8 +38,8 @@ class FetchOptions:
 
     def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
         """Raise UsageError for options that contradict each other."""
-        if self.locked and (self.update or self.prune):
-            raise UsageError("--locked changes no lock, so neither --update nor --prune goes with it")
+        if self.locked and (self.update or self.prune or self.skip_bad):
+            raise UsageError("--locked has just what the lock says, so no --update, --prune or --skip-bad goes with it")
         if self.prune and not sources:
             raise UsageError("--prune removes what the given sources do not name, and none is given")
         if lock is None and (self.locked or not sources):

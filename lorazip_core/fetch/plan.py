@@ -9,14 +9,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ..errors import AdapterError, CheckFailed, LorazipError, UsageError
+from ..errors import CheckFailed, LorazipError, UsageError
 from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, LockedSource
 from ..progress import Progress
 from .hub import Hub, license_in
 from .listing import Failure, Found, Limits, Place, adapters_at, local_adapters, places
 from .names import Identity, give_names, identity
 from .sources import DirectorySource, Source
-from .trouble import HubRefused, HubUnavailable, Outage
+from .trouble import HubUnavailable, Outage
 from .wanted import Wanted, wanted_again
 
 
@@ -102,10 +102,14 @@ class Planner:
             )
             plan.wanted += given
         plan.wanted = list({wanted.name: wanted for wanted in plan.wanted}.values())
-        if not prune:
-            texts = {source.source for source in plan.sources}
-            plan.sources = [source for source in self._lock.sources if source.source not in texts] + plan.sources
+        plan.sources = self._in_order(plan.sources, prune)
         return plan
+
+    def _in_order(self, asked: list[LockedSource], prune: bool) -> list[LockedSource]:
+        """The sources of the new lock, in the order in which they were first given; with ``prune`` only those asked."""
+        new = {source.source: source for source in asked}
+        before = {source.source: source for source in self._lock.sources if not prune or source.source in new}
+        return list((before | new).values())
 
     def _again(self, name: str) -> Wanted:
         if name not in self._entries:
@@ -175,9 +179,8 @@ class Planner:
         failed: dict[str, Failure] = {}
         for own in found.values():
             for number, each in enumerate(own):
-                if isinstance(each, Failure) and skip_bad and isinstance(each.error, AdapterError | HubRefused):
-                    reason = each.error.reason if isinstance(each.error, AdapterError) else str(each.error)
-                    own[number] = LeftOut(each.what, reason)
+                if isinstance(each, Failure) and skip_bad and each.can_be_skipped:
+                    own[number] = each.left_out
                 elif isinstance(each, Failure):
                     failed.setdefault(str(each.error), each)
                 elif isinstance(each, Wanted):

@@ -32,6 +32,8 @@ class FetchFailure(Struct, frozen=True, kw_only=True):
     slug: str
     exit_code: int
     message: str
+    skippable: bool
+    """Whether ``--skip-bad`` goes on without it."""
 
 
 class FetchSummary(Struct, frozen=True, kw_only=True):

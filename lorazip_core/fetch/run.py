@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapter import find_adapters
-from ..errors import AdapterError, CheckFailed, LocalError, LorazipError, OutputExists, UsageError
-from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_lock
+from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
+from ..lock import LOCK_NAME, Lock, LockedAdapter, read_lock
 from ..progress import Progress, Silent, Transfer
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
@@ -26,7 +26,7 @@ from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .sources import read_sources, sources_of
 from .state import State, entry_of, identified, state_of
-from .trouble import HubDiffers, HubRefused, HubUnavailable, Outage
+from .trouble import HubDiffers, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
 from .workspace import Workspace, read_journal
 
@@ -187,11 +187,11 @@ class _Run:
         """Record a failure; or, if that was asked for, leave the adapter out."""
         if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
             error = CheckFailed(error.message, error.hint)
-        elif self.options.skip_bad and isinstance(error, AdapterError | HubRefused):
-            reason = error.reason if isinstance(error, AdapterError) else str(error)
-            self.plan.leave_out(wanted, LeftOut(wanted.label, reason))
-            return
-        self.plan.failures.append(Failure(wanted.label, error))
+        failure = Failure(wanted.label, error)
+        if self.options.skip_bad and failure.can_be_skipped:
+            self.plan.leave_out(wanted, failure.left_out)
+        else:
+            self.plan.failures.append(failure)
 
     def _would_lose(self, label: str, name: str, lost: str | None) -> bool:
         if lost is None or self.options.force:
@@ -255,7 +255,7 @@ class _Run:
             adapters=adapters,
             removed=removed,
             left_out=self.plan.left_out,
-            failures=[_failure(failure) for failure in self.plan.failures],
+            failures=[self._failure(failure) for failure in self.plan.failures],
             summary=FetchSummary(
                 adapters=len(adapters),
                 new=statuses["new"],
@@ -271,6 +271,16 @@ class _Run:
             ),
         )
 
+    def _failure(self, failure: Failure) -> FetchFailure:
+        error = failure.error
+        return FetchFailure(
+            what=failure.what,
+            slug=error.slug,
+            exit_code=error.exit_code,
+            message=str(error),
+            skippable=failure.can_be_skipped and not self.options.locked,
+        )
+
     def _fetched(self, wanted: Wanted) -> FetchedAdapter:
         state, entry, old = self.states[wanted.name], self.entries.get(wanted.name), self.before.get(wanted.name)
         moved = old is not None and old.origin.commit != wanted.origin.commit
@@ -284,11 +294,6 @@ class _Run:
             previous_commit=old.origin.commit if old and moved else None,
             changed_files=list(state.changed),
         )
-
-
-def _failure(failure: Failure) -> FetchFailure:
-    error = failure.error
-    return FetchFailure(what=failure.what, slug=error.slug, exit_code=error.exit_code, message=str(error))
 
 
 def _local(error: OSError) -> LocalError:
