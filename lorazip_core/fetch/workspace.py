@@ -115,7 +115,10 @@ class Workspace:
 
     def finish(self, lock: Lock) -> None:
         """Put all that is held into its place, take away what the old lock has and the new one does not."""
-        write_file(self._folder / LOCK_NAME, encode_lock(lock))
+        partial = self._folder / f"{LOCK_NAME}.partial"
+        write_file(partial, encode_lock(lock))
+        partial.rename(self._folder / LOCK_NAME)  # half a lock would be in the way of every later run
+        sync(self._folder)
         self._recover()
 
     def _recover(self) -> None:
