@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Undisturbed(NamedTuple):
     """Requests before the first one for weights."""
     end: float
     """Seconds between the last request and the end of the process."""
+    summary: dict[str, int]
 
 
 class Organisation(NamedTuple):
@@ -69,7 +71,7 @@ def unreliable(of: Organisation) -> Iterator[HubServer]:
     with HubServer(*of.repositories, tokens={TOKEN: "me"}, seed=SEED) as hub:
         hub.faults.add(Status(500), probability=0.05)
         hub.faults.add(Cut(), probability=0.02)
-        hub.faults.add(RateLimit(600, 4.0), origin="hub")
+        hub.faults.add(RateLimit(200, 2.0), origin="hub")
         yield hub
 
 
@@ -108,8 +110,8 @@ def undisturbed(organisation: Organisation, tmp_path_factory: pytest.TempPathFac
     for what in ("cut", "rate_limited", "faults"):
         assert summary[what] > 0, what
     first = next(record.number for record in requests if record.path.endswith(".safetensors"))
-    print(f"{ADAPTERS} adapters, {len(complete)} files in {ended - started:.1f} s: {summary}")
-    return Undisturbed((target / LOCK_NAME).read_bytes(), ended - started, first, ended - requests[-1].at)
+    end = ended - requests[-1].at
+    return Undisturbed((target / LOCK_NAME).read_bytes(), ended - started, first, end, summary)
 
 
 def hidden_words(folder: Path, *words: str) -> list[Path]:
@@ -124,11 +126,18 @@ def digests(of: Contents) -> dict[str, dict[str, str]]:
     }
 
 
+def spread(choose: random.Random, count: int, start: int, stop: int) -> list[int]:
+    """A random number from each of ``count`` equal parts of a range."""
+    borders = [start + (stop - start) * part // count for part in range(count + 1)]
+    return [choose.randrange(*pair) for pair in pairwise(borders)]
+
+
 def test_all_arrive_and_none_twice(organisation: Organisation, undisturbed: Undisturbed, say: Say) -> None:
     """What it is about is asserted where the run is made, since the other proof needs it, too."""
+    what = ("requests", "downloads", "cut", "refused", "rate_limited", "file_bytes")
     say(
-        f"fetch of {ADAPTERS} adapters: {undisturbed.seconds:.1f} s, {undisturbed.lookups} requests before the first"
-        f" weights, {undisturbed.end:.2f} s after the last request"
+        f"fetch of {ADAPTERS} adapters: {undisturbed.seconds:.1f} s,"
+        f" {', '.join(f'{name} {undisturbed.summary[name]:,}' for name in what)}"
     )
 
 
@@ -136,8 +145,8 @@ def test_kill_at_any_moment(organisation: Organisation, undisturbed: Undisturbed
     """Three kills while adapters are looked up, five among the weights, two after the last file."""
     choose = random.Random(SEED)
     files = sum(map(len, organisation.expected.values()))
-    lookups = [(f"request {n}", n, 0, 0.0) for n in sorted(choose.sample(range(1, undisturbed.lookups), 3))]
-    transfer = [(f"file {n}", 0, n, 0.0) for n in sorted(choose.sample(range(ADAPTERS + 1, files), 5))]
+    lookups = [(f"request {n}", n, 0, 0.0) for n in spread(choose, 3, 1, undisturbed.lookups)]
+    transfer = [(f"file {n}", 0, n, 0.0) for n in spread(choose, 5, ADAPTERS + 1, files)]
     delays = sorted(choose.uniform(0.0, undisturbed.end) for _ in range(2))
     end = [(f"{delay:.2f} s after the last file", 0, files, delay) for delay in delays]
     say("moment of the kill: adapters in place, lock; complete at the server and not in the cache; fetched again")
