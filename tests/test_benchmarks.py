@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import errors_of_adapters
+import fetch
 import matched_collection
 import number_of_clusters
 import other_tools
@@ -148,3 +149,23 @@ def test_compress_is_run_for_a_row(real: Path) -> None:
     row = number_of_clusters.measure(real, "joint", 4, 2, device="cpu", verify=True)
     assert sum(row["sizes"]) == 8
     assert row["cost"] == row["mean_squared_error"] + row["bytes_bundle"] / row["bytes_original"]
+
+
+def test_fetch_is_timed_beside_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--count", "10", "--delay", "0.005", "--repeat", "1", "--work", str(tmp_path)]
+    assert fetch.main([*words, "--faster", "0", "--json", str(tmp_path / "figures.json")]) == 0
+    assert "PASS" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    size = rows["loop"]["bytes"][0]
+    assert all(abs(rows[name]["bytes"][0] / size - 1) < 0.01 for name in ("fetch", "threads"))  # the same files
+    assert rows["fetch"]["requests"][0] < rows["loop"]["requests"][0]
+    assert [rows[f"fetch{what}"]["requests"][0] for what in (", again", " --update, again")] == [0, 11]
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_fetch_has_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(*arguments: object) -> dict[str, fetch.Row]:
+        return {name: fetch.Row([seconds], [1], [1], [1]) for name, seconds in (("fetch", 2.0), ("loop", 9.0))}
+
+    monkeypatch.setattr(fetch, "measure", fake)
+    assert [fetch.main(["--count", "1", "--faster", limit]) for limit in ("4.4", "4.6")] == [0, 1]

@@ -124,15 +124,17 @@ class Workspace:
         for entry in lock.adapters:
             if arrived.get(entry.name) != entry:  # held for an update that was given up
                 shutil.rmtree(self.held(entry.name), ignore_errors=True)
-        write_file(self._folder / LOCK_NAME, encode_lock(lock))
+        _replace(self._folder / LOCK_NAME, encode_lock(lock))  # half a lock would be in the way of every later run
         self._recover()
 
     def _recover(self) -> None:
         """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
         lock = read_lock(self._folder)
         if lock is None:
-            for waste in ("work", "old"):
-                shutil.rmtree(self._folder / waste, ignore_errors=True)
+            for folder in ("work", "old"):
+                shutil.rmtree(self._folder / folder, ignore_errors=True)
+            for partial in self._folder.glob("*.partial"):
+                partial.unlink()
             return
         for adapter in lock.adapters:
             held, place = self.held(adapter.name), self.place(adapter.name)
@@ -161,8 +163,7 @@ class Workspace:
         left = [entry for entry in left if self.place(entry.name).exists()]
         if left:
             lines = b"".join(canonical_json(msgspec.to_builtins(entry)) for entry in left)
-            write_file(self._folder / f"{_JOURNAL}.new", lines)
-            (self._folder / f"{_JOURNAL}.new").rename(self._folder / _JOURNAL)
+            _replace(self._folder / _JOURNAL, lines)
         else:
             (self._folder / _JOURNAL).unlink(missing_ok=True)
 
@@ -173,6 +174,14 @@ class Workspace:
             shutil.rmtree(old, ignore_errors=True)
             old.parent.mkdir(exist_ok=True)
             place.rename(old)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    write_file(partial, data)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def read_journal(directory: Path) -> dict[str, LockedAdapter]:

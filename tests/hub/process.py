@@ -33,7 +33,7 @@ def repositories_of(directory: Path, owner: str) -> list[Repository]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serve until standard input ends, then print what was asked for."""
+    """Serve until standard input ends; print what was asked for then, and since the last time for every line of it."""
     parser = argparse.ArgumentParser(prog="python -m hub", description="A Hugging Face Hub on loopback, for tests.")
     parser.add_argument("directory", type=Path, help="every adapter under it becomes a repository")
     parser.add_argument("--owner", default="org", help="whose they are; OWNER/all is a collection of them")
@@ -66,7 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
         server.faults.add(RateLimit(int(requests), float(seconds)), origin="hub")
     with server:
         print(json.dumps({"url": server.url, "cdn_url": server.cdn_url, "repositories": len(things)}), flush=True)
-        sys.stdin.read()
+        for _ in sys.stdin:
+            print(json.dumps(server.log.summary()), flush=True)
+            server.log.clear()
         print(json.dumps(server.log.summary()), flush=True)
 
 
@@ -76,7 +78,18 @@ class HubProcess:
     cdn_url: str
     repositories: int
     summary: dict[str, int] = field(default_factory=dict)
-    """What was asked for: there once the process has ended."""
+    """What was asked for since the last `lap`: there once the process has ended."""
+    process: subprocess.Popen[str] | None = None
+
+    def lap(self) -> dict[str, int]:
+        """What was asked for since the last time."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        found: dict[str, int] = json.loads(self.process.stdout.readline())
+        return found
 
 
 @contextmanager
@@ -95,7 +108,7 @@ def hub_process(directory: Path, *options: str) -> Iterator[HubProcess]:
         started = process.stdout.readline()
         if not started:
             raise RuntimeError("the server did not start")
-        hub = HubProcess(**json.loads(started))
+        hub = HubProcess(**json.loads(started), process=process)
         try:
             yield hub
         finally:
