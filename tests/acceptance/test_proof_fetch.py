@@ -147,9 +147,11 @@ def test_kill_at_any_moment(organisation: Organisation, undisturbed: Undisturbed
     files = sum(map(len, organisation.expected.values()))
     lookups = [(f"request {n}", n, 0, 0.0) for n in spread(choose, 3, 1, undisturbed.lookups)]
     transfer = [(f"file {n}", 0, n, 0.0) for n in spread(choose, 5, ADAPTERS + 1, files)]
-    delays = sorted(choose.uniform(0.0, undisturbed.end) for _ in range(2))
+    quarter = undisturbed.end / 4  # of the time for the last files, the lock and the end of the process
+    delays = [choose.uniform(0.0, quarter), choose.uniform(quarter, 2 * quarter)]
     end = [(f"{delay:.2f} s after the last file", 0, files, delay) for delay in delays]
     say("moment of the kill: adapters in place, lock; complete at the server and not in the cache; fetched again")
+    killed = 0
     for number, (moment, requests, sent, delay) in enumerate([*lookups, *transfer, *end]):
         target, home = tmp_path / "out", tmp_path / "home"
         with unreliable(organisation) as hub:
@@ -160,6 +162,7 @@ def test_kill_at_any_moment(organisation: Organisation, undisturbed: Undisturbed
             killer.pid = child.pid
             printed = "".join(child.communicate())
             assert child.returncode == -signal.SIGKILL or (delay and child.returncode == 0), f"{moment}: {printed}"
+            killed += child.returncode != 0
             here = there(target)
             assert here == {name: organisation.expected[name] for name in here}, moment
             lock = (target / LOCK_NAME).read_bytes() if (target / LOCK_NAME).exists() else None
@@ -187,3 +190,4 @@ def test_kill_at_any_moment(organisation: Organisation, undisturbed: Undisturbed
         )
         shutil.rmtree(target)
         shutil.rmtree(home)
+    assert killed >= len(lookups) + len(transfer) + 1
