@@ -148,8 +148,7 @@ def _render_plan(report: FetchReport) -> None:
 
 def _render(report: FetchReport) -> None:
     summary = report.summary
-    if not report.dry_run:
-        _render_changes(report.adapters)
+    _render_changes(report.adapters)
     _list("removed", report.removed)
     _list("left out", [f"{each.what}: {each.reason}" for each in report.left_out])
     bases = Counter(adapter.base_model for adapter in report.adapters)
@@ -158,7 +157,7 @@ def _render(report: FetchReport) -> None:
         console.say(f"the adapters have {len(bases)} base models: {named}{' …' if len(bases) > 3 else ''}")
     if report.dry_run or not (report.complete or summary.adapters):
         return
-    there = f"{count(summary.adapters, 'adapter')} in {report.directory}, {megabytes(summary.size_bytes)}"
+    there = f"{count(summary.adapters, 'adapter')} in {plain(report.directory)}, {megabytes(summary.size_bytes)}"
     if report.complete and summary.present == summary.adapters and not report.removed:
         console.say(f"{there}: all as they should be, nothing to download")
         return

@@ -59,10 +59,21 @@ def write_file(path: Path, data: bytes) -> None:
 
 def settle(path: Path) -> None:
     """Give a file that a library wrote the permissions of the umask, and have it on the disk."""
+    path.chmod(0o666 & ~_umask())
+    sync(path)
+
+
+def _umask() -> int:
+    """Without setting it, where the kernel tells: other threads are making files meanwhile."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    if told := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
+        return int(told[1], 8)
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    sync(path)
+    return umask
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,10 +21,13 @@ from .errors import Unsupported, UsageError
 LOCK_NAME = "lorazip.lock"
 SCHEMA: Literal["lorazip.lock/1"] = "lorazip.lock/1"
 
-Count = Annotated[int, Meta(ge=0)]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")]
-FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# A "$" would let a line feed pass at the end.
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
+Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}(?![\s\S])")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(?![\s\S])")]
+_CONFIG = "adapter_config.json"
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 
 
 class LockedFile(Struct, frozen=True):
@@ -73,10 +78,12 @@ class Filters(Struct, frozen=True, kw_only=True):
 
 
 class LeftOut(Struct, frozen=True):
-    """Something that a source names and that is no adapter to fetch: which, and why."""
+    """Something that a source names and that was not fetched: which, and why."""
 
     what: str
     reason: str
+    because: Literal["listing", "max-size", "skip-bad"] = "listing"
+    """That it is no adapter that was asked for (``listing``), or the option of that run that left it out."""
 
 
 class LockedSource(Struct, frozen=True, kw_only=True):
@@ -106,7 +113,7 @@ def encode_lock(lock: Lock) -> bytes:
 def read_lock(directory: Path) -> Lock | None:
     """The lock of ``directory``, or None when it has none.
 
-    Raises UsageError when the file is not a lock, or names a place outside of ``directory`` or one adapter twice, and
+    Raises UsageError when the file is not a lock, names a place outside of ``directory`` or one adapter twice, and
     Unsupported for another version of the format.
     """
     path = directory / LOCK_NAME
@@ -132,6 +139,53 @@ def read_lock(directory: Path) -> Lock | None:
             raise UsageError(f"{path}: two adapters are named {adapter.name!r}", "restore it, or fetch anew")
         names.add(adapter.name)
     return lock
+
+
+def read_strictly(directory: Path) -> Lock | None:
+    """As `read_lock`, for who writes where the lock says: also raises UsageError for what `fetch` never writes."""
+    lock = read_lock(directory)
+    if lock is not None and (wrong := _contradiction(lock) or next(filter(None, map(problem, lock.adapters)), None)):
+        raise UsageError(f"{directory / LOCK_NAME}: {wrong}", "restore it, or move it away and fetch")
+    return lock
+
+
+def problem(entry: LockedAdapter) -> str | None:
+    """What keeps an entry from being an adapter below the directory, in words; None if nothing does."""
+    name, origin = entry.name, entry.origin
+    if not is_inner_path(name) or any(part.startswith(".") for part in name.split("/")) or name == LOCK_NAME:
+        return f"the name {name!r} is no folder below it"
+    names = [file.path for file in entry.files]
+    if _CONFIG not in names or len(set(names)) < len(names):
+        return f"{name!r} has no {_CONFIG}, or a file twice"
+    given = (origin.repository is not None, origin.commit is not None, origin.directory is not None)
+    if given not in ((True, True, False), (False, False, True)):
+        return f"{name!r} comes neither from a repository at a commit nor from a directory"
+    if origin.repository is not None and not _REPOSITORY.fullmatch(origin.repository):
+        return f"{name!r}: {origin.repository!r} is no repository"
+    if origin.subfolder and not is_inner_path(origin.subfolder):
+        return f"{name!r}: {origin.subfolder!r} is no subfolder"
+    return None
+
+
+def _contradiction(lock: Lock) -> str | None:
+    """What does not fit together, as after a bad merge."""
+    for text, times in Counter(source.source for source in lock.sources).most_common(1):
+        if times > 1:
+            return f"it has the source {text!r} {times} times"
+    folded: dict[str, str] = {}
+    for adapter in lock.adapters:
+        other = folded.setdefault(unicodedata.normalize("NFC", adapter.name).casefold(), adapter.name)
+        if other is not adapter.name:
+            return f"it has the adapter {adapter.name!r} twice"
+    for name in folded:
+        parts = name.split("/")
+        if above := next((up for n in range(1, len(parts)) if (up := "/".join(parts[:n])) in folded), None):
+            return f"{folded[name]!r} is inside another adapter, {folded[above]!r}"
+    known = {adapter.name for adapter in lock.adapters}
+    for source in lock.sources:
+        if unknown := next((name for name in source.adapters if name not in known), None):
+            return f"the source {source.source!r} has {unknown!r}, which is none of its adapters"
+    return None
 
 
 def is_inner_path(path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from random_adapters import plain, write_collection
 
 from lorazip_cli.main import main
 from lorazip_core.adapter import open_collection
-from lorazip_core.fetch import FetchReport
+from lorazip_core.fetch import FetchReport, run, workspace
 from lorazip_core.lock import LOCK_NAME
 
 
@@ -85,9 +86,9 @@ class TestSources:
         fetch.hub.catalogue.add(Repository.of("ann/sql", adapter_files() | checkpoints))
         report = fetch.json("ann/sql")
         assert fetch.names == ["ann/sql"]
-        assert report["left_out"] == [
-            {"what": "ann/sql/…", "reason": "2 more adapters in folders of an adapter; name a folder to have it"}
-        ]
+        (left_out,) = report["left_out"]
+        assert left_out["what"] == "ann/sql/…"
+        assert left_out["reason"] == "2 more adapters in folders of an adapter; name a folder to have it"
 
     def test_a_collection(self, fetch: Fetching) -> None:
         serve(fetch.hub, "ann/sql", "bob/math")
@@ -268,15 +269,50 @@ class TestAgain:
         assert not [name for name in fetch.downloaded() if name.startswith("ann/a/")]  # it had arrived before
         assert not (fetch.directory / ".lorazip-fetch").exists()
 
-    def test_an_update_that_is_given_up_leaves_no_trace(self, fetch: Fetching) -> None:
-        one, two = serve(fetch.hub, "ann/a", "ann/b")
+    @pytest.mark.parametrize("then", [["org:ann"], ["bob/c"], ["--locked"], []])
+    def test_an_update_that_is_given_up_leaves_no_trace(self, fetch: Fetching, then: list[str]) -> None:
+        one, two, _ = serve(fetch.hub, "ann/a", "ann/b", "bob/c")
         fetch("org:ann")
-        lock, files = fetch.lock, fetch.files()
+        files = fetch.files()
         one.commit(adapter_files(9))
         two.commit({"adapter_model.safetensors": b"no weights"})
+        report = fetch.json("org:ann", "--update")
+        assert fetch.code == 3
+        assert report["adapters"] == []  # what has arrived is not in place
+        assert "1 adapter arrived and will replace what is there when all have" in fetch.err
+        assert fetch(*then) == 0
+        assert {name: data for name, data in fetch.files().items() if name.startswith("ann/")} == files
+        assert fetch("--locked") == 0
+
+    def test_what_an_update_brought_needs_no_cache(self, fetch: Fetching, tmp_path: Path) -> None:
+        one, two = serve(fetch.hub, "ann/a", "ann/b")
+        fetch("org:ann")
+        one.commit(adapter_files(9))
+        two.commit({"adapter_model.safetensors": b"no weights"})
+        fetch("org:ann", "--update")
+        two.commit(adapter_files(10))
+        shutil.rmtree(tmp_path / "hf")
+        fetch.hub.log.clear()
+        assert fetch("org:ann", "--update") == 0
+        assert not [name for name in fetch.downloaded() if name.startswith("ann/a/adapter_model")]
+
+    def test_an_unfinished_run_goes_on_at_the_same_commits(self, fetch: Fetching) -> None:
+        (one,) = serve(fetch.hub, "ann/a")
+        old = one.head
+        assert fetch("ann/a", "ann/none") == 7
+        one.commit(adapter_files(9))
+        assert fetch("ann/a") == 0
+        assert fetch.lock.adapters[0].origin.commit == old
+
+    def test_what_only_an_unfinished_run_knows_is_too_much_for_locked(self, fetch: Fetching) -> None:
+        serve(fetch.hub, "ann/a")
+        fetch("org:ann")
+        fetch.hub.catalogue.add(repository("ann/c", 3), Repository.of("ann/d", adapter_files(1, use_dora=True)))
         assert fetch("org:ann", "--update") == 3
-        assert fetch("org:ann") == 0
-        assert (fetch.lock, fetch.files()) == (lock, files)
+        for _ in range(2):
+            assert fetch("--locked") == 1
+            (line,) = fetch.errors
+            assert line.startswith(f"{fetch.directory / 'ann/c'}: {LOCK_NAME} has no such adapter (an unfinished fetch")
 
     def test_what_arrived_for_another_source_is_remembered(self, fetch: Fetching) -> None:
         """A run for ann/b alone must not make it forget that the folder ann/a is its own."""
@@ -361,6 +397,22 @@ class TestAgain:
         assert fetch("ann/a", "--force") == 0
         assert fetch.files() == files
 
+    @pytest.mark.parametrize("what", ["file", "link", "dangling link", "file above"])
+    def test_somebody_elses_file_or_link_is_not_taken(self, fetch: Fetching, tmp_path: Path, what: str) -> None:
+        serve(fetch.hub, "ann/a", "bob/b")
+        place = fetch.directory / "ann" / "a"
+        if what == "file above":
+            place = place.parent
+        place.parent.mkdir(parents=True)
+        if "file" in what:
+            place.write_text("precious")
+        else:
+            place.symlink_to(tmp_path if what == "link" else tmp_path / "nowhere")
+        assert fetch("ann/a", "bob/b") == 6
+        assert len(fetch.errors) == 1
+        assert place.is_symlink() or place.read_text() == "precious"
+        assert (fetch.directory / "bob" / "b" / "adapter_config.json").exists()
+
     def test_somebody_elses_folder_is_not_taken(self, fetch: Fetching) -> None:
         serve(fetch.hub, "ann/a")
         (fetch.directory / "ann" / "a").mkdir(parents=True)
@@ -377,6 +429,58 @@ class TestAgain:
         assert fetch("ann/a") == 0
         assert fetch.names == ["ann/a"]
         assert not [name for name in fetch.downloaded() if "config" not in name]
+
+
+class TestSkipped:
+    """What an option left out is not settled by it: the next run without the option asks again."""
+
+    def test_a_bad_commit(self, fetch: Fetching) -> None:
+        one, _ = serve(fetch.hub, "ann/a", "ann/b")
+        fetch("ann/a", "ann/b")
+        files, good = fetch.files(), fetch.lock.adapters
+        one.commit({"adapter_model.safetensors": b"no weights"})
+        assert fetch("--update", "--skip-bad") == 0
+        assert (fetch.files(), fetch.lock.adapters) == (files, good)
+        assert "left out: 1" in fetch.err
+        assert fetch("ann/a", "ann/b", "--prune", "--skip-bad") == 0
+        assert "left out: 1" in fetch.err
+        assert fetch.files() == files
+        assert fetch("ann/a", "ann/b") == 0  # the commit of the lock is good
+        assert "left out" not in fetch.err
+        assert fetch.lock.sources[0].left_out == []
+
+    def test_one_that_is_refused_now(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
+        serve(fetch.hub, "ann/a")
+        serve(fetch.hub, "ann/private", private=True, readers=frozenset({"ann"}))
+        monkeypatch.setenv("HF_TOKEN", "hf_secretofann")
+        fetch("ann/private", "ann/a")
+        files = fetch.files()
+        monkeypatch.delenv("HF_TOKEN")
+        assert fetch("ann/private", "ann/a", "--update", "--prune", "--skip-bad") == 0
+        assert fetch.files() == files
+
+    def test_one_that_was_too_large(self, fetch: Fetching) -> None:
+        serve(fetch.hub, "ann/a")
+        fetch.hub.catalogue.add(Repository.of("ann/large", adapter_files(1) | {"README.md": bytes(2000)}))
+        fetch("org:ann", "--max-size", "2KB")
+        assert fetch.names == ["ann/a"]
+        assert fetch("org:ann", "--max-size", "2KB") == 0
+        assert "left out: 1" in fetch.err
+        assert fetch("org:ann") == 0
+        assert fetch.names == ["ann/a", "ann/large"]
+
+    def test_the_lock_is_the_same_whatever_answers_first(self, fetch: Fetching) -> None:
+        serve(fetch.hub, "ann/a")
+        bad = [f"ann/bad{n}" for n in range(12)]
+        fetch.hub.catalogue.add(
+            *(Repository.of(id, adapter_files(n) | {"adapter_model.safetensors": b""}) for n, id in enumerate(bad))
+        )
+        locks = set()
+        for _ in range(4):
+            assert fetch("org:ann", "--skip-bad") == 0
+            locks.add((fetch.directory / LOCK_NAME).read_bytes())
+            shutil.rmtree(fetch.directory)
+        assert len(locks) == 1
 
 
 class TestLocked:
@@ -423,6 +527,31 @@ class TestLocked:
         assert fetch("--locked") == 1
         (line,) = fetch.errors
         assert line.endswith(f": {LOCK_NAME} has no such adapter (move it away)")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_where_all_is_there_nothing_is_written(self, fetch: Fetching) -> None:
+        serve(fetch.hub, "ann/a")
+        fetch("ann/a")
+        fetch.directory.chmod(0o555)
+        assert fetch("--locked") == 0
+
+    def test_where_all_is_there_no_workspace_is_made(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
+        serve(fetch.hub, "ann/a")
+        fetch("ann/a")
+        monkeypatch.setattr(run, "Workspace", None)
+        assert fetch("--locked") == 0
+
+    def test_it_does_not_finish_what_a_killed_run_began(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
+        (one,) = serve(fetch.hub, "ann/a")
+        fetch("ann/a")
+        lock, files = fetch.lock, fetch.files()
+        one.commit(adapter_files(9))
+        with monkeypatch.context() as patch:
+            patch.setattr(workspace.Workspace, "_take_away", lambda self, name: 1 / 0)
+            assert fetch("ann/a", "--update") == 70
+        assert (fetch.directory / ".lorazip-fetch" / LOCK_NAME).exists()
+        assert fetch("--locked") == 0
+        assert (fetch.lock, {name: fetch.files()[name] for name in files}) == (lock, files)
 
 
 class TestOutput:
@@ -485,14 +614,43 @@ class TestSafety:
             assert (fetch.directory / name / "adapter_config.json").is_file()
         assert len(open_collection(fetch.directory).adapters) == len(folded)
 
-    def test_a_link_that_leads_out_of_the_directory_is_not_followed(self, fetch: Fetching, tmp_path: Path) -> None:
+    def test_a_link_on_the_way_is_not_followed(self, fetch: Fetching, tmp_path: Path) -> None:
         serve(fetch.hub, "ann/a")
         (tmp_path / "outside").mkdir()
         fetch.directory.mkdir()
         (fetch.directory / "ann").symlink_to(tmp_path / "outside")
         assert fetch("ann/a") == 2
-        assert fetch.errors == [f"{fetch.directory / 'ann/a'} leads out of {fetch.directory} (remove the link)"]
+        link = fetch.directory / "ann"
+        assert fetch.errors == [f"{link} is a link, and adapters would go where it leads (remove it)"]
         assert not list((tmp_path / "outside").iterdir())
+
+    @pytest.mark.parametrize("what", [".lorazip-fetch", "work", "held", "old", "journal.jsonl", LOCK_NAME])
+    def test_links_in_its_own_folder_are_not_followed(self, fetch: Fetching, tmp_path: Path, what: str) -> None:
+        serve(fetch.hub, "ann/a")
+        victim = tmp_path / "victim"
+        for name in ("work", "old", "held"):
+            (victim / name).mkdir(parents=True)
+        (victim / "file").write_text("precious")
+        own = fetch.directory / ".lorazip-fetch"
+        link = own if what == own.name else own / what
+        link.parent.mkdir(parents=True)
+        link.symlink_to(victim if "." not in what or link == own else victim / "file")
+        assert fetch("ann/a") == 2
+        assert fetch.errors == [f"{link} is a link, and lorazip keeps its own files there (remove it)"]
+        assert sorted(path.name for path in victim.iterdir()) == ["file", "held", "old", "work"]
+        assert (victim / "file").read_text() == "precious"
+
+    def test_a_directory_that_is_a_link_itself(
+        self, fetch: Fetching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_collection(tmp_path / "mine", plain(1))
+        (tmp_path / "real" / "deep").mkdir(parents=True)
+        fetch.directory.symlink_to(tmp_path / "real" / "deep")
+        monkeypatch.chdir(tmp_path)
+        assert fetch("./mine") == 0
+        assert fetch("--update") == 0
+        shutil.rmtree(tmp_path / "real" / "deep" / "mine")
+        assert fetch("--locked") == 0
 
     def test_a_commit_made_while_fetching_changes_nothing(self, fetch: Fetching) -> None:
         (one,) = serve(fetch.hub, "ann/a")

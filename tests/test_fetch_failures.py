@@ -150,6 +150,21 @@ class TestTrouble:
         early = [seconds for seconds in waited if seconds < 0.9]
         assert len(early) <= 16  # those that were on their way
 
+    @pytest.mark.parametrize(
+        ("value", "says"),
+        [("7200", "2.0 hours"), ("9" * 30, "for ever"), ("Fri, 31 Dec 2199 23:59:59 GMT", "for ever")],
+    )
+    def test_told_to_wait_too_long_it_ends(self, good: Fetching, value: str, says: str) -> None:
+        good.hub.faults.add(Status(429, "Too Many Requests", {"Retry-After": value}))
+        good("ann/a")
+        line = f"the Hub asks to wait {says} (too many requests) (HF_TOKEN raises the limit)"
+        check(good, 7, line, arrived=False)
+
+    @pytest.mark.parametrize("value", ["²", "soon", "-1", ""])
+    def test_a_wait_that_is_no_number(self, good: Fetching, value: str) -> None:
+        good.hub.faults.add(Status(429, "Too Many Requests", {"Retry-After": value}), path="/api/", times=1)
+        assert good("ann/a") == 0
+
     def test_the_hub_is_down(self, good: Fetching) -> None:
         good.hub.faults.add(Status(503, "Service Unavailable"))
         good("ann/a", *(f"ann/{n}" for n in range(40)))
@@ -420,6 +435,7 @@ class TestUsage:
             (["a/b/../c"], "'a/b/../c': '../c' is no folder of a repository"),
             (["https://user:hf_secret@huggingface.co/a/b"], "an address is no source (write owner/repo)"),
             (["a/b--c"], "'a/b--c': 'a/b--c' is no name of a repository"),
+            (["~no-such-user/x"], "'~no-such-user/x' is not a directory"),
             (["./none"], "'./none' is not a directory"),
             (["@none.txt"], "@none.txt: there is no file 'none.txt'"),
             (["@/"], "@/: not a text file with one source a line"),
@@ -438,6 +454,23 @@ class TestUsage:
         assert fetch(*arguments) == 2
         assert fetch.errors == [line.format(dir=fetch.directory)]
         assert not fetch.directory.exists()
+
+    @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://[bad", "ftp://host", "http://"])
+    def test_an_address_of_no_hub(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        assert fetch("ann/a") == 2
+        assert fetch.errors == ["HF_ENDPOINT is no address such as https://huggingface.co"]
+
+    def test_a_token_that_can_be_none(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_TOKEN", "hf_é")
+        assert fetch("ann/a") == 2
+        assert fetch.errors == ["the token of the Hub has characters that no token has (look at HF_TOKEN)"]
+
+    def test_a_cache_inside_the_directory(self, fetch: Fetching, tmp_path: Path) -> None:
+        assert fetch("ann/a", output=tmp_path / "hf") == 2
+        assert fetch.errors == [
+            f"the cache of the Hub is inside {tmp_path / 'hf'} (choose another -o, or another HF_HOME)"
+        ]
 
     def test_a_line_of_a_list(self, fetch: Fetching, tmp_path: Path) -> None:
         path = tmp_path / "list.txt"

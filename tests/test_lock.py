@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lorazip_core.lock import (
     encode_lock,
     is_inner_path,
     read_lock,
+    read_strictly,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -177,3 +179,54 @@ def refused(folder: Path, failure: type[LorazipError], words: str) -> None:
     assert words in text
     assert "\n" not in text
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lock: lock["adapters"][0].update(name=".git/hooks"), "'.git/hooks' is no folder below it"),
+        (lambda lock: lock["adapters"][0].update(name=LOCK_NAME), f"'{LOCK_NAME}' is no folder below it"),
+        (lambda lock: lock["adapters"][0].update(name="mine"), "is inside another adapter, 'mine'"),
+        (lambda lock: lock["adapters"][0].update(name="MINE/Ünïcode"), "it has the adapter 'mine/ünïcode' twice"),
+        (lambda lock: lock["adapters"][0].update(files=[]), "has no adapter_config.json"),
+        (lambda lock: lock["adapters"][0]["files"].append(lock["adapters"][0]["files"][0]), "or a file twice"),
+        (lambda lock: lock["adapters"][0]["origin"].update(commit=None), "comes neither from a repository"),
+        (lambda lock: lock["adapters"][0]["origin"].update(directory="x"), "comes neither from a repository"),
+        (lambda lock: lock["adapters"][1]["origin"].update(directory=None), "comes neither from a repository"),
+        (lambda lock: lock["adapters"][0]["origin"].update(repository="../../x"), "'../../x' is no repository"),
+        (lambda lock: lock["adapters"][0]["origin"].update(subfolder="../.."), "'../..' is no subfolder"),
+        (lambda lock: lock["sources"].append(lock["sources"][0]), "it has the source 'org:alice' 2 times"),
+        (lambda lock: lock["sources"][0]["adapters"].append("x/y"), "has 'x/y', which is none of its adapters"),
+    ],
+)
+def test_who_writes_by_it_reads_it_strictly(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    def with_files(fields: dict[str, Any]) -> None:
+        fields["adapters"][1]["files"] = fields["adapters"][0]["files"][:1]
+        for source in fields["sources"]:
+            source["adapters"] = []
+
+    def both(fields: dict[str, Any]) -> None:
+        with_files(fields)
+        change(fields)
+
+    assert read_strictly(write(tmp_path, with_files)) is not None
+    with pytest.raises(UsageError, match=re.escape(words)):
+        read_strictly(write(tmp_path, both))
+
+
+@pytest.mark.parametrize("size", [2**63, 10**400])
+def test_absurd_numbers_are_refused(tmp_path: Path, size: int) -> None:
+    with pytest.raises(UsageError):
+        read_lock(write(tmp_path, lambda lock: lock["adapters"][0]["files"][0].update(size_bytes=size)))
+
+
+def test_a_line_feed_at_the_end_is_no_digest(tmp_path: Path) -> None:
+    for field in ("sha256", "path"):
+        with pytest.raises(UsageError):
+            read_lock(write(tmp_path, lambda lock, field=field: _append(lock["adapters"][0]["files"][0], field)))
+
+
+def _append(fields: dict[str, Any], field: str) -> None:
+    fields[field] += "\n"

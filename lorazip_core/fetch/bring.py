@@ -15,7 +15,7 @@ from ..files import copy, link_or_copy
 from ..lock import LockedAdapter, LockedFile
 from ..progress import Transfer
 from ..text import megabytes
-from .hub import Hub
+from .hub import Hub, Received
 from .wanted import Wanted, WantedFile
 from .workspace import Workspace
 
@@ -30,23 +30,6 @@ def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, al
     Raises AdapterError when the reader refuses it or a local one is not what it was, HubError, OSError.
     """
     folder = workspace.work(wanted.name)
-    try:
-        files = [_file(wanted, file, folder, hub, transfer) for file in wanted.files]
-        open_adapter(wanted.label, folder, allow_pickle=allow_pickle or _is_pickled(wanted))
-        entry = wanted.locked(files)
-        workspace.arrived(entry, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return entry
-
-
-def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, transfer: Transfer) -> LockedFile:
-    target = folder / file.name
-    if wanted.local is not None:
-        return _local_file(wanted, file, wanted.local / file.name, target, transfer)
-    assert wanted.origin.repository is not None
-    assert wanted.origin.commit is not None
     told = 0
 
     def received(size: int) -> None:
@@ -54,13 +37,38 @@ def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, transfer: Tr
         told += size
         transfer.received(size)
 
-    blob, identified = hub.file(wanted.origin.repository, wanted.origin.commit, file, received)
-    transfer.received(identified.size_bytes - told)  # what came from the cache
+    try:
+        files = [_file(wanted, file, folder, hub, received) for file in wanted.files]
+        open_adapter(wanted.label, folder, allow_pickle=allow_pickle or _is_pickled(wanted))
+        entry = wanted.locked(files)
+        workspace.arrived(entry, folder)
+    except BaseException:
+        transfer.received(-told)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return entry
+
+
+def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, received: Received) -> LockedFile:
+    target = folder / file.name
+    if wanted.local is not None:
+        return _local_file(wanted, file, wanted.local / file.name, target, received)
+    assert wanted.origin.repository is not None
+    assert wanted.origin.commit is not None
+    told = 0
+
+    def downloaded(size: int) -> None:
+        nonlocal told
+        told += size
+        received(size)
+
+    blob, identified = hub.file(wanted.origin.repository, wanted.origin.commit, file, downloaded)
+    received(identified.size_bytes - told)  # what came from the cache
     link_or_copy(blob, target)
     return identified
 
 
-def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, transfer: Transfer) -> LockedFile:
+def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, received: Received) -> LockedFile:
     """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
     if not source.is_file():
         raise NotAsLocked(wanted.label, f"{source} is not there", "--update takes what is there now")
@@ -68,7 +76,7 @@ def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, tr
     identified = file.identify(target)
     if identified is None:
         raise NotAsLocked(wanted.label, f"{source} is not what it was", "--update takes what is there now")
-    transfer.received(identified.size_bytes)
+    received(identified.size_bytes)
     return identified
 
 

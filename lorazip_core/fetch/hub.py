@@ -21,7 +21,16 @@ from tenacity.nap import sleep_using_event
 from ..errors import HubError
 from ..lock import Filters, LockedFile
 from .manners import Manners
-from .trouble import HubDiffers, HubTrouble, is_rate_limit, is_transient, is_unreachable, translate
+from .trouble import (
+    HubDiffers,
+    HubTrouble,
+    check_access,
+    is_rate_limit,
+    is_transient,
+    is_unreachable,
+    translate,
+    without_password,
+)
 from .wanted import WantedFile
 
 T = TypeVar("T")
@@ -64,6 +73,7 @@ class Hub:
 
     def __init__(self, manners: Manners, patience: Patience) -> None:
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lorazip")
+        check_access(self.endpoint)
         self._manners = manners
         self._patience = patience
         self._counting = threading.Lock()
@@ -107,7 +117,9 @@ class Hub:
             revision=revision,
         )
         if info.sha is None:
-            raise HubError(f"{repository}: {self.endpoint} names no commit for it", "is HF_ENDPOINT a Hub?")
+            raise HubError(
+                f"{repository}: {without_password(self.endpoint)} names no commit for it", "is HF_ENDPOINT a Hub?"
+            )
         files = tuple(
             WantedFile(
                 name=sibling.rfilename.rpartition("/")[2],

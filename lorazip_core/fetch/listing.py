@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..adapter import NotLora, find_adapters, inside, open_adapter, parse_config
 from ..adapter.config import CONFIG_NAME
@@ -37,11 +39,10 @@ class Failure:
         """Whether the thing itself is of no use: a bad adapter, or what the Hub refuses; a silent Hub is not."""
         return isinstance(self.error, AdapterError | HubRefused)
 
-    @property
-    def left_out(self) -> LeftOut:
+    def left_out(self, because: Literal["listing", "max-size", "skip-bad"]) -> LeftOut:
         """The same, where it is no failure."""
         reason = self.error.reason if isinstance(self.error, AdapterError) else str(self.error)
-        return LeftOut(self.what, reason.removeprefix(f"{self.what}: "))
+        return LeftOut(self.what, reason.removeprefix(f"{self.what}: "), because)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,17 @@ def places(source: Source, hub: Hub) -> Iterator[Place | LeftOut]:
                 raise HubRefused(f"{source.text}: the Hub lists no model that matches", "check the name and filters")
 
 
-def adapters_at(place: Place, pinned: str | None, hub: Hub, limits: Limits) -> list[Found]:
+@dataclass(frozen=True)
+class Candidate:
+    """A folder of a repository that has the configuration of an adapter, and the files in it."""
+
+    place: Place
+    snapshot: Snapshot
+    folder: str
+    files: tuple[WantedFile, ...]
+
+
+def candidates(place: Place, pinned: str | None, hub: Hub) -> list[Candidate | LeftOut | Failure]:
     """The adapters of one repository: in its root, or else in its folders; or why there is none.
 
     They are looked for at the commit ``pinned``, if the Hub still has it. Raises HubUnavailable.
@@ -102,15 +113,24 @@ def adapters_at(place: Place, pinned: str | None, hub: Hub, limits: Limits) -> l
         raise
     except LorazipError as error:
         return [Failure(place.repository, error)]
-    folders = _folders(snapshot, place.subfolder)
-    if not folders:
+    folders: defaultdict[str, list[WantedFile]] = defaultdict(list)
+    for file in snapshot.files:
+        folders[file.path.rpartition("/")[0]].append(file)
+    holders = [folder for folder, files in folders.items() if any(file.name == CONFIG_NAME for file in files)]
+    start = f"{place.subfolder}/" if place.subfolder else ""
+    below = sorted(folder for folder in holders if folder != place.subfolder and folder.startswith(start))
+    found: list[Candidate | LeftOut | Failure] = []
+    if place.subfolder in holders:
+        found.append(Candidate(place, snapshot, place.subfolder, tuple(folders[place.subfolder])))
+        if below:
+            label = "/".join(filter(None, (place.repository, place.subfolder)))
+            reason = f"{count(len(below), 'more adapter')} in folders of an adapter; name a folder to have it"
+            found.append(LeftOut(f"{label}/…", reason))
+    elif below:
+        found += [Candidate(place, snapshot, folder, tuple(folders[folder])) for folder in below]
+    else:
         within = f" in {place.subfolder}" if place.subfolder else ""
-        return [_misfit(place, AdapterError(place.repository, f"no {CONFIG_NAME}{within}: not an adapter"))]
-    found = [_adapter(place, snapshot, folder, hub, limits) for folder in folders]
-    if folders == [place.subfolder] and (others := _below(snapshot, place.subfolder)):
-        label = "/".join(filter(None, (place.repository, place.subfolder)))
-        reason = f"{count(len(others), 'more adapter')} in folders of an adapter; name a folder to have it"
-        found.append(LeftOut(f"{label}/…", reason))
+        found.append(_misfit(place, AdapterError(place.repository, f"no {CONFIG_NAME}{within}: not an adapter")))
     return found
 
 
@@ -121,24 +141,14 @@ def _snapshot(place: Place, pinned: str | None, hub: Hub) -> Snapshot:
     return hub.snapshot(place.repository, place.revision)
 
 
-def _folders(snapshot: Snapshot, subfolder: str) -> list[str]:
-    """``subfolder`` if it is an adapter, else all adapters below it."""
-    config = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
-    return [subfolder] if any(file.path == config for file in snapshot.files) else _below(snapshot, subfolder)
-
-
-def _below(snapshot: Snapshot, subfolder: str) -> list[str]:
-    start = f"{subfolder}/" if subfolder else ""
-    folders = {file.path.rpartition("/")[0] for file in snapshot.files if file.name == CONFIG_NAME}
-    return sorted(folder for folder in folders - {subfolder} if folder.startswith(start))
-
-
-def _adapter(place: Place, snapshot: Snapshot, folder: str, hub: Hub, limits: Limits) -> Found:
+def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> Found:
+    """The adapter in a folder, once its configuration has been read; or why it is none. Raises HubUnavailable."""
+    place, snapshot, folder = candidate.place, candidate.snapshot, candidate.folder
     label = "/".join(filter(None, (snapshot.repository, folder)))
     if folder and not is_inner_path(folder):
         return LeftOut(label, "the path of its folder is unsafe")
     try:
-        files = _chosen(label, snapshot, folder, limits.allow_pickle)
+        files = _chosen(label, candidate.files, limits.allow_pickle)
         config_file = next(file for file in files if file.name == CONFIG_NAME)
         path, _ = hub.file(snapshot.repository, snapshot.commit, config_file, lambda count: None)
         base_model = parse_config(label, path.read_bytes()).base_model
@@ -158,9 +168,9 @@ def _adapter(place: Place, snapshot: Snapshot, folder: str, hub: Hub, limits: Li
     return _within_limits(Wanted(origin, base_model, files), place.base_model, place.named, limits)
 
 
-def _chosen(label: str, snapshot: Snapshot, folder: str, allow_pickle: bool) -> tuple[WantedFile, ...]:
+def _chosen(label: str, files: Iterable[WantedFile], allow_pickle: bool) -> tuple[WantedFile, ...]:
     """The files of an adapter that are needed: configuration, weights, model card."""
-    here = {file.name: file for file in snapshot.files if file.path.rpartition("/")[0] == folder}
+    here = {file.name: file for file in files}
     names = [CONFIG_NAME, *([README] if README in here else [])]
     if SAFETENSORS in here:
         names.append(SAFETENSORS)
@@ -178,21 +188,21 @@ def _chosen(label: str, snapshot: Snapshot, folder: str, allow_pickle: bool) -> 
 
 
 def _within_limits(wanted: Wanted, base_model: str | None, named: bool, limits: Limits) -> Found:
-    reason = None
     if base_model is not None and wanted.base_model != base_model:
         reason = f"its base model is {wanted.base_model}, not {base_model}"
-    elif limits.max_bytes is not None and wanted.size_bytes > limits.max_bytes:
+        failure = Failure(wanted.label, AdapterError(wanted.label, reason))
+        return failure if named else failure.left_out("listing")
+    if limits.max_bytes is not None and wanted.size_bytes > limits.max_bytes:
         reason = f"it has {megabytes(wanted.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
-    if reason is None:
-        return wanted
-    failure = Failure(wanted.label, AdapterError(wanted.label, reason))
-    return failure if named else failure.left_out
+        failure = Failure(wanted.label, AdapterError(wanted.label, reason))
+        return failure if named else failure.left_out("max-size")
+    return wanted
 
 
-def _misfit(place: Place, error: AdapterError) -> Found:
+def _misfit(place: Place, error: AdapterError) -> LeftOut | Failure:
     """What is no LoRA adapter: left out of what was found by listing, a failure where it was asked for by name."""
     failure = Failure(error.adapter, error)
-    return failure if place.named else failure.left_out
+    return failure if place.named else failure.left_out("listing")
 
 
 def local_adapters(source: DirectorySource, limits: Limits, license_of: Callable[[Path], str | None]) -> list[Found]:

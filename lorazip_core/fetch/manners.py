@@ -23,8 +23,11 @@ from typing import Any, Self
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public by its documentation
 
+from .trouble import HubUnavailable
+
 _TIMEOUT = 30.0  # seconds that a silent server has, where huggingface_hub would wait for ever
 _LONG_WAIT = 5.0  # seconds from which on a person is told
+_TOO_LONG = 900.0  # seconds that nobody waits
 
 
 class Stopped(Exception):
@@ -41,7 +44,7 @@ class Manners:
         self._note = note
         self._lock = threading.Lock()
         self._context = contextlib.ExitStack()
-        self._clients: list[Any] = []
+        self._clients: list[tuple[Any, Any]] = []
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._not_before = 0.0
         self.stopped = threading.Event()
@@ -52,11 +55,11 @@ class Manners:
         """Hook into the present client of huggingface_hub, which replaces it after connection errors."""
         client = get_session()
         with self._lock:
-            if not any(client is known for known in self._clients):
+            if not any(client is known for known, _ in self._clients):
                 client.event_hooks["request"].append(self._before)
                 client.event_hooks["response"].append(self._after)
+                self._clients.append((client, client.timeout))
                 client.timeout = _TIMEOUT
-                self._clients.append(client)
 
     def __enter__(self) -> Self:
         logger = logging.getLogger("huggingface_hub")
@@ -72,10 +75,10 @@ class Manners:
         self._context.close()
         logging.getLogger("huggingface_hub").setLevel(self._level)
         with self._lock:
-            for client in self._clients:
+            for client, timeout in self._clients:
                 client.event_hooks["request"].remove(self._before)
                 client.event_hooks["response"].remove(self._after)
-                client.timeout = None
+                client.timeout = timeout
             self._clients.clear()
 
     def stop(self) -> None:
@@ -107,6 +110,9 @@ class Manners:
             self.last_answer = time.monotonic()
 
     def _wait(self, seconds: float) -> None:
+        if seconds > _TOO_LONG:
+            hours = f"{seconds / 3600:,.1f} hours" if seconds < 10**7 else "for ever"
+            raise HubUnavailable(f"the Hub asks to wait {hours} (too many requests)", "HF_TOKEN raises the limit")
         with self._lock:
             until = time.monotonic() + seconds
             longer = until - self._not_before
@@ -128,8 +134,8 @@ def _seconds_to_wait(headers: Any) -> float:
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     value = headers.get("retry-after", "").strip()
-    if value.isdigit():
-        return float(value)
-    with contextlib.suppress(ValueError, TypeError):
+    if value.isascii() and value.isdecimal():
+        return float(value[:12])
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     return 0.0

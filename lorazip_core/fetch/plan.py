@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from ..errors import CheckFailed, LorazipError, UsageError
+from ..errors import CheckFailed, LorazipError
 from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, LockedSource
 from ..progress import Progress
 from .hub import Hub, license_in
-from .listing import Failure, Found, Limits, Place, adapters_at, local_adapters, places
+from .listing import Candidate, Failure, Found, Limits, Place, adapter_of, candidates, local_adapters, places
 from .names import Identity, give_names, identity
 from .sources import DirectorySource, Source
 from .trouble import HubUnavailable, Outage
@@ -30,13 +30,16 @@ class Plan:
     left_out: list[LeftOut] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def leave_out(self, wanted: Wanted, left_out: LeftOut) -> None:
-        """Take back an adapter that turned out to be of no use."""
-        self.left_out.append(left_out)
+    def leave_out(self, dropped: Mapping[str, LeftOut], before: Container[str]) -> None:
+        """Take back adapters that turned out to be of no use, by name; what the old lock has of them stays."""
+        self.left_out += [dropped[name] for name in sorted(dropped)]
         for number, source in enumerate(self.sources):
-            if wanted.name in source.adapters:
-                adapters = [name for name in source.adapters if name != wanted.name]
-                self.sources[number] = replace(source, adapters=adapters, left_out=[*source.left_out, left_out])
+            if hit := sorted(dropped.keys() & set(source.adapters)):
+                self.sources[number] = replace(
+                    source,
+                    adapters=[name for name in source.adapters if name not in dropped or name in before],
+                    left_out=_sorted([*source.left_out, *(dropped[name] for name in hit)]),
+                )
 
 
 class Planner:
@@ -74,13 +77,23 @@ class Planner:
                     "fetch without --locked to add it",
                 )
             names.update(known[source.text, source.filters].adapters)
-        return Plan(list(self._lock.sources), [self._again(name) for name in sorted(names)])
+        left_out = [each for source in self._lock.sources for each in source.left_out]
+        return Plan(list(self._lock.sources), [self._again(name) for name in sorted(names)], _sorted(left_out))
 
     def resolve(self, sources: Sequence[Source], *, update: bool, prune: bool, skip_bad: bool) -> Plan:
-        """The adapters of ``sources``: as the lock has them, or with ``update`` or where it lacks them, looked up."""
+        """The adapters of ``sources``: as the lock has them, or with ``update`` or where it lacks them, looked up.
+
+        The lock lacks what an option had left out that is not given this time.
+        """
+        options = (
+            {"listing"} | ({"skip-bad"} if skip_bad else set()) | ({"max-size"} if self._limits.max_bytes else set())
+        )
         known = {} if update else self._known()
         settled = {
-            source: known[source.text, source.filters] for source in sources if (source.text, source.filters) in known
+            source: locked
+            for source in sources
+            if (locked := known.get((source.text, source.filters))) is not None
+            and options.issuperset(each.because for each in locked.left_out)
         }
         plan = Plan()
         found = self._look_up([source for source in sources if source not in settled], update)
@@ -88,19 +101,22 @@ class Planner:
         for source in sources:
             if source in settled:
                 plan.sources.append(settled[source])
+                plan.left_out += settled[source].left_out
                 plan.wanted += [self._again(name) for name in settled[source].adapters]
                 continue
             given = [names[self._key(each)] for each in found[source] if isinstance(each, Wanted)]
-            out = [each for each in found[source] if isinstance(each, LeftOut)]
+            out = _sorted(each for each in found[source] if isinstance(each, LeftOut))
             plan.sources.append(
                 LockedSource(
                     source=source.text,
                     filters=source.filters,
-                    adapters=sorted({wanted.name for wanted in given}),
-                    left_out=sorted(set(out), key=lambda each: each.what),
+                    adapters=sorted({wanted.name for wanted in given} | self._kept(source, out)),
+                    left_out=out,
                 )
             )
+            plan.left_out += out
             plan.wanted += given
+        plan.left_out = _sorted(plan.left_out)
         plan.wanted = list({wanted.name: wanted for wanted in plan.wanted}.values())
         plan.sources = self._in_order(plan.sources, prune)
         return plan
@@ -111,9 +127,18 @@ class Planner:
         before = {source.source: source for source in self._lock.sources if not prune or source.source in new}
         return list((before | new).values())
 
+    def _kept(self, source: Source, out: list[LeftOut]) -> set[str]:
+        """What the lock has of a source and could not be looked up this time: --skip-bad does not give it up."""
+        skipped = {each.what for each in out if each.because == "skip-bad"}
+        before = [known for known in self._lock.sources if known.source == source.text]
+        names = {name for known in before for name in known.adapters}
+        return {
+            name
+            for name in names
+            if skipped & {source.text, self._entries[name].origin.repository, self._again(name).label}
+        }
+
     def _again(self, name: str) -> Wanted:
-        if name not in self._entries:
-            raise UsageError(f"{self._directory / LOCK_NAME}: a source has {name!r}, which is none of its adapters")
         return wanted_again(self._entries[name], self._directory)
 
     def _known(self) -> dict[tuple[str, Filters | None], LockedSource]:
@@ -126,26 +151,39 @@ class Planner:
         for asked, listed in zip(remote, self._executor.map(self._places, remote), strict=True):
             wanted_places[asked] = [place for place in listed if isinstance(place, Place)]
             found[asked] += [each for each in listed if not isinstance(each, Place)]
-        pins = {} if update else self._pins()
-        distinct = self._distinct(wanted_places.values())
-        outage = Outage(self._jobs)
-        with self._progress.stage("looking at repositories", len(distinct)) as advance:
-
-            def look(place: Place) -> list[Found]:
-                pinned = pins.get((place.repository, place.revision))
-                return adapters_at(place, pinned, self._hub, self._limits)
-
-            answers: dict[Place, list[Found]] = {}
-            for place, answer in zip(distinct, self._executor.map(look, distinct), strict=True):
-                answers[place] = answer
-                outage.heed(next((each.error for each in answer if isinstance(each, Failure)), None))
-                advance(1)
+        answers = self._answers(self._distinct(wanted_places.values()), {} if update else self._pins())
         for asked, own in wanted_places.items():
             found[asked] += [each for place in own for each in answers[place]]
         for source in sources:
             if isinstance(source, DirectorySource):
                 found[source] += local_adapters(source, self._limits, license_in)
         return found
+
+    def _answers(self, asked: list[Place], pins: Mapping[tuple[str, str | None], str]) -> Mapping[Place, list[Found]]:
+        """What is at each place. Repositories are listed first, then the configurations in them are read."""
+        answers: dict[Place, list[Found]] = {place: [] for place in asked}
+        outage = Outage(self._jobs)
+        listed: list[Candidate] = []
+        with self._progress.stage("looking at repositories", len(asked)) as advance:
+
+            def look(place: Place) -> list[Candidate | LeftOut | Failure]:
+                return candidates(place, pins.get((place.repository, place.revision)), self._hub)
+
+            for place, there in zip(asked, self._executor.map(look, asked), strict=True):
+                outage.heed(next((each.error for each in there if isinstance(each, Failure)), None))
+                listed += [each for each in there if isinstance(each, Candidate)]
+                answers[place] += [each for each in there if not isinstance(each, Candidate)]
+                advance(1)
+        with self._progress.stage("reading configurations", len(listed)) as advance:
+
+            def read(candidate: Candidate) -> Found:
+                return adapter_of(candidate, self._hub, self._limits)
+
+            for candidate, found in zip(listed, self._executor.map(read, listed), strict=True):
+                outage.heed(found.error if isinstance(found, Failure) else None)
+                answers[candidate.place].append(found)
+                advance(1)
+        return answers
 
     def _places(self, source: Source) -> list[Place | LeftOut | Failure]:
         try:
@@ -180,13 +218,11 @@ class Planner:
         for own in found.values():
             for number, each in enumerate(own):
                 if isinstance(each, Failure) and skip_bad and each.can_be_skipped:
-                    own[number] = each.left_out
+                    own[number] = each.left_out("skip-bad")
                 elif isinstance(each, Failure):
                     failed.setdefault(str(each.error), each)
                 elif isinstance(each, Wanted):
                     adapters.setdefault(self._key(each), each)
-            plan.left_out += [each for each in own if isinstance(each, LeftOut)]
-        plan.left_out = list(dict.fromkeys(plan.left_out))
         plan.failures += failed.values()
         taken: dict[Identity, str] = {
             identity(entry.origin): entry.name for entry in [*self._journal.values(), *self._lock.adapters]
@@ -197,3 +233,8 @@ class Planner:
     def _key(wanted: Wanted) -> tuple[str, ...]:
         origin = wanted.origin
         return origin.repository or "", origin.commit or "", origin.directory or "", origin.subfolder
+
+
+def _sorted(left_out: Iterable[LeftOut]) -> list[LeftOut]:
+    """Each once, in an order that does not depend on who answered first."""
+    return sorted(set(left_out), key=lambda each: (each.what, each.reason))

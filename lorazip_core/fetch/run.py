@@ -8,13 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..adapter import find_adapters
+from huggingface_hub import constants
+
+from ..adapter import find_adapters, inside
 from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
-from ..lock import LOCK_NAME, Lock, LockedAdapter, read_lock
+from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
 from ..progress import Progress, Silent, Transfer
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
@@ -28,7 +30,7 @@ from .sources import read_sources, sources_of
 from .state import State, entry_of, identified, state_of
 from .trouble import HubDiffers, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
-from .workspace import Workspace, read_journal
+from .workspace import Workspace, place, read_journal
 
 _SILENT = Silent()
 
@@ -45,15 +47,22 @@ def fetch(
     started = time.monotonic()
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file, not a directory", "choose another -o")
-    with ExitStack() as stack:
-        manners = stack.enter_context(Manners(progress.note))
-        workspace = None if options.dry_run else stack.enter_context(Workspace(directory))
-        executor = stack.enter_context(_executor(options.jobs, manners))
-        run = _Run(directory, options, Hub(manners, options.patience), workspace, executor, progress)
-        run.make_plan(sources)
-        run.compare()
-        if workspace is not None:
-            run.bring(workspace)
+    if inside(Path(os.path.realpath(directory)), Path(constants.HF_HUB_CACHE)):
+        raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
+    with Manners(progress.note) as manners:
+        run = _Run(directory, options, Hub(manners, options.patience), progress)
+        if options.dry_run or options.locked:
+            with _executor(options.jobs, manners) as executor:
+                run.look(sources, executor)
+        if not (options.dry_run or run.complete):
+            with (
+                # What a killed run had yet to finish is of another lock than the one to be kept to.
+                Workspace(directory, recover=not options.locked) as workspace,
+                _executor(options.jobs, manners) as executor,
+            ):
+                if not options.locked:
+                    run.look(sources, executor)
+                run.bring(workspace, executor)
         return run.report(time.monotonic() - started)
 
 
@@ -77,9 +86,12 @@ class _Run:
     directory: Path
     options: FetchOptions
     hub: Hub
-    workspace: Workspace | None
-    executor: Executor
     progress: Progress
+    lock: Lock | None = None
+    before: dict[str, LockedAdapter] = field(default_factory=dict)
+    """The entries of the lock, by name."""
+    journal: dict[str, LockedAdapter] = field(default_factory=dict)
+    """Those of an unfinished run."""
     plan: Plan = field(default_factory=Plan)
     states: dict[str, State] = field(default_factory=dict)
     entries: dict[str, LockedAdapter] = field(default_factory=dict)
@@ -87,20 +99,24 @@ class _Run:
     removed: list[str] = field(default_factory=list)
     complete: bool = False
 
-    def __post_init__(self) -> None:
-        self.lock = read_lock(self.directory)
+    def look(self, words: Sequence[str], executor: Executor) -> None:
+        """Which adapters, at which commits, and what of them is there already."""
+        self.lock = read_strictly(self.directory)
         self.before = {entry.name: entry for entry in self.lock.adapters} if self.lock else {}
         self.journal = read_journal(self.directory)
+        self._make_plan(words, executor)
+        self._compare(executor)
+        self._find_strangers()
+        settled = len(self.entries) == len(self.plan.wanted) and not self.plan.failures
+        self.complete = self.options.locked and settled
 
-    def make_plan(self, words: Sequence[str]) -> None:
-        """Which adapters, at which commits. Asks the Hub for what the lock does not know."""
+    def _make_plan(self, words: Sequence[str], executor: Executor) -> None:
+        """Asks the Hub for what the lock does not know."""
         options, lock = self.options, self.lock
         options.check(words, lock, self.directory)
         sources = read_sources(words, self.directory, options.filters)
         limits = Limits(options.max_bytes, options.allow_pickle)
-        planner = Planner(
-            self.directory, lock, self.journal, self.hub, limits, self.executor, options.jobs, self.progress
-        )
+        planner = Planner(self.directory, lock, self.journal, self.hub, limits, executor, options.jobs, self.progress)
         if options.locked or not (sources or options.update):
             self.plan = planner.from_lock(sources or None)
         else:
@@ -111,23 +127,32 @@ class _Run:
             self.removed = sorted(self.before.keys() - named)
         self._heed_fail_fast()
 
-    def compare(self) -> None:
-        """What of it is there already. Every file is read: a size and a date prove nothing."""
+    def _compare(self, executor: Executor) -> None:
+        """Every file is read: a size and a date prove nothing."""
         there = sum(os.path.lexists(self.directory / wanted.name) for wanted in self.plan.wanted)
         with self.progress.stage("checking what is there", there) as advance:
-            for wanted, state in zip(self.plan.wanted, self.executor.map(self._state, self.plan.wanted), strict=True):
-                if not self._would_lose(wanted.label, wanted.name, state.lost):
+            for wanted, state in zip(self.plan.wanted, executor.map(self._state, self.plan.wanted), strict=True):
+                if isinstance(state, LorazipError):
+                    self.plan.failures.append(Failure(wanted.label, state))
+                elif not self._would_lose(wanted.label, wanted.name, state.lost):
                     self.states[wanted.name] = state
                     if state.entry is not None:
                         self.entries[wanted.name] = state.entry
-                advance(state.is_there)
+                    advance(state.is_there)
         for name in self.removed:
             ours = {file.path: file.sha256 for file in self.before[name].files}
-            digests = folder_digests(self.directory / name)
+            digests = folder_digests(place(self.directory, name))
             self._would_lose(name, name, next((path for path in digests if ours.get(path) != digests[path]), None))
         self._heed_fail_fast()
 
-    def bring(self, workspace: Workspace) -> None:
+    def _state(self, wanted: Wanted) -> State | LorazipError:
+        known = [entries[wanted.name] for entries in (self.before, self.journal) if wanted.name in entries]
+        try:
+            return state_of(wanted, place(self.directory, wanted.name), known)
+        except LorazipError as error:
+            return error
+
+    def bring(self, workspace: Workspace, executor: Executor) -> None:
         """Download and copy what is not there; if nothing is missing then, write the lock."""
         todo = []
         for wanted in self.plan.wanted:
@@ -141,14 +166,16 @@ class _Run:
         if todo:
             size = sum(wanted.size_bytes for wanted in todo)
             with self.progress.transfer("fetching", len(todo), size) as transfer:
-                self._bring_all(todo, workspace, transfer)
-        self._find_strangers()
+                self._bring_all(todo, workspace, executor, transfer)
         if not self.plan.failures:
             self._finish(workspace)
+        elif waiting := sum(map(self._waits, self.plan.wanted)):
+            self.progress.note(f"{count(waiting, 'adapter')} arrived and will replace what is there when all have")
 
-    def _bring_all(self, todo: list[Wanted], workspace: Workspace, transfer: Transfer) -> None:
+    def _bring_all(self, todo: list[Wanted], workspace: Workspace, executor: Executor, transfer: Transfer) -> None:
+        dropped: dict[str, LeftOut] = {}
         waiting = {
-            self.executor.submit(bring, wanted, self.hub, workspace, transfer, self.options.allow_pickle): wanted
+            executor.submit(bring, wanted, self.hub, workspace, transfer, self.options.allow_pickle): wanted
             for wanted in todo
         }
         outage, stopping = Outage(self.options.jobs), False
@@ -163,35 +190,37 @@ class _Run:
             except (LorazipError, OSError) as error:
                 if stopping:  # it failed because of that
                     continue
-                if self._is_fatal(wanted, error, outage) or (self.options.fail_fast and self.plan.failures):
+                failure = self._failure_of(wanted, error, outage)
+                if self.options.skip_bad and failure.can_be_skipped:
+                    dropped[wanted.name] = failure.left_out("skip-bad")
+                    continue
+                self.plan.failures.append(failure)
+                if self.options.fail_fast or isinstance(failure.error, HubUnavailable | LocalError):
                     stopping = True
                     for other in waiting:
                         other.cancel()
                     self.hub.stop()
+        self.plan.leave_out(dropped, self.before)
         if stopping:
             missing = sum(wanted.name not in self.entries for wanted in todo)
             self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
 
-    def _is_fatal(self, wanted: Wanted, error: LorazipError | OSError, outage: Outage) -> bool:
-        """Record a failure, or what is behind it; whether the next adapters would fail as well."""
+    def _failure_of(self, wanted: Wanted, error: LorazipError | OSError, outage: Outage) -> Failure:
+        """What is said of an exception, or of what is behind it."""
         if isinstance(error, OSError):
             error = _local(error)
+        if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
+            error = CheckFailed(error.message, error.hint)
         try:
             outage.heed(error)
         except HubUnavailable as unavailable:
             error = unavailable
-        self._fail(wanted, error)
-        return isinstance(error, HubUnavailable | LocalError)
+        return Failure(wanted.label, error)
 
-    def _fail(self, wanted: Wanted, error: LorazipError) -> None:
-        """Record a failure; or, if that was asked for, leave the adapter out."""
-        if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
-            error = CheckFailed(error.message, error.hint)
-        failure = Failure(wanted.label, error)
-        if self.options.skip_bad and failure.can_be_skipped:
-            self.plan.leave_out(wanted, failure.left_out)
-        else:
-            self.plan.failures.append(failure)
+    def _waits(self, wanted: Wanted) -> bool:
+        """Whether it has arrived, and is held until all have."""
+        state = self.states.get(wanted.name)
+        return state is not None and state.is_there and state.status != "present" and wanted.name in self.entries
 
     def _would_lose(self, label: str, name: str, lost: str | None) -> bool:
         if lost is None or self.options.force:
@@ -201,22 +230,22 @@ class _Run:
         self.plan.failures.append(Failure(label, error))
         return True
 
-    def _state(self, wanted: Wanted) -> State:
-        place = self.workspace.place(wanted.name) if self.workspace else self.directory / wanted.name
-        known = [entries[wanted.name] for entries in (self.before, self.journal) if wanted.name in entries]
-        return state_of(wanted, place, known)
-
     def _heed_fail_fast(self) -> None:
         if self.options.fail_fast and self.plan.failures:
             raise self.plan.failures[0].error
 
     def _find_strangers(self) -> None:
         """Adapters in the directory that nobody asked for: compress would take them as well."""
-        known = self.before.keys() | self.entries.keys() | self.journal.keys()
-        strangers = [name for name, _ in find_adapters(self.directory) if name not in known]
+        known = set(self.before)
+        if not self.options.locked:
+            known |= self.journal.keys() | {wanted.name for wanted in self.plan.wanted}
+        there = find_adapters(self.directory) if self.directory.exists() else ()
+        strangers = [name for name, _ in there if name not in known]
         if self.options.locked:
             for name in strangers:
-                error = CheckFailed(f"{self.directory / name}: {LOCK_NAME} has no such adapter", "move it away")
+                where = f"{self.directory / name}: {LOCK_NAME} has no such adapter"
+                hint = "an unfinished fetch brought it: run that again, or move it away"
+                error = CheckFailed(where, hint if name in self.journal else "move it away")
                 self.plan.failures.append(Failure(name, error))
         elif strangers:
             names = f"{strangers[0]!r}{f' and {len(strangers) - 1} more' if strangers[1:] else ''}"
@@ -243,12 +272,12 @@ class _Run:
         adapters = [
             self._fetched(wanted)
             for wanted in self.plan.wanted
-            if wanted.name in self.states and (self.options.dry_run or wanted.name in self.entries)
+            if wanted.name in self.states and (self.options.dry_run or self._is_in_place(wanted))
         ]
         statuses = Counter(adapter.status for adapter in adapters)
         removed = self.removed if self.complete or self.options.dry_run else []
         return FetchReport(
-            directory=str(self.directory),
+            directory=os.fsencode(self.directory).decode(errors="backslashreplace"),
             dry_run=self.options.dry_run,
             locked=self.options.locked,
             complete=self.complete,
@@ -280,6 +309,9 @@ class _Run:
             message=str(error),
             skippable=failure.can_be_skipped and not self.options.locked,
         )
+
+    def _is_in_place(self, wanted: Wanted) -> bool:
+        return wanted.name in self.entries and (self.complete or not self._waits(wanted))
 
     def _fetched(self, wanted: Wanted) -> FetchedAdapter:
         state, entry, old = self.states[wanted.name], self.entries.get(wanted.name), self.before.get(wanted.name)

@@ -130,13 +130,16 @@ def _parse(text: str, base: Path, target: Path, filters: Filters) -> Source:
 
 
 def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> DirectorySource:
-    given = Path(text).expanduser()
+    try:
+        given = Path(text).expanduser()
+    except RuntimeError:  # no such user
+        raise UsageError(f"{text!r} is not a directory") from None
     path = given if given.is_absolute() else base / given
     if not path.is_dir():
         raise UsageError(f"{text!r} is not a directory")
     if _within(path, target) or _within(target, path):
         raise UsageError(f"{text!r} and -o {str(target)!r} lie in each other", "choose another -o")
-    recorded = given if given.is_absolute() else Path(os.path.relpath(path, target))
+    recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
     return DirectorySource(recorded.as_posix(), path, filters)
 
 

@@ -34,6 +34,8 @@ def state_of(wanted: Wanted, place: Path, known: Sequence[LockedAdapter]) -> Sta
     """
     if not os.path.lexists(place):
         return State("restored" if _again(wanted, known) else "new", is_there=False)
+    if place.is_symlink() or not place.is_dir():
+        return State("updated", lost=".")
     there = identified(wanted, place)
     if entry := entry_of(wanted, there):
         return State("present", entry)

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
-from ..errors import HubError, LorazipError
+from ..errors import HubError, LorazipError, UsageError
 from ..text import plain
 
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -78,6 +78,20 @@ class Outage:
             raise error.of_all
 
 
+def check_access(endpoint: str) -> None:
+    """Raise UsageError for an address or a token that no request could be made with."""
+    try:
+        parts = urlsplit(endpoint)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError("HF_ENDPOINT is no address such as https://huggingface.co")
+    token = get_token()
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise UsageError("the token of the Hub has characters that no token has", "look at HF_TOKEN")
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether asking again may help."""
     error = _root(error)
@@ -100,7 +114,7 @@ def translate(
     """The failure that an exception of huggingface_hub stands for; None for one that is not about the Hub."""
     error = _root(error)
     where = f"{what}: {file}" if file else what
-    host = _without_password(endpoint)
+    host = without_password(endpoint)
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailable(f"{where}: not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it online")
     if isinstance(error, HFValidationError):
@@ -190,6 +204,7 @@ def _harmless(text: str) -> str:
     return (text.replace(token, "***") if token else text)[:200]
 
 
-def _without_password(endpoint: str) -> str:
+def without_password(endpoint: str) -> str:
+    """The address of a Hub as it may be shown."""
     parts = urlsplit(endpoint)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -76,7 +76,8 @@ def wanted_again(entry: LockedAdapter, directory: Path) -> Wanted:
     origin = entry.origin
     folder = f"{origin.subfolder}/" if origin.subfolder else ""
     files = tuple(WantedFile(file.path, folder + file.path, file.size_bytes, file.sha256) for file in entry.files)
-    local = None if origin.directory is None else directory / origin.directory / origin.subfolder
+    real = Path(os.path.realpath(directory))
+    local = None if origin.directory is None else real / origin.directory / origin.subfolder
     return Wanted(origin, entry.base_model, files, entry.name, local)
 
 

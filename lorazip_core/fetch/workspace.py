@@ -24,26 +24,36 @@ from typing import Self
 
 import msgspec
 
-from ..errors import LocalError, UsageError
+from ..errors import LocalError, OutputExists, UsageError
 from ..files import canonical_json, safe_name, sync, sync_tree, write_file
-from ..lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, is_inner_path, read_lock
+from ..lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, problem, read_lock, read_strictly
 
 FOLDER = ".lorazip-fetch"
 _JOURNAL = "journal.jsonl"
 
 
 class Workspace:
-    """The exclusive use of ``DIR`` for one run. Raises LocalError when another run has it."""
+    """The exclusive use of ``DIR`` for one run. Raises LocalError when another run has it.
 
-    def __init__(self, directory: Path) -> None:
+    What a killed run had yet to finish is finished first; without ``recover`` it is given up, for the lock that is in
+    ``DIR``. Raises UsageError for links in place of its own files: they would lead elsewhere.
+    """
+
+    def __init__(self, directory: Path, *, recover: bool = True) -> None:
         self.directory = directory
         self._folder = directory / FOLDER
         self._writing = threading.Lock()
+        self._finish_first = recover
 
     def __enter__(self) -> Self:
-        self._made = not self.directory.exists()
+        self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
         self._handle = self._locked()
         try:
+            for path in (self._folder, *self._folder.iterdir()):
+                if path.is_symlink():
+                    raise UsageError(f"{path} is a link, and lorazip keeps its own files there", "remove it")
+            if not self._finish_first:
+                (self._folder / LOCK_NAME).unlink(missing_ok=True)
             self._recover()
         except BaseException:
             os.close(self._handle)
@@ -55,7 +65,7 @@ class Workspace:
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
-                handle = os.open(self._folder, os.O_RDONLY)
+                handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:  # another run has just finished
                 continue
             try:
@@ -72,17 +82,10 @@ class Workspace:
     def __exit__(self, *failure: object) -> None:
         """Leave the journal and what it holds if the run is not finished, and nothing if there is nothing."""
         shutil.rmtree(self._folder / "work", ignore_errors=True)
-        for empty in (self._folder / "held", self._folder, *([self.directory] if self._made else [])):
+        for empty in (self._folder / "held", self._folder, *self._made):
             with contextlib.suppress(OSError):
                 empty.rmdir()
         os.close(self._handle)
-
-    def place(self, name: str) -> Path:
-        """Where an adapter goes. Raises UsageError when a link on the way leads out of the directory."""
-        path = self.directory / name
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.directory)):
-            raise UsageError(f"{path} leads out of {self.directory}", "remove the link")
-        return path
 
     def held(self, name: str) -> Path:
         """Where it waits."""
@@ -98,20 +101,20 @@ class Workspace:
     def arrived(self, entry: LockedAdapter, folder: Path) -> None:
         """``folder``, from `work`, is whole: put it into its place if that is free, or hold it."""
         sync_tree(folder)
-        place, held = self.place(entry.name), self.held(entry.name)
+        target, held = place(self.directory, entry.name), self.held(entry.name)
         with self._writing:
             with (self._folder / _JOURNAL).open("ab") as file:
                 file.write(b"\n" + canonical_json(msgspec.to_builtins(entry)))  # apart from a line that was cut off
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(held, ignore_errors=True)
-            if os.path.lexists(place):
+            if os.path.lexists(target):
                 held.parent.mkdir(exist_ok=True)
                 folder.rename(held)
             else:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                folder.rename(place)
-                sync(place.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(target)
+                sync(target.parent)
 
     def finish(self, lock: Lock) -> None:
         """Put what is held into its place if ``lock`` has it, and take away what the old lock has and this one not.
@@ -129,7 +132,7 @@ class Workspace:
 
     def _recover(self) -> None:
         """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
-        lock = read_lock(self._folder)
+        lock = read_strictly(self._folder)
         if lock is None:
             for folder in ("work", "old"):
                 shutil.rmtree(self._folder / folder, ignore_errors=True)
@@ -137,17 +140,17 @@ class Workspace:
                 partial.unlink()
             return
         for adapter in lock.adapters:
-            held, place = self.held(adapter.name), self.place(adapter.name)
+            held, target = self.held(adapter.name), place(self.directory, adapter.name)
             if held.exists():
                 self._take_away(adapter.name)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                held.rename(place)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held.rename(target)
         old = read_lock(self.directory)
         dropped = {adapter.name for adapter in old.adapters} if old else set()
         for name in sorted(dropped - {adapter.name for adapter in lock.adapters}):
             self._take_away(name)
             with contextlib.suppress(OSError):  # it has others
-                self.place(name).parent.rmdir()
+                place(self.directory, name).parent.rmdir()
         if lock == old:
             (self._folder / LOCK_NAME).unlink()
         else:
@@ -160,7 +163,7 @@ class Workspace:
     def _forget(self, names: set[str]) -> None:
         """Strike out of the journal what the lock has; adapters of a source that has not all arrived stay in it."""
         left = [entry for name, entry in read_journal(self.directory).items() if name not in names]
-        left = [entry for entry in left if self.place(entry.name).exists()]
+        left = [entry for entry in left if place(self.directory, entry.name).exists()]
         if left:
             lines = b"".join(canonical_json(msgspec.to_builtins(entry)) for entry in left)
             _replace(self._folder / _JOURNAL, lines)
@@ -169,11 +172,27 @@ class Workspace:
 
     def _take_away(self, name: str) -> None:
         """Move the adapter that is in place aside, in one step; it goes when the new lock is there."""
-        place, old = self.place(name), self._folder / "old" / safe_name(name)
-        if os.path.lexists(place):
+        target, old = place(self.directory, name), self._folder / "old" / safe_name(name)
+        if os.path.lexists(target):
             shutil.rmtree(old, ignore_errors=True)
             old.parent.mkdir(exist_ok=True)
-            place.rename(old)
+            target.rename(old)
+
+
+def place(directory: Path, name: str) -> Path:
+    """Where the adapter ``name`` goes.
+
+    Raises UsageError for a link on the way, which would lead elsewhere or make one folder of two, and OutputExists for
+    a file.
+    """
+    target = directory
+    for part in Path(name).parts[:-1]:
+        target = target / part
+        if target.is_symlink():
+            raise UsageError(f"{target} is a link, and adapters would go where it leads", "remove it")
+        if target.exists() and not target.is_dir():
+            raise OutputExists(f"{target} is a file, and adapters are to go there", "move it away")
+    return target / Path(name).name
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -196,6 +215,6 @@ def read_journal(directory: Path) -> dict[str, LockedAdapter]:
             entry = msgspec.json.decode(line, type=LockedAdapter)
         except msgspec.DecodeError:  # empty, or cut off by the end of the run
             continue
-        if is_inner_path(entry.name):
+        if problem(entry) is None:
             entries[entry.name] = entry
     return entries
