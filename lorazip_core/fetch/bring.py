@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -27,7 +29,7 @@ class NotAsLocked(AdapterError):
 def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, allow_pickle: bool) -> LockedAdapter:
     """Have an adapter in its place, or held; its entry of the lock.
 
-    Raises AdapterError when the reader refuses it or a local one is not what it was, HubError, OSError.
+    Raises AdapterError when the reader refuses it or a local one is not what it was, HubError, LocalError.
     """
     folder = workspace.work(wanted.name)
     told = 0
@@ -42,9 +44,11 @@ def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, al
         open_adapter(wanted.label, folder, allow_pickle=allow_pickle or _is_pickled(wanted))
         entry = wanted.locked(files)
         workspace.arrived(entry, folder)
-    except BaseException:
+    except BaseException as error:
         transfer.received(-told)
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _local(error) from error
         raise
     return entry
 
@@ -107,6 +111,12 @@ def check_space(todo: Iterable[Wanted], directory: Path, hub: Hub) -> None:
                 f"{place}: {megabytes(size)} are needed, {megabytes(free)} are free",
                 "free some space, choose another -o, or move the cache with HF_HOME",
             )
+
+
+def _local(error: OSError) -> LocalError:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    hint = "free some space, or choose another -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return LocalError(f"{where}{error.strerror or error}", hint)
 
 
 def _existing(path: Path) -> Path:

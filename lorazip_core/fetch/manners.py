@@ -16,7 +16,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -50,6 +52,18 @@ class Manners:
         self.stopped = threading.Event()
         self.last_answer = -math.inf
         """When the Hub last answered something else than that it can't (`time.monotonic`)."""
+
+    @contextmanager
+    def executor(self, jobs: int) -> Iterator[Executor]:
+        """Threads for requests. Whatever ends the block early ends them too, wherever they wait."""
+        executor = ThreadPoolExecutor(jobs, thread_name_prefix="fetch")
+        try:
+            yield executor
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
 
     def attach(self) -> None:
         """Hook into the present client of huggingface_hub, which replaces it after connection errors."""

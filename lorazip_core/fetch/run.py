@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Executor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,31 +50,18 @@ def fetch(
     with Manners(progress.note) as manners:
         run = _Run(directory, options, Hub(manners, options.patience), progress)
         if options.dry_run or options.locked:
-            with _executor(options.jobs, manners) as executor:
+            with manners.executor(options.jobs) as executor:
                 run.look(sources, executor)
-        if not (options.dry_run or run.complete):
+        if not (options.dry_run or (options.locked and run.is_settled)):
             with (
                 # What a killed run had yet to finish is of another lock than the one to be kept to.
                 Workspace(directory, recover=not options.locked) as workspace,
-                _executor(options.jobs, manners) as executor,
+                manners.executor(options.jobs) as executor,
             ):
                 if not options.locked:
                     run.look(sources, executor)
                 run.bring(workspace, executor)
         return run.report(time.monotonic() - started)
-
-
-@contextmanager
-def _executor(jobs: int, manners: Manners) -> Iterator[Executor]:
-    """Threads for the requests. Whatever ends the block early ends them too, wherever they wait."""
-    executor = ThreadPoolExecutor(jobs, thread_name_prefix="fetch")
-    try:
-        yield executor
-    except BaseException:
-        manners.stop()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 @dataclass
@@ -107,8 +92,12 @@ class _Run:
         self._make_plan(words, executor)
         self._compare(executor)
         self._find_strangers()
-        settled = len(self.entries) == len(self.plan.wanted) and not self.plan.failures
-        self.complete = self.options.locked and settled
+        self.complete = self.options.locked and self.is_settled and not self.plan.failures
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every adapter is there."""
+        return len(self.entries) == len(self.plan.wanted)
 
     def _make_plan(self, words: Sequence[str], executor: Executor) -> None:
         """Asks the Hub for what the lock does not know."""
@@ -187,7 +176,7 @@ class _Run:
                 outage.heed(None)
             except (CancelledError, Stopped):
                 continue
-            except (LorazipError, OSError) as error:
+            except LorazipError as error:
                 if stopping:  # it failed because of that
                     continue
                 failure = self._failure_of(wanted, error, outage)
@@ -205,10 +194,8 @@ class _Run:
             missing = sum(wanted.name not in self.entries for wanted in todo)
             self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
 
-    def _failure_of(self, wanted: Wanted, error: LorazipError | OSError, outage: Outage) -> Failure:
+    def _failure_of(self, wanted: Wanted, error: LorazipError, outage: Outage) -> Failure:
         """What is said of an exception, or of what is behind it."""
-        if isinstance(error, OSError):
-            error = _local(error)
         if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
             error = CheckFailed(error.message, error.hint)
         try:
@@ -326,9 +313,3 @@ class _Run:
             previous_commit=old.origin.commit if old and moved else None,
             changed_files=list(state.changed),
         )
-
-
-def _local(error: OSError) -> LocalError:
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    hint = "free some space, or choose another -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-    return LocalError(f"{where}{error.strerror or error}", hint)
