@@ -640,6 +640,13 @@ class TestSafety:
         assert sorted(path.name for path in victim.iterdir()) == ["file", "held", "old", "work"]
         assert (victim / "file").read_text() == "precious"
 
+    def test_half_a_lock_in_its_own_folder_is_no_obstacle(self, fetch: Fetching) -> None:
+        serve(fetch.hub, "ann/a")
+        (fetch.directory / ".lorazip-fetch").mkdir(parents=True)
+        (fetch.directory / ".lorazip-fetch" / LOCK_NAME).write_text('{"schema": "lorazip.lock/1", "sou')
+        assert fetch("ann/a") == 0
+        assert not (fetch.directory / ".lorazip-fetch").exists()
+
     def test_a_directory_that_is_a_link_itself(
         self, fetch: Fetching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

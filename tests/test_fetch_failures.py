@@ -500,6 +500,11 @@ class TestUsage:
         assert fetch("ann/a") == 2
         assert fetch.errors == [f"{fetch.directory} is a file, not a directory (choose another -o)"]
 
+    def test_a_link_to_nothing_in_its_place(self, fetch: Fetching, tmp_path: Path) -> None:
+        fetch.directory.symlink_to(tmp_path / "nothing")
+        assert fetch("ann/a") == 2
+        assert fetch.errors == [f"{fetch.directory} is a link to nothing (choose another -o)"]
+
     def test_a_lock_that_is_none(self, good: Fetching) -> None:
         good.directory.mkdir()
         (good.directory / LOCK_NAME).write_text("[]")

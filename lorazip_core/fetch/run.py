@@ -43,8 +43,9 @@ def fetch(
     at all, LocalError for a full disk or another run at work, and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file, not a directory", "choose another -o")
+    if os.path.lexists(directory) and not directory.is_dir():
+        what = "a file, not a directory" if directory.exists() else "a link to nothing"
+        raise UsageError(f"{directory} is {what}", "choose another -o")
     if inside(Path(os.path.realpath(directory)), Path(constants.HF_HUB_CACHE)):
         raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
     with Manners(progress.note) as manners:
@@ -212,7 +213,7 @@ class _Run:
     def _would_lose(self, label: str, name: str, lost: str | None) -> bool:
         if lost is None or self.options.force:
             return False
-        where = f"{self.directory / name}: {lost} is not as lorazip wrote it"
+        where = f"{self.directory / name}: {'this' if lost == '.' else lost} is not as lorazip wrote it"
         error = OutputExists(where, "move it away, or --force to replace it")
         self.plan.failures.append(Failure(label, error))
         return True

@@ -132,7 +132,11 @@ class Workspace:
 
     def _recover(self) -> None:
         """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
-        lock = read_strictly(self._folder)
+        try:
+            lock = read_strictly(self._folder)
+        except UsageError:  # no run has left this; the lock in the directory holds
+            (self._folder / LOCK_NAME).unlink()
+            lock = None
         if lock is None:
             for folder in ("work", "old"):
                 shutil.rmtree(self._folder / folder, ignore_errors=True)
