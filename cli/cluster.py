@@ -12,7 +12,6 @@ import typer
 
 from lorazip_core.files import canonical_json
 from lorazip_core.report import check_available
-from lorazip_core.text import plain
 
 from . import console
 from .options import AllowMixedBase, AllowPickle, Device, Directory, Dtype, Json, Quiet, Seed, SkipBad, Weights
@@ -114,8 +113,8 @@ def _render(report: ClusterReport) -> None:
             (_cluster_row(number, figures) for number, figures in numbered),
         )
     )
-    _list("served by no cluster", [f"{each.name}: {_REASONS[each.reason]}" for each in report.outliers])
-    _list(
+    console.listing("served by no cluster", [f"{each.name}: {_REASONS[each.reason]}" for each in report.outliers])
+    console.listing(
         "nearly the same",
         [
             f"{each.first} and {each.second} differ by {error(each.squared_distance)} of their energy"
@@ -166,12 +165,3 @@ def _cluster_row(number: int, figures: ClusterFigures) -> tuple[str, ...]:
         error(figures.max_squared_error),
         *("-" if similarity is None else f"{similarity:.3f}" for similarity in similarities),
     )
-
-
-def _list(what: str, lines: list[str]) -> None:
-    if lines:
-        console.say(f"{what}: {len(lines)}")
-        for text in lines[:_LISTED]:
-            console.say(f"  {plain(text)}")
-        if len(lines) > _LISTED:
-            console.say(f"  (and {len(lines) - _LISTED} more; --json has them all)")

@@ -11,6 +11,8 @@ import msgspec
 from lorazip_core.files import canonical_json
 from lorazip_core.text import plain
 
+_LISTED = 10
+
 
 def line(text: str = "") -> None:
     """One line of a report on stdout."""
@@ -30,6 +32,16 @@ def json(report: msgspec.Struct) -> None:
 def say(text: str = "") -> None:
     """One line for people, on stderr."""
     _write(sys.stderr, text)
+
+
+def listing(what: str, lines: list[str]) -> None:
+    """The first of ``lines`` on stderr below their number; nothing if there are none."""
+    if lines:
+        say(f"{what}: {len(lines):,}")
+        for text in lines[:_LISTED]:
+            say(f"  {plain(text)}")
+        if len(lines) > _LISTED:
+            say(f"  (and {len(lines) - _LISTED:,} more; --json has them all)")
 
 
 def error(text: str) -> None:

@@ -21,7 +21,6 @@ from .table import count, megabytes, table
 if TYPE_CHECKING:
     from lorazip_core.fetch import FetchedAdapter, FetchReport
 
-_LISTED = 10
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -149,8 +148,8 @@ def _render_plan(report: FetchReport) -> None:
 def _render(report: FetchReport) -> None:
     summary = report.summary
     _render_changes(report.adapters)
-    _list("removed", report.removed)
-    _list("left out", [f"{each.what}: {each.reason}" for each in report.left_out])
+    console.listing("removed", report.removed)
+    console.listing("left out", [f"{each.what}: {each.reason}" for each in report.left_out])
     bases = Counter(adapter.base_model for adapter in report.adapters)
     if len(bases) > 1:
         named = ", ".join(f"{base or 'unnamed'} ({number:,})" for base, number in bases.most_common(3))
@@ -185,7 +184,7 @@ def _render_changes(adapters: list[FetchedAdapter]) -> None:
         for each in adapters
         if each.previous_commit is not None
     ]
-    _list("at another commit", lines)
+    console.listing("at another commit", lines)
 
 
 def _unfinished(report: FetchReport) -> str:
@@ -196,12 +195,3 @@ def _unfinished(report: FetchReport) -> str:
         return f"{failures}: {report.directory} is not what {LOCK_NAME} says"
     escape = ", or --skip-bad" if any(failure.skippable for failure in report.failures) else ""
     return f"{failures}: {LOCK_NAME} was not written; what has arrived stays (run again to go on{escape})"
-
-
-def _list(what: str, lines: list[str]) -> None:
-    if lines:
-        console.say(f"{what}: {len(lines):,}")
-        for text in lines[:_LISTED]:
-            console.say(f"  {plain(text)}")
-        if len(lines) > _LISTED:
-            console.say(f"  (and {len(lines) - _LISTED:,} more; --json has them all)")

@@ -528,13 +528,6 @@ class TestLocked:
         (line,) = fetch.errors
         assert line.endswith(f": {LOCK_NAME} has no such adapter (move it away)")
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-    def test_where_all_is_there_nothing_is_written(self, fetch: Fetching) -> None:
-        serve(fetch.hub, "ann/a")
-        fetch("ann/a")
-        fetch.directory.chmod(0o555)
-        assert fetch("--locked") == 0
-
     def test_where_all_is_there_no_workspace_is_made(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
         serve(fetch.hub, "ann/a")
         fetch("ann/a")
