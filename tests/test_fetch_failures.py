@@ -28,7 +28,9 @@ from hub import (
 from huggingface_hub import constants
 from random_adapters import plain, write_collection
 
-from lorazip_core.fetch import bring, workspace
+from lorazip_core.fetch import Patience, bring, workspace
+from lorazip_core.fetch.hub import Hub
+from lorazip_core.fetch.manners import Manners
 from lorazip_core.lock import LOCK_NAME
 
 LOG_IN = "set HF_TOKEN or run 'hf auth login'"
@@ -238,6 +240,12 @@ class TestTrouble:
         good("ann/a", "ann/flip")
         what = "ann/flip: adapter_model.safetensors arrived 3 times with other bytes than its digest says"
         check(good, 7, f"{what} (was it changed on the way, by a proxy or a mirror?)")
+        assert good("ann/a", "ann/flip", "--skip-bad") == 7  # the adapter is not what is bad
+
+    def test_a_slash_at_the_end_of_the_address(self, hub_client: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Servers differ in what they make of two in a row."""
+        monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+        assert Hub(Manners(print), Patience()).endpoint == "https://mirror.example"
 
     @pytest.mark.parametrize("path", ["README", "config", "safetensors"])
     def test_corrupt_once(self, good: Fetching, path: str) -> None:

@@ -22,7 +22,7 @@ from ..errors import HubError
 from ..lock import Filters, LockedFile
 from .manners import Manners
 from .trouble import (
-    HubDiffers,
+    HubCorrupt,
     HubTrouble,
     check_access,
     is_rate_limit,
@@ -72,7 +72,8 @@ class Hub:
     """One run's conversation with the Hub. Every method raises HubError, in one line, when it fails in the end."""
 
     def __init__(self, manners: Manners, patience: Patience) -> None:
-        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lorazip")
+        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+        self._api = HfApi(endpoint=endpoint or None, library_name="lorazip")
         check_access(self.endpoint)
         self._manners = manners
         self._patience = patience
@@ -197,8 +198,9 @@ class Hub:
         try:
             return retrying(attempt)
         except Corrupt:
-            raise HubDiffers(
-                f"{what}: {file} arrived {attempts} times with other bytes than its digest says",
+            raise HubCorrupt(
+                what,
+                f"{file} arrived {attempts} times with other bytes than its digest says",
                 "was it changed on the way, by a proxy or a mirror?",
             ) from None
         except Exception as error:

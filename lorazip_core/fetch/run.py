@@ -26,7 +26,7 @@ from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .sources import read_sources, sources_of
 from .state import State, entry_of, identified, state_of
-from .trouble import HubDiffers, HubUnavailable, Outage
+from .trouble import HubCorrupt, HubDiffers, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
 from .workspace import Workspace, place, read_journal
 
@@ -197,7 +197,7 @@ class _Run:
 
     def _failure_of(self, wanted: Wanted, error: LorazipError, outage: Outage) -> Failure:
         """What is said of an exception, or of what is behind it."""
-        if self.options.locked and isinstance(error, HubDiffers | NotAsLocked):
+        if self.options.locked and isinstance(error, HubCorrupt | HubDiffers | NotAsLocked):
             error = CheckFailed(error.message, error.hint)
         try:
             outage.heed(error)

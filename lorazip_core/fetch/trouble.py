@@ -37,7 +37,7 @@ class HubRefused(HubError):
 
 
 class HubDiffers(HubRefused):
-    """The Hub does not have (any more) what it is said to have: the repository, the file, or these bytes."""
+    """The Hub does not have (any more) what it is said to have: the repository, or the file."""
 
 
 class RevisionGone(HubDiffers):
@@ -55,6 +55,10 @@ class HubTrouble(HubError):
     def of_all(self) -> HubUnavailable:
         """The same, said of the Hub as a whole."""
         return HubUnavailable(self._what, self.hint)
+
+
+class HubCorrupt(HubTrouble):
+    """Other bytes arrive than the digest says, again and again: something in between is at fault, not the adapter."""
 
 
 class HubUnavailable(HubError):
