@@ -11,13 +11,14 @@ is the error of D_i in the leading singular subspaces of D_j, and random ones of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .joint import Basis, climb, hosvd
-from .linalg import orthonormal
+from .batch import Batch
+from .joint import Basis, climb_batch, hosvd_batch
 from .progress import Progress, Silent
 from .similarity import subspace_similarity
 from .stack import Stack
@@ -87,24 +88,20 @@ def settle(
 ) -> Clustering:
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
-    modules, clusters = range(updates.norms.shape[1]), int(current.max()) + 1
-    bases: list[dict[int, Basis]] = [{} for _ in modules]
+    clusters = int(current.max()) + 1
+    groups = [_Modules(updates, modules, clusters, rank, seed) for modules in updates.groups()]
     objective: list[float] = []
     for round_ in range(1, _ROUNDS + 1):
-        numbers = current.tolist()
-
-        def lost_in(module: int, numbers: list[int] = numbers) -> Tensor:
-            energies = updates.weights[:, module] * updates.norms[:, module]
-            return _lost(updates.weighted(module), energies, numbers, clusters, bases[module], rank, seed)
-
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
-        with progress.stage(f"clustering, round {round_}", len(modules)) as advance:
-            for module, found in zip(modules, in_order(lost_in, modules, updates.device), strict=True):
-                weights = updates.weights[:, module, None]
-                weighted += found
-                lost += torch.where(weights > 0, found / weights, 0.0)
-                advance(1)
+        improve = partial(_Modules.improved, labels=current)
+        with progress.stage(f"clustering, round {round_}", len(updates.shapes)) as advance:
+            for found in in_order(improve, groups, updates.device):
+                for module, errors in found:
+                    weights = updates.weights[:, module, None]
+                    weighted += errors
+                    lost += torch.where(weights > 0, errors / weights, 0.0)
+                advance(len(found))
         objective.append(float(weighted.gather(1, current[:, None]).sum()))
         moved = _reassigned(weighted, current)
         if round_ == _ROUNDS or bool((moved == current).all()):
@@ -114,46 +111,57 @@ def settle(
     return Clustering([order.index(label) for label in current.tolist()], updates.shares(lost)[:, order], objective)
 
 
-def _lost(
-    stack: Stack,
-    energies: Tensor,
-    labels: list[int],
-    clusters: int,
-    bases: dict[int, Basis],
-    rank: int,
-    seed: int,
-) -> Tensor:
-    """‖D_i‖² − ‖U_cᵀ D_i V_c‖² of every adapter i in the basis of every cluster c, [n, clusters] in float64.
+class _Modules:
+    """Some modules of one shape, and the bases of all clusters in them from one round to the next."""
 
-    ``energies`` [n] are the exact ‖D_i‖²: in float32, factors of large condition would spoil them. ``bases`` of this
-    module are improved first, and started or widened where a cluster has none, or too narrow a one.
-    """
-    members = list(stack.members)
-    norms = energies[members]
-    lost = torch.zeros(len(labels), clusters, dtype=torch.float64)
-    for cluster in range(clusters):
-        own = stack.select({i for i in members if labels[i] == cluster})
-        captured = torch.zeros_like(norms)
-        if own.members:
-            bases[cluster] = basis = climb(own, _start(own, bases.get(cluster), rank, seed), rounds=_CLIMB)
-            captured = stack.cores(*basis).square().sum((1, 2)).double().cpu()
-        lost[members, cluster] = (norms - captured).clamp_min(0)
-    return lost
+    def __init__(self, updates: Updates, modules: Sequence[int], clusters: int, rank: int, seed: int) -> None:
+        self._updates, self._modules, self._clusters = updates, modules, clusters
+        self._rank, self._seed = rank, seed
+        self._started = torch.zeros(len(modules) * clusters, dtype=torch.bool)
+        shape = updates.shapes[modules[0]]
+        self._u, self._v = (
+            torch.zeros(len(self._started), side, min(rank, side), device=updates.device) for side in shape
+        )
 
+    def improved(self, labels: Tensor) -> list[tuple[int, Tensor]]:
+        """Fit the bases to the clusters of ``labels``, from where they are; then, for each module,
+        w_i (‖D_i‖² − ‖U_cᵀ D_i V_c‖²) of every adapter i in the basis of every cluster c, [n, clusters] in float64."""
+        stacks = [self._updates.load(module) for module in self._modules]
+        self._fit(stacks, labels)
+        return [
+            (module, self._lost(module, stack, slice(i * self._clusters, (i + 1) * self._clusters)))
+            for i, (module, stack) in enumerate(zip(self._modules, stacks, strict=True))
+        ]
 
-def _start(stack: Stack, basis: Basis | None, rank: int, seed: int) -> Basis:
-    """The basis to climb from: the HOSVD's, or the one there was, widened if the stack has grown beyond it."""
-    wide = min(rank, *stack.bt.shape), min(rank, *stack.a.shape)
-    if basis is not None and basis.u.shape[1] >= wide[0] and basis.v.shape[1] >= wide[1]:
-        return basis
-    fresh = hosvd(stack, rank, seed=seed)
-    if basis is None:
-        return fresh
-    # The old columns come first: nothing that they served is lost.
-    return Basis(
-        orthonormal(torch.cat([basis.u, fresh.u], dim=1))[:, : wide[0]],
-        orthonormal(torch.cat([basis.v, fresh.v], dim=1))[:, : wide[1]],
-    )
+    def _fit(self, stacks: list[Stack], labels: Tensor) -> None:
+        weights = self._updates.weights
+        wanted = [labels[list(stack.members)] + i * self._clusters for i, stack in enumerate(stacks)]
+        used = torch.unique(torch.cat(wanted))
+        number = torch.zeros_like(self._started, dtype=torch.int64)
+        number[used] = torch.arange(len(used))
+        scales = [
+            weights[list(stack.members), module].sqrt() for stack, module in zip(stacks, self._modules, strict=True)
+        ]
+        batch = Batch.of(stacks, [number[problems] for problems in wanted], len(used), scales)
+        new = ~self._started[used]
+        if new.any():
+            first = hosvd_batch(batch.select(new.nonzero()[:, 0]), self._rank, seed=self._seed)
+            self._put(used[new], first)
+        here = used.to(batch.device)
+        self._put(used, climb_batch(batch, Basis(self._u[here], self._v[here]), rounds=_CLIMB))
+
+    def _put(self, problems: Tensor, bases: Basis) -> None:
+        here = problems.to(self._u.device)
+        self._u[here], self._v[here] = bases
+        self._started[problems] = True
+
+    def _lost(self, module: int, stack: Stack, problems: slice) -> Tensor:
+        members = list(stack.members)
+        lost = torch.zeros(len(self._updates.weights), self._clusters, dtype=torch.float64)
+        captured = stack.captured(self._u[problems], self._v[problems]).cpu()
+        # The norms are exact: in float32, factors of large condition would spoil them.
+        lost[members] = (self._updates.norms[members, module, None] - captured).clamp_min(0)
+        return lost * self._updates.weights[:, module, None]
 
 
 def _reassigned(errors: Tensor, labels: Tensor) -> Tensor:
@@ -196,12 +204,30 @@ def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
         labels = distance.argmin(1)
         labels[medoids] = torch.arange(len(medoids))
         return labels
-    labels = torch.full((len(distance),), -1)
-    room = [capacity - 1] * len(medoids)
-    labels[medoids] = torch.arange(len(medoids))
-    for pair in distance.flatten().argsort(stable=True).tolist():
-        adapter, cluster = divmod(pair, len(medoids))
-        if room[cluster] and labels[adapter] < 0:
-            labels[adapter] = cluster
-            room[cluster] -= 1
+    return _matched(distance, medoids, capacity)
+
+
+def _matched(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
+    """Labels [n] when the closest of all pairs of an adapter and a medoid go first, and of equal ones the earlier.
+
+    All pairs are in one order, so that this is what deferred acceptance (Gale and Shapley 1962) ends with: whoever has
+    no place asks the next nearest cluster, and a cluster keeps the closest of those who ask.
+    """
+    n, clusters = distance.shape
+    place = torch.empty(n * clusters, dtype=torch.int64)
+    place[distance.flatten().argsort(stable=True)] = torch.arange(n * clusters)
+    place = place.reshape(n, clusters)
+    place[medoids] = n * clusters  # a medoid asks nobody but its own cluster, which never lets it go
+    place[medoids, torch.arange(clusters)] = -1
+    choices = place.argsort(dim=1)
+    asked = torch.zeros(n, dtype=torch.int64)
+    labels = torch.full((n,), -1)
+    while (waiting := (labels < 0).nonzero()[:, 0]).numel():
+        labels[waiting] = choices[waiting, asked[waiting]]
+        asked[waiting] += 1
+        rank_of = place.gather(1, labels[:, None])[:, 0]
+        order = (labels * (n * clusters + 2) + rank_of).argsort()  # by cluster, the closest first
+        sizes = torch.bincount(labels, minlength=clusters)
+        within = torch.arange(n) - (sizes.cumsum(0) - sizes)[labels[order]]
+        labels[order[within >= capacity]] = -1
     return labels

@@ -6,16 +6,17 @@ squared error is of what is stored, in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .cp import solve_diag
 from .diag import fit_diag
 from .errors import LocalError
-from .joint import fit_joint
+from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless
 from .linalg import Factors, squared_distance, truncated_svd
 from .stack import Stack
 
@@ -39,16 +40,72 @@ class Shared:
         return Shared(self.u, self.v, self.cores[rows], members, self.squared_errors[rows])
 
 
-def encode_shared(
-    stack: Stack, weights: Tensor, *, method: Literal["joint", "diag"], rank: int, dtype: torch.dtype, seed: int
-) -> Shared:
-    """Fit a basis to the updates D_i with ``weights`` [n] w_i, and store it: min Σ w_i ‖D_i − U Σ_i Vᵀ‖²."""
-    weighted = stack.scaled(weights.sqrt())
-    basis = (fit_joint if method == "joint" else fit_diag)(weighted, rank, seed=seed)
+def encode_joint(
+    stacks: Sequence[Stack],
+    owners: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    problems: int,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    seed: int,
+    effort: Effort = THOROUGH,
+) -> list[Shared]:
+    """Fit and store a basis for each of several problems: min Σ w_i ‖D_i − U Σ_i Vᵀ‖² over the updates D_i of each.
+
+    For modules of one shape, all their updates that matter, ``owners`` [n] says which problem each belongs to (−1:
+    none), and ``weights`` [n] holds the w_i; both in the order of the stacks.
+    """
+    if not problems:
+        return []
+    rows = torch.zeros(problems, dtype=torch.int64)
+    for stack, owner in zip(stacks, owners, strict=True):
+        kept = owner >= 0
+        rows.index_add_(0, owner[kept], torch.tensor(stack.ranks)[kept])
+    d_out, d_in = stacks[0].bt.shape[1], stacks[0].a.shape[1]
+    plain = torch.tensor([is_lossless(count, d_out, d_in, rank) for count in rows.tolist()])
+    encoded: dict[int, Shared] = {}
+    if not plain.all():
+        chosen = (~plain).nonzero()[:, 0]
+        own = [_renumbered(owner, chosen, problems) for owner in owners]
+        scales = [weight.sqrt() for weight in weights]
+        u, v = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort)
+        batch = Batch.of(stacks, own, len(chosen))
+        encoded |= zip(chosen.tolist(), _encode_batch(batch, Basis(u, v), dtype), strict=True)
+    for problem in plain.nonzero()[:, 0].tolist():
+        [(stack, owner)] = [each for each in zip(stacks, owners, strict=True) if (each[1] == problem).any()]
+        stack = stack.select(
+            {member for member, own in zip(stack.members, owner.tolist(), strict=True) if own == problem}
+        )
+        u, v = hosvd(stack, rank)
+        encoded[problem] = _encode_batch(Batch.of_stack(stack), Basis(u[None], v[None]), dtype)[0]
+    return [encoded[problem] for problem in range(problems)]
+
+
+def _renumbered(owner: Tensor, chosen: Tensor, problems: int) -> Tensor:
+    """``owner`` with the ``chosen`` problems numbered anew, and −1 for the others."""
+    number = torch.full((problems + 1,), -1)  # the last is that of −1
+    number[chosen] = torch.arange(len(chosen))
+    return number[owner]
+
+
+def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared]:
     u, v = (side.to(dtype) for side in basis)
+    cores, errors = batch.encoded(u, v, lambda exact: _stored(exact, dtype))
+    u, v, cores, errors = (each.cpu() for each in (u, v, cores, errors))
+    sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
+    pieces = (torch.split(each, sizes) for each in (batch.members, cores, errors))
+    return [
+        Shared(u[problem], v[problem], core, tuple(members.tolist()), error)
+        for problem, (members, core, error) in enumerate(zip(*pieces, strict=True))
+    ]
+
+
+def encode_diag(stack: Stack, weights: Tensor, *, rank: int, dtype: torch.dtype, seed: int) -> Shared:
+    """Fit a basis with diagonal cores to the updates D_i with ``weights`` [n] w_i, and store it."""
+    u, v = (side.to(dtype) for side in fit_diag(stack.scaled(weights.sqrt()), rank, seed=seed))
     exact, exact_u, exact_v = stack.to(torch.float64), u.double(), v.double()
-    solve = _joint_cores if method == "joint" else _diag_cores
-    cores = _stored(solve(exact, exact_u, exact_v), dtype)
+    cores = _stored(_diag_cores(exact, exact_u, exact_v), dtype)
     errors = _squared_errors(exact, exact_u, exact_v, cores.double())
     order = sorted(range(len(stack.members)), key=stack.members.__getitem__)
     members = tuple(stack.members[i] for i in order)
@@ -66,21 +123,15 @@ def encode_individual(b: Tensor, a: Tensor, rank: int, dtype: torch.dtype) -> tu
     return (stored_b, stored_a), squared_distance((b, a), (stored_b, stored_a))
 
 
-def _joint_cores(stack: Stack, u: Tensor, v: Tensor) -> Tensor:
-    """Σ_i = (UᵀU)⁻¹ Uᵀ D_i V (VᵀV)⁻¹, of shape [n, R_U, R_V]; rounding left the bases not quite orthonormal."""
-    left = torch.linalg.solve(u.mT @ u, stack.cores(u, v))
-    return torch.linalg.solve(v.mT @ v, left.mT).mT
-
-
 def _diag_cores(stack: Stack, u: Tensor, v: Tensor) -> Tensor:
     """The diagonals of the optimal Σ_i, of shape [n, R]."""
     return solve_diag(stack.sums((stack.bt @ u) * (stack.a @ v)), u, v)
 
 
 def _squared_errors(stack: Stack, u: Tensor, v: Tensor, cores: Tensor) -> Tensor:
-    """‖D_i − U Σ_i Vᵀ‖² = ‖D_i‖² − 2⟨Uᵀ D_i V, Σ_i⟩ + ⟨UᵀU Σ_i, Σ_i VᵀV⟩, in float64, of shape [n]."""
+    """‖D_i − U Σ_i Vᵀ‖² = ‖D_i‖² − 2⟨Uᵀ D_i V, Σ_i⟩ + ⟨UᵀU Σ_i, Σ_i VᵀV⟩ with Σ_i = diag(cores_i), in float64, [n]."""
     norms = stack.squared_norms()
-    full = torch.diag_embed(cores) if cores.ndim == 2 else cores
+    full = torch.diag_embed(cores)
     inner = (stack.cores(u, v) * full).sum((1, 2))
     errors = norms - 2 * inner + ((u.mT @ u @ full) * (full @ (v.mT @ v))).sum((1, 2))
     close = errors <= _CANCELLED * norms

@@ -6,33 +6,72 @@ are the caller's: he scales the updates by their square roots.
 The problem has many local optima, and plain HOOI on the d×d problem is slow. Here every search happens on small cores:
 project the updates on generous bases of a few times the rank, search there from many starts, lift the best ones, and
 let each climb in the span of the basis and its gradient until the objective stands still.
+
+All problems of a batch go through this together. Every subspace is found by power steps and Cholesky QR, which are
+products for all problems at once, where eigenvectors would be computed one problem after another on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linalg import orthonormal
+from .batch import Batch, Cores
+from .linalg import cholesky_qr
 from .stack import Stack
 
-# Cores to search on have f·R columns more than R, within bounds. At a small rank optima differ in what they need.
-_CORE_WIDTHS = ((1.5, 8, 48), (2.5, 16, 64), (5.0, 32, 80))
+_RANGE_ROUNDS = 3
 _SMALL_RANK = 24
-_POWER_ROUNDS, _SURVIVORS = 10, 8
-_HOOI_ROUNDS, _FINALISTS = 8, 5
-_TRIAL_ROUNDS = 2  # of climbing for every finalist, before the best few of them climb on
-_SMALL_ROUNDS = 30
-_CLIMB_ROUNDS = 40
+_LEAST_STARTS, _LARGE_RANK_ROUNDS = 3, 8  # optima get fewer, and rounds dearer, with the rank
+_TRIAL_ROUNDS, _CLIMB_ROUNDS = 3, 60
+_SMALL_ROUNDS = 4  # of the problem within the span that a round of climbing looks at
+_POWER_STEPS = 2  # a half-step of HOOI
 _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the way to one optimum
+_TIE = 1e-6  # of the objective: what decides between two bases is more than rounding
 _TOLERANCE = 1e-7  # of the objective, per round
+_ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
+_FEW = 0.7  # of the problems that still climb, and the batch goes on with these alone
+
+
+class _Corner(NamedTuple):
+    """The first f·R rows and columns of the cores, within bounds, more than R; and how many random starts go there."""
+
+    wider: float
+    least: int
+    most: int
+    starts: int
+
+    def width(self, rank: int) -> int:
+        return rank + max(self.least, min(int(self.wider * rank), self.most))
+
+
+class Effort(NamedTuple):
+    """How far the search goes. Bases that drop out on the way make room for rounds of those that are left."""
+
+    corners: tuple[
+        _Corner, ...
+    ]  # at a small rank optima differ in the width that they need; a large one has one corner
+    rounds: int
+    survivors: int
+    survivor_rounds: int
+    corner_finalists: int
+    final_rounds: int  # on all of the cores, for those of all corners
+    finalists: int
+    tolerance: float  # of the objective, per round of the last climb
+
+
+# Either finds the optimum of nine problems in ten. On the others the quick search loses some 10⁻³ more of the error.
+THOROUGH = Effort(
+    (_Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 24), _Corner(5.0, 32, 80, 24)), 14, 8, 10, 4, 20, 3, 1e-7
+)
+QUICK = Effort((_Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 17), _Corner(5.0, 32, 80, 6)), 9, 5, 6, 2, 12, 2, 1e-6)
 
 
 class Basis(NamedTuple):
-    """U [d_out, R_U] and V [d_in, R_V] with orthonormal columns; R_U = R_V = R unless a side has fewer dimensions."""
+    """U [..., d_out, R_U] and V [..., d_in, R_V] with orthonormal columns; R_U = R_V = R unless a side has fewer
+    dimensions."""
 
     u: Tensor
     v: Tensor
@@ -43,25 +82,84 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
 
     Exact when ``rank`` reaches the stacked rank of the updates.
     """
+    if is_lossless(len(stack.a), stack.bt.shape[1], stack.a.shape[1], rank):
+        return hosvd(stack, rank)
+    u, v = fit_joint_batch(Batch.of_stack(stack), rank, seed=seed)
+    return Basis(u[0], v[0])
+
+
+def is_lossless(rows: int, d_out: int, d_in: int, rank: int) -> bool:
+    """Whether bases of ``rank`` columns hold any updates with that many stacked rows: there is nothing to search."""
+    return rank >= min(rows, d_out) and rank >= min(rows, d_in)
+
+
+def fit_joint_batch(batch: Batch, rank: int, *, seed: int = 0, effort: Effort = THOROUGH) -> Basis:
+    """What `fit_joint` finds for every problem: U [P, d_out, R_U] and V [P, d_in, R_V].
+
+    More rows than ``rank`` in every problem. What is found for one does not depend on the others, but for rounding.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if rank >= min(stack.bt.shape) and rank >= min(stack.a.shape):
-        return _leading_basis(stack, rank, generator)  # lossless: nothing to search
-    found = []
-    for factor, least, most in _CORE_WIDTHS if rank <= _SMALL_RANK else _CORE_WIDTHS[:1]:
-        wide = _leading_basis(stack, rank + max(least, min(int(factor * rank), most)), generator)
-        rank_u, rank_v = min(rank, wide.u.shape[1]), min(rank, wide.v.shape[1])
-        small = _search(stack.cores(*wide), rank_u, rank_v, generator)
-        found += [climb(stack, Basis(wide.u @ u, wide.v @ v), rounds=_TRIAL_ROUNDS) for u, v in small]
-    for rounds in (_TRIAL_ROUNDS, _CLIMB_ROUNDS):
-        u, v = (torch.stack(side) for side in zip(*found, strict=True))
-        reached = torch.tensor([objective(stack.cores(*basis)) for basis in found])
-        found = [climb(stack, found[i], rounds=rounds) for i in _best_distinct(u, v, reached, _FINALISTS)]
-    return max(found, key=lambda basis: objective(stack.cores(*basis)))
+    corners = effort.corners if rank <= _SMALL_RANK else effort.corners[:1]
+    wide = _leading_basis(batch, corners[-1].width(rank), generator)
+    cores = batch.chunked_cores(*wide)
+    ranks = min(rank, batch.shape[0]), min(rank, batch.shape[1])
+    found = [_search(cores, corner, ranks, effort, generator) for corner in corners]
+    u, v = (torch.cat(side, 1) for side in zip(*found, strict=True))
+    u, v, reached = _hooi(cores, u, v, effort.final_rounds)
+    u, v = _best_distinct(u, v, reached, effort.finalists)
+    lifted = [Basis(wide.u @ u[:, i], wide.v @ v[:, i]) for i in range(u.shape[1])]
+    best, _ = _climb(
+        batch, _better([_climb(batch, basis, _TRIAL_ROUNDS) for basis in lifted]), _CLIMB_ROUNDS, effort.tolerance
+    )
+    return Basis(*map(_completed, best))
+
+
+def _better(found: list[tuple[Basis, Tensor]]) -> Basis:
+    """For each problem the basis that reached most; of those that differ by rounding, the first."""
+    best, most = found[0]
+    for basis, reached in found[1:]:
+        better = reached > most * (1 + _TIE)
+        best = Basis(*(torch.where(better[:, None, None], new, old) for new, old in zip(basis, best, strict=True)))
+        most = torch.where(better, reached, most)
+    return best
 
 
 def hosvd(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
-    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i, to which `climb` adds the rest quickly."""
-    return _leading_basis(stack, rank, torch.Generator().manual_seed(seed))
+    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i, to which `climb` adds the rest quickly.
+
+    Exact, and of no more columns than there are rows, when ``rank`` reaches the stacked rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if len(stack.a) <= rank:
+        return Basis(*(_exact_range(rows, rank) for rows in (stack.bt, stack.a)))
+    u, v = _leading_basis(Batch.of_stack(stack), rank, generator)
+    return Basis(_completed(u)[0], _completed(v)[0])
+
+
+def _exact_range(rows: Tensor, width: int) -> Tensor:
+    if rows.shape[1] <= width:
+        return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.linalg.qr(rows.mT).Q
+
+
+def hosvd_batch(batch: Batch, rank: int, *, seed: int = 0) -> Basis:
+    """`hosvd` of every problem of a batch, always of ``rank`` columns or as many as the side has dimensions."""
+    return _leading_basis(batch, rank, torch.Generator().manual_seed(seed))
+
+
+def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
+    """Climb from ``basis`` to the optimum near it; the objective never falls.
+
+    Each round solves the problem within the span of the basis, of its image under one power step (the gradient) and of
+    the last round's move, as LOBPCG does for eigenvectors.
+    """
+    found, _ = _climb(Batch.of_stack(stack), Basis(basis.u[None], basis.v[None]), rounds)
+    return Basis(found.u[0], found.v[0])
+
+
+def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
+    """`climb` for every problem of a batch."""
+    return _climb(batch, basis, rounds)[0]
 
 
 def objective(cores: Tensor) -> float:
@@ -69,139 +167,183 @@ def objective(cores: Tensor) -> float:
     return float(cores.double().square().sum())
 
 
-def _leading_basis(stack: Stack, width: int, generator: torch.Generator) -> Basis:
+def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basis:
     """Bases of ``width`` columns by randomised HOSVD (range finder of Halko, Martinsson and Tropp 2011, alg. 4.4)."""
-    return Basis(
-        _range(stack.bt, stack.times_left_gram, width, generator),
-        _range(stack.a, stack.times_right_gram, width, generator),
-    )
+    sides = []
+    for size, times_gram in zip(batch.shape, (batch.times_left_gram, batch.times_right_gram), strict=True):
+        if size <= width:
+            basis = torch.eye(size, dtype=batch.dtype, device=batch.device).expand(batch.problems, -1, -1)
+        else:
+            basis = torch.randn(size, width, generator=generator).to(batch.device, batch.dtype)
+            basis = basis.expand(batch.problems, -1, -1)
+            for _ in range(_RANGE_ROUNDS):
+                basis = cholesky_qr(times_gram(basis))
+        sides.append(basis)
+    return Basis(*sides)
 
 
-def _range(rows: Tensor, times_gram: Callable[[Tensor], Tensor], width: int, generator: torch.Generator) -> Tensor:
-    count, size = rows.shape
-    if size <= width:
-        return torch.eye(size, dtype=rows.dtype, device=rows.device)
-    if count <= width:
-        return orthonormal(rows.mT)
-    basis = torch.randn(size, width, generator=generator).to(rows)
-    for _ in range(3):
-        basis = orthonormal(times_gram(orthonormal(basis)))
-    return basis
+def _search(
+    cores: Cores, corner: _Corner, ranks: tuple[int, int], effort: Effort, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The best few bases U [P, s, k, R_U], V [P, s, l, R_V] of the cores [k, l], out of the HOSVD's and many random
+    starts on a corner of them."""
+    rank = max(ranks)
+    rows, columns = cores.left.shape[-2:]
+    small = cores.corner(min(corner.width(rank), rows), min(corner.width(rank), columns))
+    count = max(_LEAST_STARTS, min(corner.starts, 8192 // rank**2))
+    u = _starts(small.full_left_gram(), ranks[0], count, generator)
+    v = _starts(small.full_right_gram(), ranks[1], count, generator)
+    u, v, reached = _hooi(small, u, v, effort.rounds if rank <= _SMALL_RANK else _LARGE_RANK_ROUNDS)
+    u, v = _best_distinct(u, v, reached, effort.survivors)
+    u, v, reached = _hooi(small, u, v, effort.survivor_rounds)
+    u, v = _best_distinct(u, v, reached, effort.corner_finalists)
+    return _padded(u, rows), _padded(v, columns)
 
 
-def _search(cores: Tensor, rank_u: int, rank_v: int, generator: torch.Generator) -> list[Basis]:
-    """The best few bases [k, R_U], [l, R_V] of ``cores`` [n, k, l], out of the HOSVD's and many random starts.
-
-    All climb together and the weak ones drop out on the way.
-    """
-    left, right = _unfolded(cores), _unfolded(cores.mT)
-    count = max(1, min(24, 8192 // max(rank_u, rank_v) ** 2))  # optima get fewer, and rounds dearer, with the rank
-    u, v = (_starts(side, rank, count, generator) for side, rank in ((left, rank_u), (right, rank_v)))
-    for _ in range(_POWER_ROUNDS):  # the authors' iteration: cheaper a round than HOOI, and good enough to rank starts
-        u = _power_step(left, v, u)
-        v = _power_step(right, u, v)
-    reached = (u.mT @ _half(left, v)).square().sum((1, 2))
-    u, v, reached = _hooi(left, right, v[_best_distinct(u, v, reached, _SURVIVORS)], rank_u, _HOOI_ROUNDS)
-    return [Basis(u[i], v[i]) for i in _best_distinct(u, v, reached, _FINALISTS)]
+def _padded(basis: Tensor, size: int) -> Tensor:
+    """A basis [..., k, r] of the first k coordinates, of ``size`` in all."""
+    return torch.nn.functional.pad(basis, (0, 0, 0, size - basis.shape[-2]))
 
 
-def _unfolded(cores: Tensor) -> Tensor:
-    """``cores`` [n, k, l] as [k, n, l], so that all products with one side's basis are one matrix product."""
-    return cores.transpose(0, 1).contiguous()
+def _starts(gram: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
+    """The leading subspace of ``gram`` [P, 1, k, k], then random ones, [P, 1 + count, k, rank]."""
+    problems, _, size, _ = gram.shape
+    leading = torch.eye(size, rank, dtype=gram.dtype, device=gram.device).expand(problems, 1, -1, -1)
+    for _ in range(4):
+        leading = _power(gram, leading, 3)
+    random = cholesky_qr(torch.randn(count, size, rank, generator=generator).to(gram))
+    return torch.cat([leading, random.expand(problems, -1, -1, -1)], 1)
 
 
-def _half(unfolded: Tensor, basis: Tensor) -> Tensor:
-    """All C_i W side by side, of shape [s, k, n·r], for unfolded cores [k, n, l] and bases W [s, l, r]."""
-    return (unfolded.flatten(0, 1) @ basis).reshape(len(basis), len(unfolded), -1)
+def _power(gram: Tensor, basis: Tensor, steps: int = _POWER_STEPS) -> Tensor:
+    """orth(Gˢ Z) for G [..., k, k] and Z [..., k, r]: it captures no less of G than Z does."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    scaled = gram / torch.where(trace > 0, trace, 1)
+    for _ in range(steps):
+        basis = scaled @ basis
+    return cholesky_qr(basis, passes=1)
 
 
-def _starts(unfolded: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
-    """The HOSVD's basis of the first side of unfolded cores [k, n, l], then random ones, [1 + count, k, rank]."""
-    flat = unfolded.flatten(1)
-    hosvd = _leading(flat @ flat.mT, rank)
-    random = torch.randn(count, len(flat), rank, generator=generator).to(flat)
-    return torch.cat([hosvd[None], orthonormal(random)])
+def _hooi(cores: Cores, u: Tensor, v: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HOOI (De Lathauwer et al. 2000) from U [P, s, k, R_U] and V [P, s, l, R_V], with power steps for eigenvectors.
 
-
-def _best_distinct(u: Tensor, v: Tensor, reached: Tensor, count: int) -> list[int]:
-    """The best of the bases U [s, k, R_U], V [s, l, R_V], less those that climb the same hill as a better one."""
-    alike = (_distances(u) < _SAME) & (_distances(v) < _SAME)
-    best: list[int] = []
-    for i in reached.argsort(descending=True, stable=True).tolist():
-        if len(best) < count and not alike[i, best].any():
-            best.append(i)
-    return best
-
-
-def _distances(bases: Tensor) -> Tensor:
-    """Σ sin² of the principal angles between every two of the bases [s, k, R], of shape [s, s]."""
-    count, _, rank = bases.shape
-    together = bases.mT.flatten(0, 1)
-    return rank - (together @ together.mT).square().reshape(count, rank, count, rank).sum((1, 3))
-
-
-def _power_step(unfolded: Tensor, other: Tensor, basis: Tensor) -> Tensor:
-    """orth(Σ_i C_i W Wᵀ C_iᵀ Z), for the other side's basis W [s, l, r] and this side's Z [s, k, r]."""
-    half = _half(unfolded, other)
-    return orthonormal(half @ (half.mT @ basis))
-
-
-def _hooi(left: Tensor, right: Tensor, v: Tensor, rank_u: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """HOOI (De Lathauwer et al. 2000) on unfolded cores [k, n, l] and [l, n, k] from starts V [s, l, R_V], batched.
-
-    Returns U [s, k, R_U], V and the objective reached [s].
+    Returns U, V and the objective reached [P, s].
     """
     last = None
     for _ in range(rounds):
-        half = _half(left, v)
-        u = _leading(half @ half.mT, rank_u)
-        half = _half(right, u)
-        values, vectors = torch.linalg.eigh(half @ half.mT)
-        v = vectors[..., -v.shape[-1] :]
-        reached = values[..., -v.shape[-1] :].sum(-1)
+        u = _power(cores.left_gram(v), u)
+        gram = cores.right_gram(u)
+        v = _power(gram, v)
+        reached = _captured(gram, v)
         if last is not None and bool((reached - last <= _TOLERANCE * reached).all()):
             break
         last = reached
     return u, v, reached
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(gram).eigenvectors[..., -rank:]
+def _captured(gram: Tensor, basis: Tensor) -> Tensor:
+    """tr(ZᵀGZ), of shape [...]."""
+    return (gram @ basis * basis).sum((-2, -1), dtype=torch.float64)
 
 
-def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
-    """Climb from ``basis`` to the optimum near it; the objective never falls.
+def _best_distinct(u: Tensor, v: Tensor, reached: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best of the bases U [P, s, k, R_U], V [P, s, l, R_V], less those that climb the same hill as a better one.
 
-    Each round solves the problem exactly within the span of the basis, of its image under one power step (the
-    gradient) and of the last round's move, as LOBPCG does for eigenvectors.
+    Of bases that are equally good but for rounding it is the first, so that rounding decides nothing.
     """
-    reached = objective(stack.cores(*basis))
-    last_u, last_v = basis.u[:, :0], basis.v[:, :0]
-    for _ in range(rounds):
-        y, x = stack.bt @ basis.u, stack.a @ basis.v
-        p = stack.blocks(x, y)
-        wide = Basis(
-            _span(basis.u, stack.bt.mT @ stack.spread(x, p), last_u),
-            _span(basis.v, stack.a.mT @ stack.spread(y, p.mT), last_v),
-        )
-        cores = stack.cores(*wide)
-        start = (wide.v.mT @ basis.v)[None]
-        u, v, _ = _hooi(_unfolded(cores), _unfolded(cores.mT), start, basis.u.shape[1], _SMALL_ROUNDS)
-        better = Basis(wide.u @ u[0], wide.v @ v[0])
-        now = objective(stack.cores(*better))
-        if now <= reached:
-            return basis
-        last_u, last_v = basis.u - better.u @ (better.u.mT @ basis.u), basis.v - better.v @ (better.v.mT @ basis.v)
-        basis, gained, reached = better, now - reached, now
-        if gained <= _TOLERANCE * reached:
-            return basis
+    alike = (_distances(u) < _SAME) & (_distances(v) < _SAME)
+    open_ = reached.clone()
+    picked = []
+    for _ in range(min(count, u.shape[1])):
+        most = open_.max(1, keepdim=True).values
+        first = (open_ >= most - _TIE * most.abs()).to(torch.uint8).argmax(1)
+        picked.append(first)
+        hill = alike.gather(1, first[:, None, None].expand(-1, 1, alike.shape[2]))[:, 0]
+        open_ = torch.where(hill, -torch.inf, open_).scatter(1, first[:, None], -torch.inf)
+    best = torch.stack(picked, 1)[:, :, None, None]
+    return u.gather(1, best.expand(-1, -1, *u.shape[2:])), v.gather(1, best.expand(-1, -1, *v.shape[2:]))
+
+
+def _distances(bases: Tensor) -> Tensor:
+    """Σ sin² of the principal angles between every two of the bases [P, s, k, R], of shape [P, s, s]."""
+    problems, count, _, rank = bases.shape
+    together = bases.transpose(2, 3).flatten(1, 2)
+    overlaps = (together @ together.mT).square().reshape(problems, count, rank, count, rank)
+    return rank - overlaps.sum((2, 4))
+
+
+def _climb(batch: Batch, basis: Basis, rounds: int, tolerance: float = _TOLERANCE) -> tuple[Basis, Tensor]:
+    """`climb` for every problem, and the objective reached [P] in float64.
+
+    Problems that stand still leave the batch now and then, when enough of them do.
+    """
+    best_u, best_v = basis.u.clone(), basis.v.clone()
+    reached = torch.full((batch.problems,), -torch.inf, dtype=torch.float64, device=batch.device)
+    going = torch.arange(batch.problems)
+    u, v = basis
+    last_u, last_v = u[..., :0], v[..., :0]
+    for round_ in range(rounds + 1):
+        if round_ == rounds:
+            if rounds == 0:
+                cores = batch.chunked_cores(u, v)
+                reached = cores.placed.total(cores.left.double().square().sum((1, 2, 3)))
+            break
+        gradient_u, gradient_v = batch.gradients(u, v)
+        wide = Basis(span(u, gradient_u, last_u), span(v, gradient_v, last_v))
+        cores = batch.chunked_cores(*wide)
+        small_u, small_v = (_first(span, basis) for span, basis in zip(wide, (u, v), strict=True))
+        before = _captured(cores.right_gram(small_u), small_v)[:, 0]
+        small_u, small_v, now = _hooi(cores, small_u, small_v, _SMALL_ROUNDS)
+        now = now[:, 0]
+        better = (now > before)[:, None, None]
+        new_u = torch.where(better, wide.u @ small_u[:, 0], u)
+        new_v = torch.where(better, wide.v @ small_v[:, 0], v)
+        last_u, last_v = u - new_u @ (new_u.mT @ u), v - new_v @ (new_v.mT @ v)
+        u, v = new_u, new_v
+        still = now - before <= tolerance * now
+        here = going.to(batch.device)
+        best_u[here], best_v[here] = u, v
+        reached[here] = torch.maximum(now, before)
+        moving = (~still).nonzero()[:, 0].cpu()
+        if not len(moving):
+            break
+        if len(moving) <= _FEW * batch.problems:
+            batch, going = batch.select(moving), going[moving]
+            kept = moving.to(batch.device)
+            u, v, last_u, last_v = u[kept], v[kept], last_u[kept], last_v[kept]
+    return Basis(best_u, best_v), reached
+
+
+def _first(span: Tensor, basis: Tensor) -> Tensor:
+    """A basis [P, d, r] in the coordinates of a span [P, d, k] that begins with it: the first unit vectors."""
+    first = torch.eye(span.shape[2], basis.shape[2], dtype=span.dtype, device=span.device)
+    return first.expand(len(span), 1, -1, -1)
+
+
+def span(*columns: Tensor) -> Tensor:
+    """Orthonormal columns whose first ones span the first of ``columns``; of everything when there are that many."""
+    together = torch.cat(columns, dim=-1)
+    size, count = together.shape[-2:]
+    return cholesky_qr(together) if count < size else _all_of(columns[0])
+
+
+def _all_of(first: Tensor) -> Tensor:
+    """An orthonormal basis [..., d, d] of everything whose first columns span those of ``first``."""
+    rank = first.shape[-1]
+    full: Tensor = torch.linalg.qr(first, mode="complete").Q
+    full[..., :rank] = first
+    return full
+
+
+def _completed(basis: Tensor) -> Tensor:
+    """``basis`` [P, d, R] with columns that are orthonormal even where there was nothing left to span.
+
+    Cholesky QR leaves a zero column zero, and of a column that depends on others only what rounding made of it.
+    """
+    basis = cholesky_qr(basis)
+    eye = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+    broken = ((basis.mT @ basis - eye).abs().amax((1, 2)) > _ORTHONORMAL).nonzero()[:, 0]
+    if len(broken):
+        basis = basis.clone()
+        basis[broken] = torch.linalg.qr(basis[broken]).Q
     return basis
-
-
-def _span(*columns: Tensor) -> Tensor:
-    """An orthonormal basis of all columns; the identity when they fill the space anyway."""
-    together = torch.cat(columns, dim=1)
-    size, count = together.shape
-    if count >= size:
-        return torch.eye(size, dtype=together.dtype, device=together.device)
-    return orthonormal(together)

@@ -42,7 +42,10 @@ class Scan:
 
         energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
         shapes = [(module.d_out, module.d_in) for module in modules]
-        return Updates(load, shapes, self.norms, torch.where(energy > 0, 1 / energy, 0.0), device)
+        ranks = torch.tensor(
+            [[adapter.parts[m.name].rank if m.name in adapter.parts else 0 for m in modules] for adapter in adapters]
+        )
+        return Updates(load, shapes, ranks, self.norms, torch.where(energy > 0, 1 / energy, 0.0), device)
 
     def digests(self) -> list[str]:
         """One digest of each adapter's files, their names and what is in them."""

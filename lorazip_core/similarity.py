@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .joint import climb, hosvd
-from .linalg import Factors, orthonormal, squared_distance, truncated_svd
+from .batch import Batch
+from .joint import climb_batch, hosvd_batch, span
+from .linalg import Factors, leading_subspaces, squared_distance
 from .progress import Progress
-from .stack import Stack
 from .updates import Updates
 from .workers import in_order
 
@@ -46,9 +46,7 @@ def subspace_similarity(updates: Updates, rank: int) -> Tensor:
         captured = torch.zeros(n, n, dtype=torch.float64)
         members = torch.tensor(stack.members)
         for b, a, positions in stack.factors():
-            us, vt = truncated_svd(b, a, rank)
-            for column, u, v in zip(members[positions].tolist(), orthonormal(us), vt.mT, strict=True):
-                captured[members, column] = stack.cores(u, v).square().sum((1, 2)).double().cpu()
+            captured[members[:, None], members[positions]] = stack.captured(*leading_subspaces(b, a, rank)).cpu()
         return captured
 
     captured = sum(in_order(captured_in, range(modules), updates.device), torch.zeros(n, n, dtype=torch.float64))
@@ -63,33 +61,42 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
     or less matters little, a single half-step.
     """
 
+    numbers = torch.tensor(labels)
+
     def lost_in(module: int) -> Tensor:
-        stack = updates.weighted(module)
-        lost = torch.zeros(len(labels), dtype=torch.float64)
-        for cluster in sorted(set(labels)):
-            own = stack.select({i for i in stack.members if labels[i] == cluster})
-            if own.members:
-                members = list(own.members)
-                energies = updates.weights[members, module] * updates.norms[members, module]
-                lost[members] = (energies - _captured_by_others(own, rank, seed).double().cpu()).clamp_min(0)
+        stack = updates.load(module)
+        present, owner = torch.unique(numbers[list(stack.members)], return_inverse=True)
         weights = updates.weights[:, module]
+        batch = Batch.of([stack], [owner], len(present), [weights[list(stack.members)].sqrt()])
+        energies = (weights * updates.norms[:, module])[batch.members]
+        lost = torch.zeros(len(labels), dtype=torch.float64)
+        lost[batch.members] = (energies - _captured_by_others(batch, rank, seed).double().cpu()).clamp_min(0)
         return torch.where(weights > 0, lost / weights, 0.0)
 
     lost = in_order(lost_in, range(len(updates.shapes)), updates.device)
     return updates.shares(sum(lost, torch.zeros(len(labels), dtype=torch.float64))).clamp(0, 1)
 
 
-def _captured_by_others(stack: Stack, rank: int, seed: int) -> Tensor:
-    """‖Uᵀ D_i V‖² in a basis fitted to the other updates, [n]."""
-    n = len(stack.members)
-    if n == 1:
-        return torch.zeros(1)
-    basis = climb(stack, hosvd(stack, rank, seed=seed))
-    wide = hosvd(stack, 3 * rank, seed=seed)
+def _captured_by_others(batch: Batch, rank: int, seed: int) -> Tensor:
+    """‖Uᵀ D_i V‖² in a basis fitted to the other updates of the same problem, for every entry [T]."""
+    basis = climb_batch(batch, hosvd_batch(batch, rank, seed=seed))
+    wide = hosvd_batch(batch, 3 * rank, seed=seed)
     # The columns of the basis come first, so that in these coordinates they are the first unit vectors.
-    u, v = (orthonormal(torch.cat(pair, dim=1)) for pair in zip(basis, wide, strict=True))
-    cores = stack.cores(u, v)
-    rank_u, rank_v = basis.u.shape[1], basis.v.shape[1]
+    u, v = (span(*pair) for pair in zip(basis, wide, strict=True))
+    sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
+    return torch.cat(
+        [
+            _captured_without(cores, basis.u.shape[2], basis.v.shape[2])
+            for cores in torch.split(batch.cores(u, v), sizes)
+        ]
+    )
+
+
+def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:
+    """‖Uᵀ C_i V‖² of cores [n, k, l] in a basis of the others; where they begin, the first unit vectors serve all."""
+    n, rank = len(cores), max(rank_u, rank_v)
+    if n == 1:
+        return cores.new_zeros(1)
     without_u = _leading_without(cores[:, :, :rank_v], rank_u)
     without_v = _leading_without(cores[:, :rank_u].mT, rank_v)
     if n * n * max(cores.shape[1:]) * rank <= _HELD_OUT_NUMBERS:

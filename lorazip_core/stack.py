@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .linalg import Factors
 
+_NUMBERS = 2**25  # in a product with many bases, at the most
+
 
 class _Group(NamedTuple):
     """Adapters of one rank: their positions in the stack, and their rows."""
@@ -85,6 +87,21 @@ class Stack:
     def cores(self, u: Tensor, v: Tensor) -> Tensor:
         """Uᵀ D_i V for U [d_out, k] and V [d_in, l], of shape [n, k, l]."""
         return self.blocks(self.bt @ u, self.a @ v)
+
+    def captured(self, u: Tensor, v: Tensor) -> Tensor:
+        """‖U_cᵀ D_i V_c‖² for bases U [c, d_out, k] and V [c, d_in, l], of shape [n, c] in float64."""
+        most = max(1, _NUMBERS // max(1, len(self.a) * max(u.shape[2], v.shape[2])))  # bases at once
+        return torch.cat(
+            [self._captured(*some) for some in zip(torch.split(u, most), torch.split(v, most), strict=True)], 1
+        )
+
+    def _captured(self, u: Tensor, v: Tensor) -> Tensor:
+        y, x = (rows @ basis.transpose(0, 1).flatten(1) for rows, basis in ((self.bt, u), (self.a, v)))
+        found = []
+        for y_g, x_g in self._views(y, x):
+            y_g, x_g = (z.reshape(*z.shape[:2], len(u), -1).permute(0, 2, 3, 1) for z in (y_g, x_g))  # [n_g, c, k, r]
+            found.append((y_g @ x_g.mT).square().sum((2, 3), dtype=torch.float64))
+        return torch.cat(found)
 
     def blocks(self, y: Tensor, x: Tensor) -> Tensor:
         """Y_iᵀ X_i for rows Y [S, k] and X [S, l], of shape [n, k, l]."""

@@ -10,18 +10,23 @@ from torch import Tensor
 
 from .stack import Stack
 
+# Numbers in the factors of modules that are worked on at once, and such modules: on the CPU, where several groups are
+# in work, as many as fit its caches well; on a GPU as many as keep it busy.
+_AT_ONCE = {False: (2**22, 16), True: (2**31, 32)}
+
 
 @dataclass(frozen=True)
 class Updates:
     """n adapters and M modules, both by number.
 
     ``load(m)`` reads the updates D_im of module m, of the adapters that have it; ``shapes`` has its (d_out, d_in).
-    ``norms`` [n, M] holds ‖D_im‖², 0 where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective
-    Σ w_im ‖D_im − D̂_im‖²; both float64.
+    ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖², both 0 where adapter i lacks module m, and
+    ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the last two in float64.
     """
 
     load: Callable[[int], Stack]
     shapes: list[tuple[int, int]]
+    ranks: Tensor
     norms: Tensor
     weights: Tensor
     device: torch.device
@@ -31,11 +36,36 @@ class Updates:
         stack = self.load(module)
         return stack.scaled(self.weights[list(stack.members), module].sqrt())
 
+    def groups(self) -> list[list[int]]:
+        """All modules, those together that have one shape and are small enough to be worked on at once.
+
+        This depends on shapes and on the kind of device alone, so that every run works on the same groups.
+        """
+        budget, most = _AT_ONCE[self.device.type == "cuda"]
+        numbers = [rows * sum(shape) for rows, shape in zip(self.ranks.sum(0).tolist(), self.shapes, strict=True)]
+        groups: list[list[int]] = []
+        room: dict[tuple[int, int], int] = {}  # numbers that still fit into the last group of a shape
+        last: dict[tuple[int, int], list[int]] = {}
+        for module, (shape, size) in enumerate(zip(self.shapes, numbers, strict=True)):
+            if room.get(shape, -1) < size or len(last[shape]) == most:
+                last[shape], room[shape] = [], budget
+                groups.append(last[shape])
+            last[shape].append(module)
+            room[shape] -= size
+        return groups
+
     def kept(self, modules: Sequence[int]) -> Updates:
         """Some of the modules, read once and kept in memory."""
         stacks = [self.load(module) for module in modules]
         shapes = [self.shapes[module] for module in modules]
-        return Updates(stacks.__getitem__, shapes, self.norms[:, modules], self.weights[:, modules], self.device)
+        return Updates(
+            stacks.__getitem__,
+            shapes,
+            self.ranks[:, modules],
+            self.norms[:, modules],
+            self.weights[:, modules],
+            self.device,
+        )
 
     def shares(self, lost: Tensor) -> Tensor:
         """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""

@@ -43,13 +43,15 @@ def collected(adapters: Adapters, shapes: list[tuple[int, int]] = SHAPES) -> Upd
         return Stack.of([adapters[i][module] for i in members], members)
 
     norms = torch.zeros(len(adapters), len(shapes), dtype=torch.float64)
+    ranks = torch.zeros(norms.shape, dtype=torch.int64)
     for module in range(len(shapes)):
         if any(module in adapter for adapter in adapters):
             stack = load(module)
             norms[list(stack.members), module] = stack.squared_norms().double()
+            ranks[list(stack.members), module] = torch.tensor(stack.ranks)
     energy = norms.sum(1, keepdim=True)
     weights = torch.where(energy > 0, 1 / energy, 0.0).expand_as(norms)
-    return Updates(load, shapes, norms, weights, torch.device("cpu"))
+    return Updates(load, shapes, ranks, norms, weights, torch.device("cpu"))
 
 
 def same_partition(labels: list[int], other: list[int]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorazip_core.errors import LocalError
-from lorazip_core.factorise import Shared, encode_individual, encode_shared
+from lorazip_core.factorise import Shared, encode_diag, encode_individual, encode_joint
 from lorazip_core.stack import Stack
 
 Method = Literal["joint", "diag"]
@@ -34,7 +34,10 @@ def encode(
 ) -> Shared:
     stack = Stack.of(factors, list(range(len(factors))))
     weights = 1 / stack.squared_norms().double() if weights is None else weights[list(stack.members)]
-    return encode_shared(stack, weights, method=method, rank=rank, dtype=dtype, seed=0)
+    if method == "diag":
+        return encode_diag(stack, weights, rank=rank, dtype=dtype, seed=0)
+    alone = torch.zeros(len(factors), dtype=torch.int64)
+    return encode_joint([stack], [alone], [weights], 1, rank=rank, dtype=dtype, seed=0)[0]
 
 
 def stored_update(shared: Shared, row: int) -> np.ndarray:

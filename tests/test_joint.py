@@ -225,7 +225,14 @@ def test_of_bases_that_span_the_same_the_better_one_goes_on() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second, other = (torch.linalg.qr(normal(generator, 12, 4)).Q for _ in range(3))
     turned = first @ torch.linalg.qr(normal(generator, 4, 4)).Q
-    u, v = torch.stack([first, second, turned, other]), torch.stack([first, second, turned, first])
-    reached = torch.tensor([1.0, 2.0, 3.0, 0.5])
-    assert joint._best_distinct(u, v, reached, 5) == [2, 1, 3]
-    assert joint._best_distinct(u, v, reached, 2) == [2, 1]
+    u, v = torch.stack([first, second, turned, other])[None], torch.stack([first, second, turned, first])[None]
+    reached = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
+    best, _ = joint._best_distinct(u, v, reached, 3)
+    assert torch.equal(best[0], torch.stack([turned, second, other]))
+
+
+def test_of_bases_that_differ_by_rounding_the_first_goes_on() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bases = torch.stack([torch.linalg.qr(normal(generator, 12, 4)).Q for _ in range(3)])[None]
+    best, _ = joint._best_distinct(bases, bases, torch.tensor([[1.0, 2.0, 2.0 + 1e-7]]), 1)
+    assert torch.equal(best[0, 0], bases[0, 1])

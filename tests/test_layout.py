@@ -16,12 +16,12 @@ ROWS = [
     {"errors", "progress", "files", "text", "workers", "device", "sample"},
     {"adapter", "bundle", "assignment", "lock"},
     {
-        *{"linalg", "stack", "updates", "measure", "summary", "plan"},
+        *{"linalg", "stack", "batch", "updates", "measure", "summary", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
     {"scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
 ]
-ENCODER = {"joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
+ENCODER = {"batch", "joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
 
 

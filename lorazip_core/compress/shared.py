@@ -8,13 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..factorise import Shared, encode_shared
+from ..factorise import Shared, encode_diag, encode_joint
+from ..joint import QUICK, THOROUGH
 from ..progress import Advance
 from ..updates import Updates
 from ..workers import in_order
 
 # Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
 _UNSEEN = 2.0**-48
+_MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,51 @@ def encode_clusters(
 
 
 def _encode(job: SharedJob, labels: list[int | None], clusters: set[int | None], advance: Advance) -> Encoded:
-    def encode_module(module: int) -> Encoded:
-        encoded: Encoded = {}
-        stack = job.updates.load(module)
-        for cluster in sorted(label for label in clusters if label is not None):
-            own = stack.select({i for i in stack.members if labels[i] == cluster})
-            if own.members:
-                encoded[cluster, module] = encode_shared(
-                    own,
-                    job.updates.weights[list(own.members), module],
-                    method=job.method,
-                    rank=job.rank,
-                    dtype=job.dtype,
-                    seed=job.seed,
-                )
-        return encoded
-
+    """Whole modules, for the clusters that are wanted."""
+    numbers = torch.tensor([-1 if label is None or label not in clusters else label for label in labels])
     together: Encoded = {}
-    for encoded in in_order(encode_module, range(len(job.updates.shapes)), job.updates.device):
+    if not clusters:
+        return together
+    for group, encoded in zip(
+        job.updates.groups(),
+        in_order(lambda group: encode_modules(job, group, numbers), job.updates.groups(), job.updates.device),
+        strict=True,
+    ):
         together |= encoded
-        advance(1)
+        advance(len(group))
     return together
+
+
+def encode_modules(job: SharedJob, modules: list[int], labels: Tensor) -> Encoded:
+    """Encode modules of one shape for the clusters in ``labels`` [n], −1 for adapters that are in none."""
+    stacks = [job.updates.load(module) for module in modules]
+    count = int(labels.max()) + 1
+    problems: dict[tuple[int, int], int] = {}
+    owners = []
+    for module, stack in zip(modules, stacks, strict=True):
+        own = labels[list(stack.members)]
+        for cluster in torch.unique(own[own >= 0]).tolist():
+            problems[cluster, module] = len(problems)
+        number = torch.tensor([problems.get((cluster, module), -1) for cluster in (*range(count), -1)])
+        owners.append(number[own])
+    weights = [job.updates.weights[list(stack.members), module] for module, stack in zip(modules, stacks, strict=True)]
+    if job.method == "joint":
+        many = int((job.updates.ranks > 0).sum()) > _MANY
+        encoded = encode_joint(
+            stacks,
+            owners,
+            weights,
+            len(problems),
+            rank=job.rank,
+            dtype=job.dtype,
+            seed=job.seed,
+            effort=QUICK if many else THOROUGH,
+        )
+        return dict(zip(problems, encoded, strict=True))
+    found: Encoded = {}
+    for stack, owner, weight, module in zip(stacks, owners, weights, modules, strict=True):
+        for (cluster, _), problem in ((key, number) for key, number in problems.items() if key[1] == module):
+            kept = owner == problem
+            some = stack.select({stack.members[i] for i in kept.nonzero()[:, 0].tolist()})
+            found[cluster, module] = encode_diag(some, weight[kept], rank=job.rank, dtype=job.dtype, seed=job.seed)
+    return found

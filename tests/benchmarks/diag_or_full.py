@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorazip_core.adapter import Adapter, open_collection
-from lorazip_core.factorise import encode_shared
+from lorazip_core.factorise import encode_diag, encode_joint
 from lorazip_core.stack import Stack
 from lorazip_core.workers import in_order
 
@@ -105,7 +105,11 @@ def squared_errors(stacks: list[Stack], energy: Tensor, method: Method, rank: in
 
     def lost(stack: Stack) -> Tensor:
         weights = 1 / energy[list(stack.members)]
-        return encode_shared(stack, weights, method=method, rank=rank, dtype=torch.bfloat16, seed=0).squared_errors
+        if method == "diag":
+            return encode_diag(stack, weights, rank=rank, dtype=torch.bfloat16, seed=0).squared_errors
+        alone = torch.zeros(len(weights), dtype=torch.int64)
+        encoded = encode_joint([stack], [alone], [weights], 1, rank=rank, dtype=torch.bfloat16, seed=0)
+        return encoded[0].squared_errors
 
     found: Iterator[Tensor] = in_order(lost, stacks, torch.device("cpu"))
     return torch.stack(list(found)).sum(0) / energy

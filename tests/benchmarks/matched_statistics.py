@@ -178,6 +178,7 @@ def _clustered(stacks: Sequence[Stack], weights: Tensor, clusters: int) -> Tenso
     updates = Updates(
         lambda module: stacks[module].scaled(weights[:, module].sqrt()),
         [(stack.bt.shape[1], stack.a.shape[1]) for stack in stacks],
+        torch.tensor([stack.ranks for stack in stacks]).T,
         weights.double(),
         torch.ones_like(weights, dtype=torch.float64),
         CPU,

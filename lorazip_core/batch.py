@@ -1,0 +1,371 @@
+"""Many fits at once: the updates of several modules of one shape, each for the adapters of several clusters.
+
+A *problem* is one module for the adapters of one cluster. The rows of all problems lie in chunks of equally many
+adapters, so that a step of all fits is a few batched products, and sums over the adapters of a problem are sums over
+its chunks in a fixed order. What a problem lacks to full chunks is zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .stack import Stack
+
+_NUMBERS = 2**25  # in float64 factors, at the most
+_PADDING = 1.25  # times the rows there are, at the most, for chunks as large as that allows
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Where things go that belong to P problems: N chunks of ``size`` places, each of one problem, in their order."""
+
+    size: int
+    of: Tensor  # [N]: the problem of every chunk, ascending
+    lengths: Tensor  # [P]: the number of chunks of every problem
+    places: Tensor  # [things]: the place, out of N · size, of every thing
+
+    @classmethod
+    def of_problems(cls, problems: Tensor, count: int) -> Chunks:
+        """Chunks for things that belong to ``problems`` [things], out of ``count``."""
+        sizes = torch.bincount(problems, minlength=count)
+        size = _chunk_size(sizes)
+        lengths = -(-sizes // size)
+        order = problems.argsort(stable=True)
+        within = torch.arange(len(problems)) - (sizes.cumsum(0) - sizes)[problems[order]]
+        places = torch.empty_like(problems)
+        places[order] = (lengths.cumsum(0) - lengths)[problems[order]] * size + within
+        return cls(size, torch.repeat_interleave(torch.arange(count), lengths), lengths, places)
+
+    @property
+    def one_each(self) -> bool:
+        """Whether chunk p is all of problem p."""
+        return len(self.of) == len(self.lengths) and bool((self.lengths == 1).all())
+
+    def to(self, device: torch.device) -> Chunks:
+        return Chunks(self.size, self.of.to(device), self.lengths.to(device), self.places.to(device))
+
+
+def _chunk_size(sizes: Tensor) -> int:
+    size = max(1, int(sizes.max())) if len(sizes) else 1
+    while size > 1 and int((-(-sizes // size)).sum()) * size > _PADDING * int(sizes.sum()):
+        size = -(-size // 2)
+    return size
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Chunks on a device, ready for sums and look-ups."""
+
+    chunks: Chunks
+    one_each: bool
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What each problem has, x [P, ...], for each of its chunks, [N, ...]."""
+        return x if self.one_each else x[self.chunks.of]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the chunks of each problem of x [N, ...], as [P, ...]; always in one order."""
+        if self.one_each:
+            return x
+        return torch.segment_reduce(x, "sum", lengths=self.chunks.lengths, axis=0, initial=0, unsafe=True)
+
+
+def _placed(problems: Tensor, count: int, device: torch.device) -> _Placed:
+    chunks = Chunks.of_problems(problems, count)
+    return _Placed(chunks.to(device), chunks.one_each)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """All adapters of one rank r: their factors in chunks."""
+
+    rank: int
+    placed: _Placed
+    bt: Tensor  # [N, c·r, d_out]
+    a: Tensor  # [N, c·r, d_in]
+
+    @property
+    def size(self) -> int:
+        return self.placed.chunks.size
+
+    @property
+    def chunks_at_once(self) -> int:
+        """How many chunks to turn to float64 at a time."""
+        return max(1, _NUMBERS // max(1, self.bt[0].numel() + self.a[0].numel()))
+
+    def per_adapter(self, rows: Tensor) -> Tensor:
+        """Rows [N, c·r, k] as [N, c, r, k]."""
+        return rows.reshape(len(rows), self.size, self.rank, -1)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Cores C_i of the adapters of P problems, in chunks."""
+
+    placed: _Placed
+    left: Tensor  # [N, c, k, l]: C_i
+    right: Tensor  # [N, c, l, k]: C_iᵀ
+
+    @classmethod
+    def of(cls, placed: _Placed, cores: Tensor) -> Cores:
+        return cls(placed, cores, cores.mT.contiguous())
+
+    def corner(self, rows: int, columns: int) -> Cores:
+        """The first rows and columns of every core."""
+        return Cores(
+            self.placed, self.left[..., :rows, :columns].contiguous(), self.right[..., :columns, :rows].contiguous()
+        )
+
+    def left_gram(self, v: Tensor) -> Tensor:
+        """Σ_i C_i V Vᵀ C_iᵀ for s bases V [P, s, l, r] of each problem, as [P, s, k, k]."""
+        return _half_gram(self.left, v, self.placed)
+
+    def right_gram(self, u: Tensor) -> Tensor:
+        """Σ_i C_iᵀ U Uᵀ C_i for U [P, s, k, r], as [P, s, l, l]."""
+        return _half_gram(self.right, u, self.placed)
+
+    def full_left_gram(self) -> Tensor:
+        """Σ_i C_i C_iᵀ, [P, 1, k, k]."""
+        return _full_gram(self.left, self.placed)
+
+    def full_right_gram(self) -> Tensor:
+        """Σ_i C_iᵀ C_i, [P, 1, l, l]."""
+        return _full_gram(self.right, self.placed)
+
+
+def _half_gram(cores: Tensor, basis: Tensor, placed: _Placed) -> Tensor:
+    chunks, size, rows, _ = cores.shape
+    starts, rank = basis.shape[1], basis.shape[3]
+    together = placed.spread(basis.transpose(1, 2).flatten(2))  # [N, l, s·r]: one product for all starts
+    half = (cores.flatten(1, 2) @ together).reshape(chunks, size, rows, starts, rank)
+    half = half.permute(0, 3, 2, 1, 4).reshape(chunks, starts, rows, size * rank)
+    return placed.total(half @ half.mT)
+
+
+def _full_gram(cores: Tensor, placed: _Placed) -> Tensor:
+    flat = cores.transpose(1, 2).flatten(2)
+    return placed.total(flat @ flat.mT)[:, None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P problems of one shape. ``owners`` [T] and ``members`` [T] are, by problem and then by number, the problem and
+    the number of every adapter in it."""
+
+    problems: int
+    shape: tuple[int, int]
+    owners: Tensor
+    members: Tensor
+    _parts: tuple[_Part, ...]
+    _entries: tuple[Tensor, ...]  # for each part, the entries of 0 … T − 1 that it holds, in the order of its places
+
+    @classmethod
+    def of(
+        cls, stacks: Sequence[Stack], owners: Sequence[Tensor], problems: int, scales: Sequence[Tensor] | None = None
+    ) -> Batch:
+        """The adapters of ``stacks``, all of one shape; −1 in ``owners`` [n] of a stack leaves an adapter out.
+
+        ``scales`` [n] are multiplied into the updates. Both are in the order of the stacks.
+        """
+        device, dtype = stacks[0].a.device, stacks[0].a.dtype
+        d_out, d_in = stacks[0].bt.shape[1], stacks[0].a.shape[1]
+        numbers = torch.cat([torch.tensor(stack.members) for stack in stacks])
+        owner = torch.cat(list(owners))
+        kept = owner >= 0
+        key = owner * (int(numbers.max()) + 1) + numbers
+        entry = torch.full_like(owner, -1)
+        order = torch.where(kept, key, key.max() + 1).argsort(stable=True)[: int(kept.sum())]
+        entry[order] = torch.arange(len(order))
+        first = [0, *torch.tensor([len(stack.members) for stack in stacks]).cumsum(0).tolist()]
+        parts, entries = [], []
+        for rank in sorted(set(chain.from_iterable((group.rank for group in stack.groups) for stack in stacks))):
+            groups = [(i, group) for i, stack in enumerate(stacks) for group in stack.groups if group.rank == rank]
+            here = torch.cat([torch.arange(first[i] + g.members.start, first[i] + g.members.stop) for i, g in groups])
+            inside = here[kept[here]]
+            if not len(inside):
+                continue
+            placed = _placed(owner[inside], problems, device)
+            places = torch.full((len(numbers),), -1)
+            places[inside] = placed.chunks.places.cpu()
+            total = len(placed.chunks.of) * placed.chunks.size
+            bt, a = (torch.zeros(total, rank, side, dtype=dtype, device=device) for side in (d_out, d_in))
+            for i, group in groups:
+                span = slice(first[i] + group.members.start, first[i] + group.members.stop)
+                wanted = places[span] >= 0
+                if not wanted.any():
+                    continue
+                to = places[span][wanted].to(device)
+                own_bt = stacks[i].bt[group.rows].reshape(-1, rank, d_out)
+                own_a = stacks[i].a[group.rows].reshape(-1, rank, d_in)
+                if not wanted.all():
+                    chosen = wanted.to(device)
+                    own_bt, own_a = own_bt[chosen], own_a[chosen]
+                if scales is not None:
+                    own_bt = own_bt * scales[i][group.members][wanted].to(device, dtype)[:, None, None]
+                bt[to] = own_bt
+                a[to] = own_a
+            chunked = (len(placed.chunks.of), placed.chunks.size * rank)
+            parts.append(_Part(rank, placed, bt.reshape(*chunked, d_out), a.reshape(*chunked, d_in)))
+            entries.append(entry[inside])
+        return cls(problems, (d_out, d_in), owner[order], numbers[order], tuple(parts), tuple(entries))
+
+    @classmethod
+    def of_stack(cls, stack: Stack) -> Batch:
+        """All of ``stack`` as one problem."""
+        count = len(stack.members)
+        return cls.of([stack], [torch.zeros(count, dtype=torch.int64)], 1)
+
+    @property
+    def rows(self) -> Tensor:
+        """The stacked rank Σ r_i of every problem, [P]."""
+        total = torch.zeros(self.problems, dtype=torch.int64)
+        for part, entries in zip(self._parts, self._entries, strict=True):
+            total += part.rank * torch.bincount(self.owners[entries], minlength=self.problems)
+        return total
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts[0].a.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parts[0].a.dtype
+
+    def select(self, problems: Tensor) -> Batch:
+        """Some of the problems [P'], ascending, numbered anew."""
+        number = torch.full((self.problems,), -1)
+        number[problems] = torch.arange(len(problems))
+        kept = number[self.owners] >= 0
+        entry = kept.cumsum(0) - 1
+        parts, entries = [], []
+        for part, own in zip(self._parts, self._entries, strict=True):
+            wanted = number[part.placed.chunks.of.cpu()] >= 0
+            if not wanted.any():
+                continue
+            chunks, staying = part.placed.chunks, wanted.to(self.device)
+            of = number[chunks.of.cpu()[wanted]]
+            lengths = torch.bincount(of, minlength=len(problems))
+            shift = (torch.arange(len(wanted)) - (wanted.cumsum(0) - 1)) * chunks.size
+            inside = kept[own]
+            places = chunks.places.cpu()[inside]
+            places = places - shift[places // chunks.size]
+            moved = Chunks(chunks.size, of, lengths, places)
+            placed = _Placed(moved.to(self.device), moved.one_each)
+            parts.append(_Part(part.rank, placed, part.bt[staying], part.a[staying]))
+            entries.append(entry[own[inside]])
+        return Batch(
+            len(problems), self.shape, number[self.owners[kept]], self.members[kept], tuple(parts), tuple(entries)
+        )
+
+    def cores(self, u: Tensor, v: Tensor) -> Tensor:
+        """Uᵀ D_i V for U [P, d_out, k] and V [P, d_in, l], as [T, k, l]."""
+        return self._in_order([_blocks(part, u, v) for part in self._parts])
+
+    def chunked_cores(self, u: Tensor, v: Tensor) -> Cores:
+        """The same, in chunks."""
+        if len(self._parts) == 1:
+            return Cores.of(self._parts[0].placed, _blocks(self._parts[0], u, v))
+        placed = _placed(self.owners, self.problems, self.device)
+        cores = self.cores(u, v)
+        room = cores.new_zeros(len(placed.chunks.of) * placed.chunks.size, *cores.shape[1:])
+        room[placed.chunks.places] = cores
+        return Cores.of(placed, room.reshape(-1, placed.chunks.size, *room.shape[1:]))
+
+    def times_left_gram(self, u: Tensor) -> Tensor:
+        """Σ_i D_i D_iᵀ U of every problem, for U [P, d_out, k]."""
+        return self._sum(
+            part.placed.total(part.bt.mT @ _times_gram(part, part.a, _rows(part, part.bt, u))) for part in self._parts
+        )
+
+    def times_right_gram(self, v: Tensor) -> Tensor:
+        """Σ_i D_iᵀ D_i V, for V [P, d_in, k]."""
+        return self._sum(
+            part.placed.total(part.a.mT @ _times_gram(part, part.bt, _rows(part, part.a, v))) for part in self._parts
+        )
+
+    def gradients(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_i D_i V Vᵀ D_iᵀ U [P, d_out, R_U] and Σ_i D_iᵀ U Uᵀ D_i V [P, d_in, R_V]."""
+        along_u, along_v = [], []
+        for part in self._parts:
+            y, x = (part.per_adapter(_rows(part, *side)) for side in ((part.bt, u), (part.a, v)))
+            core = x.mT @ y  # [N, c, R_V, R_U]
+            along_u.append(part.placed.total(part.bt.mT @ (x @ core).flatten(1, 2)))
+            along_v.append(part.placed.total(part.a.mT @ (y @ core.mT).flatten(1, 2)))
+        return self._sum(along_u), self._sum(along_v)
+
+    def encoded(self, u: Tensor, v: Tensor, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The cores Σ_i that fit U [P, d_out, R_U] and V [P, d_in, R_V] best, and ‖D_i − U Σ_i Vᵀ‖² [T] with them.
+
+        Σ_i = (UᵀU)⁻¹ Uᵀ D_i V (VᵀV)⁻¹, for bases that need not be quite orthonormal. ``store`` rounds what is kept of
+        it, [T, R_U, R_V], and errors are those of what is kept. All of it in float64, a slice at a time.
+        """
+        u, v = u.double(), v.double()
+        grams = u.mT @ u, v.mT @ v
+        inverses = [torch.linalg.inv(gram) for gram in grams]
+        cores, errors = [], []
+        for part in self._parts:
+            found = [
+                _encoded(part, chunks, (u, v), grams[0], (inverses[0], inverses[1]), store)
+                for chunks in torch.split(torch.arange(len(part.bt), device=u.device), part.chunks_at_once)
+            ]
+            cores.append(torch.cat([each for each, _ in found]))
+            errors.append(torch.cat([each for _, each in found]))
+        return self._in_order(cores), self._in_order(errors)
+
+    def _sum(self, of_parts: Iterable[Tensor]) -> Tensor:
+        return functools.reduce(torch.add, of_parts)
+
+    def _in_order(self, of_parts: list[Tensor]) -> Tensor:
+        """What every part has of each place, [N, c, ...], in the order of the entries, [T, ...]."""
+        out = of_parts[0].new_empty(len(self.owners), *of_parts[0].shape[2:])
+        for part, entries, found in zip(self._parts, self._entries, of_parts, strict=True):
+            out[entries.to(found.device)] = found.flatten(0, 1)[part.placed.chunks.places]
+        return out
+
+
+def _rows(part: _Part, rows: Tensor, basis: Tensor) -> Tensor:
+    """The rows [N, c·r, d] times the basis [P, d, k] of their problem."""
+    return rows @ part.placed.spread(basis)
+
+
+def _blocks(part: _Part, u: Tensor, v: Tensor) -> Tensor:
+    y, x = part.per_adapter(_rows(part, part.bt, u)), part.per_adapter(_rows(part, part.a, v))
+    return y.mT @ x
+
+
+def _times_gram(part: _Part, rows: Tensor, x: Tensor) -> Tensor:
+    """G_i X_i with G_i = R_i R_iᵀ of every adapter's rows R_i, for X [N, c·r, k]."""
+    own = part.per_adapter(rows)
+    return (own @ own.mT @ part.per_adapter(x)).flatten(1, 2)
+
+
+def _encoded(
+    part: _Part,
+    chunks: Tensor,
+    bases: tuple[Tensor, Tensor],
+    gram: Tensor,
+    inverses: tuple[Tensor, Tensor],
+    store: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`Batch.encoded` for some chunks: cores [N, c, R_U, R_V] as kept, and errors [N, c].
+
+    With P = (UᵀU)⁻¹ Uᵀ, D − U Σ Vᵀ = (B − U P B) A + U (P B A − Σ Vᵀ). The two are orthogonal, and nothing cancels.
+    """
+    of = part.placed.chunks.of[chunks]
+    u, v = (basis[of] for basis in bases)
+    bt, a = part.bt[chunks].double(), part.a[chunks].double()
+    y, x = bt @ u, a @ v
+    inside = y @ inverses[0][of]  # the rows of (P B)ᵀ
+    projected = part.per_adapter(inside).mT  # P B
+    cores = store(projected @ part.per_adapter(x @ inverses[1][of]))
+    outside = part.per_adapter(bt - inside @ u.mT)
+    own_a = part.per_adapter(a)
+    rest = projected @ own_a - cores.double() @ v.mT[:, None]
+    lost = (outside @ outside.mT * (own_a @ own_a.mT)).sum((2, 3))
+    return cores, lost + (gram[of][:, None] @ rest * rest).sum((2, 3))
