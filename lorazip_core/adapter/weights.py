@@ -112,7 +112,8 @@ class Layouts:
             _check_names(adapter, [weight.path.name for weight in weights], tensors)
             content = tuple((size, tuple(own.items())) for size, own in tensors)
             layout = self._by_content.setdefault(content, lay_out(tensors))
-            self._by_headers[headers] = layout
+            if None not in headers:
+                self._by_headers[headers] = layout
         for path in files:
             if path.name == INDEX:
                 _check_index(adapter, path, layout, weights)
