@@ -16,8 +16,9 @@ from .groups import LayoutGroup
 
 TensorOf = Callable[[str], Tensor]
 
-_NUMBERS = 2**22  # in the factors of one batch of modules: 32 MiB in float64
-_ROWS = 64  # adapters in one batch on a device
+_NUMBERS = 2**20  # in the factors of one batch of modules: 8 MiB in float64, of which caches hold a good part
+_ROWS = 64  # adapters in one batch on a device, where there is room for
+_DEVICE_NUMBERS = 2**26
 _EXTRA_NUMBERS = 2**26  # of extras that are looked at in one go
 
 
@@ -45,7 +46,7 @@ def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
     tensors = group.layout.tensors
     for column, part in enumerate(group.parts):
         shape_b, shape_a = (part.module.d_out, part.rank), (part.rank, part.module.d_in)
-        step = max(1, min(_ROWS, 16 * _NUMBERS // part.parameters))
+        step = max(1, min(_ROWS, _DEVICE_NUMBERS // part.parameters))
         b, a = (torch.zeros(step, *shape, device=data.device) for shape in (shape_b, shape_a))
         own_b, own_a = view(data, tensors[part.key_b]), view(data, tensors[part.key_a])
         for start in range(0, len(data), step):
