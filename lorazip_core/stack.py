@@ -48,6 +48,11 @@ class Stack:
             _groups([factors[i][1].shape[0] for i in order]),
         )
 
+    @classmethod
+    def of_rows(cls, bt: Tensor, a: Tensor, members: Sequence[int], ranks: Sequence[int]) -> Stack:
+        """A stack whose rows are there already, in the order of (rank, member)."""
+        return cls(bt, a, tuple(members), _groups(ranks))
+
     @property
     def ranks(self) -> list[int]:
         """The rank of every adapter, in the order of the stack."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +16,23 @@ from .stack import Stack
 _AT_ONCE = {False: (2**22, 16), True: (2**31, 32)}
 
 
+class Load(Protocol):
+    """Reads the updates of one module: of all adapters that have it, or of those among ``members``, which ascend."""
+
+    def __call__(self, module: int, members: Sequence[int] | None = None, /) -> Stack: ...
+
+
 @dataclass(frozen=True)
 class Updates:
     """n adapters and M modules, both by number.
 
-    ``load(m)`` reads the updates D_im of module m, of the adapters that have it; ``shapes`` has its (d_out, d_in).
-    ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖², both 0 where adapter i lacks module m, and
-    ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the last two in float64.
+    ``load(m)`` reads the updates D_im of module m, of the adapters that have it, and ``load(m, members)`` of some of
+    them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖², both 0
+    where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the last
+    two in float64.
     """
 
-    load: Callable[[int], Stack]
+    load: Load
     shapes: list[tuple[int, int]]
     ranks: Tensor
     norms: Tensor
@@ -58,14 +66,12 @@ class Updates:
         """Some of the modules, read once and kept in memory."""
         stacks = [self.load(module) for module in modules]
         shapes = [self.shapes[module] for module in modules]
-        return Updates(
-            stacks.__getitem__,
-            shapes,
-            self.ranks[:, modules],
-            self.norms[:, modules],
-            self.weights[:, modules],
-            self.device,
-        )
+
+        def load(module: int, members: Sequence[int] | None = None) -> Stack:
+            return stacks[module] if members is None else stacks[module].select(set(members))
+
+        kept = (each[:, modules] for each in (self.ranks, self.norms, self.weights))
+        return Updates(load, shapes, *kept, self.device)
 
     def shares(self, lost: Tensor) -> Tensor:
         """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,10 @@ def groups(sizes: list[int], *, seed: int = 0, own: float = 0.3, rank: int = 4) 
 def collected(adapters: Adapters, shapes: list[tuple[int, int]] = SHAPES) -> Updates:
     """As the verbs see them, every adapter weighted alike."""
 
-    def load(module: int) -> Stack:
-        members = [i for i, adapter in enumerate(adapters) if module in adapter]
-        return Stack.of([adapters[i][module] for i in members], members)
+    def load(module: int, members: Sequence[int] | None = None) -> Stack:
+        wanted = range(len(adapters)) if members is None else members
+        having = [i for i in wanted if module in adapters[i]]
+        return Stack.of([adapters[i][module] for i in having], having)
 
     norms = torch.zeros(len(adapters), len(shapes), dtype=torch.float64)
     ranks = torch.zeros(norms.shape, dtype=torch.int64)

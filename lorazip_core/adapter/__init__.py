@@ -6,22 +6,32 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 
 from .collection import Collection, Skipped, find_adapters, inside, open_collection
 from .config import LoraConfig, NotLora, parse_config
+from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view
 from .module import Kind, Module
-from .reader import Adapter, open_adapter
+from .reader import Adapter, Part, open_adapter
+from .weights import Descriptor, read_fully
 from .writer import write_adapter
 
 __all__ = [
+    "TORCH_DTYPES",
     "Adapter",
     "Collection",
+    "Descriptor",
     "Kind",
+    "Layout",
     "LoraConfig",
     "Module",
     "NotLora",
+    "Part",
     "Skipped",
+    "TensorInfo",
+    "aligned",
     "find_adapters",
     "inside",
     "open_adapter",
     "open_collection",
     "parse_config",
+    "read_fully",
+    "view",
     "write_adapter",
 ]

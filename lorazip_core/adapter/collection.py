@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from typing import NamedTuple
 from ..errors import AdapterError, AdapterErrors, UsageError
 from .config import CONFIG_NAME
 from .module import Module
-from .reader import Adapter, open_adapter
-from .weights import HandlePool
+from .reader import Adapter, Alike, Part, open_adapter
 
 
 class Skipped(NamedTuple):
@@ -46,18 +46,24 @@ def find_adapters(root: Path) -> Iterator[tuple[str, Path]]:
     """
     real_root = Path(os.path.realpath(root))
 
-    def walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-        real = os.path.realpath(folder)
-        if real in above or not inside(real_root, folder):
-            return
-        if inside(real_root, folder / CONFIG_NAME) and (folder / CONFIG_NAME).is_file():
-            yield folder
-        for entry in os.scandir(folder):
-            if not entry.name.startswith(".") and entry.is_dir():
-                yield from walk(folder / entry.name, above | {real})
+    def is_inside(entry: os.DirEntry[str]) -> bool:
+        return not entry.is_symlink() or inside(real_root, Path(entry.path))  # only a link leads elsewhere
 
-    found = [(folder.relative_to(root).as_posix(), folder) for folder in walk(root, frozenset())]
-    yield from sorted(found, key=lambda item: os.fsencode(item[0]))
+    def walk(folder: str, real: str, name: str, above: frozenset[str]) -> Iterator[str]:
+        if real in above:
+            return
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+        for entry in entries:
+            if entry.name == CONFIG_NAME and entry.is_file() and is_inside(entry):
+                yield name
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_dir() and is_inside(entry):
+                real_entry = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                yield from walk(entry.path, real_entry, os.path.join(name, entry.name), above | {real})
+
+    names = (name or "." for name in walk(os.fspath(root), os.fspath(real_root), "", frozenset()))
+    yield from ((name, root / name) for name in sorted(names, key=os.fsencode))
 
 
 def inside(real_root: Path, path: Path) -> bool:
@@ -76,21 +82,22 @@ def open_collection(
     if not root.is_dir():
         raise UsageError(f"{root} is not a directory")
     real_root = Path(os.path.realpath(root))
-    pool = HandlePool()
+
+    def present(path: Path) -> bool:
+        """Whether it is a file, and inside: its folder is, so that only a link has to be followed."""
+        try:
+            mode = os.lstat(path).st_mode
+        except (OSError, ValueError):
+            return False
+        return stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and path.is_file() and inside(real_root, path))
+
+    alike = Alike()
     adapters: list[Adapter] = []
     bad: list[AdapterError] = []
     for name, folder in find_adapters(root):
         try:
             _refuse_unprintable(name)
-            adapters.append(
-                open_adapter(
-                    name,
-                    folder,
-                    allow_pickle=allow_pickle,
-                    pool=pool,
-                    present=lambda path: path.is_file() and inside(real_root, path),
-                )
-            )
+            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
         except AdapterError as error:
             bad.append(error)
     if not adapters and not bad:
@@ -115,7 +122,7 @@ def _refuse_unprintable(name: str) -> None:
 def _collect(root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]) -> Collection:
     if not adapters:
         raise AdapterErrors(bad)
-    modules = {part.module for adapter in adapters for part in adapter.parts.values()}
+    modules = {part.module for parts, _ in _distinct(adapters) for part in parts.values()}
     return Collection(
         root,
         tuple(adapters),
@@ -143,15 +150,25 @@ def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[Adapter
 
 def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
     shapes: defaultdict[str, Counter[Module]] = defaultdict(Counter)
-    for adapter in adapters:
-        for name, part in adapter.parts.items():
-            shapes[name][part.module] += 1
+    for parts, count in _distinct(adapters):
+        for name, part in parts.items():
+            shapes[name][part.module] += count
     usual = {name: counter.most_common(1)[0][0] for name, counter in shapes.items()}
+    odd = {id(parts): _first_odd(parts, usual) for parts, _ in _distinct(adapters)}
     bad = []
     for adapter in adapters:
-        for name, part in adapter.parts.items():
-            if part.module != usual[name]:
-                reason = f"module {name} is {part.module.shape}, but most adapters here have {usual[name].shape}"
-                bad.append(AdapterError(adapter.name, reason, "is its base model another one?"))
-                break
+        if module := odd[id(adapter.parts)]:
+            reason = f"module {module.name} is {module.shape}, but most adapters here have {usual[module.name].shape}"
+            bad.append(AdapterError(adapter.name, reason, "is its base model another one?"))
     return bad
+
+
+def _first_odd(parts: dict[str, Part], usual: dict[str, Module]) -> Module | None:
+    return next((part.module for name, part in parts.items() if part.module != usual[name]), None)
+
+
+def _distinct(adapters: list[Adapter]) -> list[tuple[dict[str, Part], int]]:
+    """The parts that adapters have, in order, and how many adapters share each."""
+    parts = {id(adapter.parts): adapter.parts for adapter in adapters}
+    counts = Counter(id(adapter.parts) for adapter in adapters)
+    return [(each, counts[key]) for key, each in parts.items()]

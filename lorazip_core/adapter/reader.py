@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
 from .config import CONFIG_NAME, LoraConfig, parse_config
+from .layout import TORCH_DTYPES, Layout, TensorInfo, view
 from .module import Module, module_of, split_key
-from .weights import FLOATS, HandlePool, TensorInfo, read_header, read_tensor, weight_files
+from .weights import (
+    FLOATS,
+    HandlePool,
+    Layouts,
+    WeightFile,
+    copy_tensor,
+    opener,
+    read_fully,
+    read_unknown,
+    weight_files,
+)
 
 
 class Part(NamedTuple):
@@ -33,7 +44,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk. ``parts`` goes by module name, in order; ``extras`` are all its other tensors."""
+    """A LoRA adapter on disk. ``parts`` goes by module name, in order; ``extras`` are all its other tensors.
+
+    Adapters of a collection that are alike share their ``layout``, ``parts`` and ``extras``: they are the same objects.
+    """
 
     name: str
     folder: Path
@@ -42,7 +56,8 @@ class Adapter:
     parts: dict[str, Part]
     extras: dict[str, TensorInfo]
     files: tuple[Path, ...]
-    _tensors: dict[str, TensorInfo]
+    layout: Layout
+    weights: tuple[WeightFile, ...]
     _pool: HandlePool
 
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -64,12 +79,40 @@ class Adapter:
         return tensor * self.parts[module].scale if key.endswith(".lora_B.bias") else tensor
 
     def tensor(self, key: str) -> Tensor:
-        """Any tensor of the file, by its name there."""
-        return read_tensor(self.name, key, self._tensors[key], self._pool)
+        """Any tensor of the file, by its name there, read into memory of its own."""
+        info = self.layout.tensors[key]
+        weight = self.weights[info.file]
+        if weight.header is None:
+            stored: Tensor = self._handle(weight)[key]
+            return stored
+        if info.dtype not in TORCH_DTYPES:
+            return read_unknown(self.name, weight.path, key)
+        data = torch.empty(info.size_bytes, dtype=torch.uint8)
+        self.read_into([key], data.numpy().data)
+        return view(data, info._replace(begin=0))
+
+    def read_into(self, keys: Sequence[str], buffer: memoryview) -> None:
+        """The bytes of tensors that follow each other in one file. Raises AdapterError when they are not all there."""
+        infos = [self.layout.tensors[key] for key in keys]
+        weight = self.weights[infos[0].file]
+        handle = self._handle(weight)
+        if weight.header is None:
+            for key, info in zip(keys, infos, strict=True):
+                begin = info.begin - infos[0].begin
+                copy_tensor(handle[key], buffer[begin : begin + info.size_bytes])
+            return
+        position = weight.header.size + infos[0].begin - self.layout.regions[infos[0].file].begin
+        count = read_fully(handle.number, [buffer], position)
+        if count < len(buffer):
+            key = next(key for key, info in zip(keys, infos, strict=True) if info.end - infos[0].begin > count)
+            raise AdapterError(self.name, f"{weight.path.name}: tensor {key} is truncated", "fetch it again")
+
+    def _handle(self, weight: WeightFile) -> Any:
+        return self._pool.get(weight.path, opener(self.name, weight.path))
 
     def dtype(self, module: str) -> str:
         """The dtype of a module's factors in the file, as safetensors writes it (``BF16``)."""
-        return self._tensors[self.parts[module].key_b].dtype
+        return self.layout.tensors[self.parts[module].key_b].dtype
 
     @property
     def size_bytes(self) -> int:
@@ -77,32 +120,68 @@ class Adapter:
         return sum(path.stat().st_size for path in self.files)
 
 
+class Alike:
+    """What opening adapters has brought to light so far, for those to come that are alike; the open files besides."""
+
+    def __init__(self) -> None:
+        self.pool = HandlePool()
+        self.layouts = Layouts(self.pool)
+        self._configs: dict[bytes, LoraConfig] = {}
+        self._tensors: dict[Any, tuple[dict[str, Part], dict[str, TensorInfo]]] = {}
+
+    def config(self, adapter: str, text: bytes) -> LoraConfig:
+        """`parse_config`, once for equal texts."""
+        config = self._configs.get(text)
+        if config is None:
+            config = self._configs[text] = parse_config(adapter, text)
+        return config
+
+    def tensors(
+        self, adapter: str, config: LoraConfig, layout: Layout
+    ) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
+        """Parts and extras, once for each layout and whatever of the configuration decides ranks and scales."""
+        patterns = (tuple(config.rank_pattern.items()), tuple(config.alpha_pattern.items()))
+        key = (layout, config.r, config.lora_alpha, config.use_rslora, patterns)
+        found = self._tensors.get(key)
+        if found is None:
+            found = self._tensors[key] = _sorted_out(adapter, config, layout.tensors)
+        return found
+
+
 def open_adapter(
     name: str,
     folder: Path,
     *,
     allow_pickle: bool = False,
-    pool: HandlePool | None = None,
+    alike: Alike | None = None,
     present: Callable[[Path], bool] = Path.is_file,
 ) -> Adapter:
     """Open the adapter in ``folder``. Raises AdapterError with all that can be known from the headers.
 
-    ``present`` decides which files count as being there: a collection leaves out links that lead outside of it.
+    ``present`` decides which files count as being there: a collection leaves out links that lead outside of it. With
+    ``alike``, what adapters have in common is shared between them.
     """
-    pool = pool or HandlePool()
-    if not present(folder / CONFIG_NAME):
+    alike = alike or Alike()
+    config_file = folder / CONFIG_NAME
+    if not present(config_file):
         raise AdapterError(name, f"no {CONFIG_NAME}: not an adapter")
-    config_text = (folder / CONFIG_NAME).read_bytes()
-    config = parse_config(name, config_text)
-    weights = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
-    tensors = read_header(name, weights, pool)
-    parts = _parts(name, config, tensors)
+    config_text = config_file.read_bytes()
+    config = alike.config(name, config_text)
+    files = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
+    layout, weights = alike.layouts.read(name, files)
+    parts, extras = alike.tensors(name, config, layout)
+    return Adapter(name, folder, config, config_text, parts, extras, (config_file, *files), layout, weights, alike.pool)
+
+
+def _sorted_out(
+    adapter: str, config: LoraConfig, tensors: dict[str, TensorInfo]
+) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
+    parts = _parts(adapter, config, tensors)
     taken = {key for part in parts.values() for key in (part.key_a, part.key_b)}
     extras = {key: tensors[key] for key in sorted(tensors) if key not in taken}
     for key in extras:
-        _check_extra(name, key, parts)
-    files = (folder / CONFIG_NAME, *weights)
-    return Adapter(name, folder, config, config_text, parts, extras, files, tensors, pool)
+        _check_extra(adapter, key, parts)
+    return parts, extras
 
 
 def _parts(adapter: str, config: LoraConfig, tensors: dict[str, TensorInfo]) -> dict[str, Part]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import re
+import os
+import resource
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -18,34 +19,48 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .config import LFS_MAGIC
+from .layout import TORCH_DTYPES, FileTensors, HeaderTensor, Layout, lay_out
 
 SAFETENSORS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 PICKLE = "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-_PICKLE_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_MOST_OPEN = 256
+_FIRST_READ = 2**15  # bytes; the header of 192 tensors takes about 20 KiB
 
 
-class TensorInfo(NamedTuple):
-    """Where a tensor is, and what a header says of it."""
+class Header(NamedTuple):
+    """The header of a safetensors file: its bytes, length included, and the SHA-256 of them."""
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+    size: int
+    sha256: bytes
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its data; the dtypes of safetensors carry their bits in their names (BF16, F8_E4M3), BOOL is 8."""
-        bits = re.match(r"[A-Z]+(\d+)", self.dtype)
-        return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
+
+class WeightFile(NamedTuple):
+    """A file with tensors, and its header; a pickle has none."""
+
+    path: Path
+    header: Header | None
+
+
+class Descriptor:
+    """A file open for reading as long as anybody holds this."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 class HandlePool:
     """Open weight files, the least recently used closed first, so that a collection of any size stays lazy."""
 
-    def __init__(self, limit: int = 256) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = _most_open() if limit is None else limit
         self._lock = Lock()
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
@@ -62,11 +77,99 @@ class HandlePool:
         return handle
 
 
+def _most_open() -> int:
+    """A quarter of what the process may open: others have files too, and threads open some beside the pool."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, soft // 4))
+
+
+class Layouts:
+    """The headers and layouts seen so far, so that what is alike is parsed, checked and kept once."""
+
+    def __init__(self, pool: HandlePool) -> None:
+        self.pool = pool
+        self._files: dict[tuple[Header, int], FileTensors] = {}
+        self._by_headers: dict[tuple[Header | None, ...], Layout] = {}
+        self._by_content: dict[Any, Layout] = {}
+        self._likely_size = _FIRST_READ
+
+    def read(self, adapter: str, files: Sequence[Path]) -> tuple[Layout, tuple[WeightFile, ...]]:
+        """Read the headers of an adapter's ``files`` (but for a pickle, which has none, no tensors).
+
+        Raises AdapterError for what is no weights file, or truncated, or not what the index says.
+        """
+        weights: list[WeightFile] = []
+        tensors: list[FileTensors] = []
+        for path in files:
+            if path.name == INDEX:
+                continue
+            header, own = self._pickle(adapter, path) if is_pickle(path) else self._header(adapter, path)
+            weights.append(WeightFile(path, header))
+            tensors.append(own)
+        headers = tuple(weight.header for weight in weights)
+        layout = None if None in headers else self._by_headers.get(headers)
+        if layout is None:
+            _check_names(adapter, [weight.path.name for weight in weights], tensors)
+            content = tuple((size, tuple(own.items())) for size, own in tensors)
+            layout = self._by_content.setdefault(content, lay_out(tensors))
+            if None not in headers:
+                self._by_headers[headers] = layout
+        for path in files:
+            if path.name == INDEX:
+                _check_index(adapter, path, layout, weights)
+        return layout, tuple(weights)
+
+    def _header(self, adapter: str, path: Path) -> tuple[Header, FileTensors]:
+        descriptor = Descriptor(path)
+        size = os.fstat(descriptor.number).st_size
+        data = os.pread(descriptor.number, self._likely_size, 0)
+        if data.startswith(LFS_MAGIC):
+            raise AdapterError(adapter, f"{path.name} is a Git LFS pointer, not weights", "run 'git lfs pull'")
+        end = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < end <= size:
+            data += os.pread(descriptor.number, end - len(data), len(data))
+        data = data[:end]
+        header = Header(len(data), hashlib.sha256(data).digest())
+        known = self._files.get((header, size))
+        if known is None:
+            known = self._files[header, size] = _checked(adapter, path, data, size)
+            self._likely_size = max(self._likely_size, len(data))
+        return header, known
+
+    def _pickle(self, adapter: str, path: Path) -> tuple[None, FileTensors]:
+        state: dict[str, Tensor] = self.pool.get(path, opener(adapter, path))
+        own: dict[str, HeaderTensor] = {}
+        end = 0
+        for name, tensor in state.items():
+            own[name] = HeaderTensor(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), end)
+            end += tensor.nbytes
+        return None, (end, own)
+
+
+def _checked(adapter: str, path: Path, header: bytes, size: int) -> FileTensors:
+    """The tensors of a header that safetensors accepts, in its order."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        fields: dict[str, Any] = json.loads(header[8:])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            adapter, f"{path.name} is truncated or no safetensors file: {error}", "fetch it again"
+        ) from None
+    if fields.keys() - {"__metadata__"} != set(names):
+        raise AdapterError(adapter, f"{path.name} changed while it was being read", "try again when it is written")
+    own = {
+        name: HeaderTensor(fields[name]["dtype"], tuple(fields[name]["shape"]), fields[name]["data_offsets"][0])
+        for name in names
+    }
+    return size - len(header), own
+
+
 def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Callable[[Path], bool]) -> list[Path]:
     """The files that hold the weights of the adapter in ``folder``: one, or the shards and their index (last)."""
-    whole, index, pickled = folder / SAFETENSORS, folder / INDEX, folder / PICKLE
-    if present(whole):
+    if present(whole := folder / SAFETENSORS):
         return [whole]
+    index, pickled = folder / INDEX, folder / PICKLE
     if present(index):
         return [*_shards(adapter, index, present), index]
     if present(pickled):
@@ -80,48 +183,49 @@ def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Cal
     raise AdapterError(adapter, f"no weights: neither {SAFETENSORS} nor {INDEX}", "is the download complete?")
 
 
-def read_header(adapter: str, files: Iterable[Path], pool: HandlePool) -> dict[str, TensorInfo]:
-    """Name, dtype and shape of every tensor, without reading the tensors (but for a pickle, which has no header)."""
-    found: dict[str, TensorInfo] = {}
-    for path in files:
-        if path.name == INDEX:
-            _check_index(adapter, path, found)
-            continue
-        handle = pool.get(path, _opener(adapter, path))
-        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-            if key in found:
-                raise AdapterError(adapter, f"{path.name}: tensor {key} is also in {found[key].file.name}")
-            if isinstance(handle, dict):
-                dtype = _PICKLE_DTYPES.get(handle[key].dtype, str(handle[key].dtype))
-                found[key] = TensorInfo(path, dtype, tuple(handle[key].shape))
-            else:
-                view = handle.get_slice(key)
-                found[key] = TensorInfo(path, view.get_dtype(), tuple(view.get_shape()))
-    return found
+def is_pickle(path: Path) -> bool:
+    return path.suffix == ".bin"
 
 
-def read_tensor(adapter: str, key: str, info: TensorInfo, pool: HandlePool) -> Tensor:
-    """One tensor, in the dtype of the file, on the CPU."""
-    handle = pool.get(info.file, _opener(adapter, info.file))
+def opener(adapter: str, path: Path) -> Callable[[Path], Any]:
+    """What the pool opens a weights file with: the tensors of a pickle, mapped, or a descriptor."""
+    return (lambda _: _open_pickle(adapter, path)) if is_pickle(path) else Descriptor
+
+
+def read_fully(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+    """Fill ``buffers`` one after another from ``position`` on; the number of bytes read, fewer at the end of the file.
+
+    As much in one call as the kernel gives: readers in threads wait for each other after every call.
+    """
+    rest = [buffer for buffer in buffers if len(buffer)]
+    total = 0
+    while rest:
+        count = os.preadv(descriptor, rest, position + total)
+        if count == 0:
+            break
+        total += count
+        while rest and count >= len(rest[0]):
+            count -= len(rest[0])
+            del rest[0]
+        if count:
+            rest[0] = rest[0][count:]
+    return total
+
+
+def copy_tensor(tensor: Tensor, buffer: memoryview) -> None:
+    """The bytes of a tensor, row by row."""
+    if len(buffer):
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+
+
+def read_unknown(adapter: str, path: Path, key: str) -> Tensor:
+    """A tensor of a dtype that only safetensors knows how to read."""
     try:
-        tensor: Tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        return tensor
-    except (SafetensorError, KeyError) as error:
-        raise AdapterError(adapter, f"{info.file.name}: tensor {key}: {error}") from None
-
-
-def _opener(adapter: str, path: Path) -> Callable[[Path], Any]:
-    return lambda _: (_open_pickle if path.suffix == ".bin" else _open_safetensors)(adapter, path)
-
-
-def _open_safetensors(adapter: str, path: Path) -> Any:
-    _refuse_pointer(adapter, path)
-    try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
     except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            adapter, f"{path.name} is truncated or no safetensors file: {error}", "fetch it again"
-        ) from None
+        raise AdapterError(adapter, f"{path.name}: tensor {key}: {error}") from None
 
 
 def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
@@ -161,7 +265,16 @@ def _shards(adapter: str, index: Path, present: Callable[[Path], bool]) -> list[
     return shards
 
 
-def _check_index(adapter: str, index: Path, found: dict[str, TensorInfo]) -> None:
+def _check_names(adapter: str, names: Sequence[str], tensors: Sequence[FileTensors]) -> None:
+    seen: dict[str, str] = {}
+    for name, (_, own) in zip(names, tensors, strict=True):
+        for key in own:
+            if key in seen:
+                raise AdapterError(adapter, f"{name}: tensor {key} is also in {seen[key]}")
+            seen[key] = name
+
+
+def _check_index(adapter: str, index: Path, layout: Layout, weights: Sequence[WeightFile]) -> None:
     for key, name in _weight_map(adapter, index).items():
-        if key not in found or found[key].file.name != name:
+        if key not in layout.tensors or weights[layout.tensors[key].file].path.name != name:
             raise AdapterError(adapter, f"tensor {key} is not in {name}, where {index.name} says it is")

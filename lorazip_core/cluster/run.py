@@ -88,7 +88,7 @@ def cluster(
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     check_clusters(options.clusters, len(collection.adapters))
     with progress.stage("reading adapters", len(collection.adapters)) as advance:
-        scanned = scan(collection, skip_bad=skip_bad, advance=advance)
+        scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device)
     for skipped in scanned.collection.skipped:
         progress.note(f"left out {skipped.name}: {skipped.reason}")
     check_clusters(options.clusters, len(scanned.collection.adapters))

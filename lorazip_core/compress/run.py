@@ -127,7 +127,7 @@ def compress(
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
     with atomic_directory(output, force=force, replaceable=is_bundle) as folder:
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
-            scanned = scan(collection, skip_bad=skip_bad, advance=advance)
+            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))

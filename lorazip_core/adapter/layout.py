@@ -1,0 +1,121 @@
+"""Where the tensors of an adapter are: parsed once, and shared by all adapters that are laid out alike."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; where files and rows begin in the data of an adapter, so that any dtype can be viewed there
+
+# The dtypes of safetensors that torch has under one name. Others are read by safetensors itself.
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of an adapter: its dtype as safetensors writes it, and where it is.
+
+    ``file`` is the number of its file among those with tensors, and ``begin`` the first of its bytes in the data of the
+    adapter: the tensors of all files one after another, without their headers, each file from a multiple of 64.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    begin: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data; the dtypes of safetensors carry their bits in their names (BF16, F8_E4M3), BOOL is 8."""
+        bits = re.match(r"[A-Z]+(\d+)", self.dtype)
+        return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.begin + self.size_bytes
+
+
+class Region(NamedTuple):
+    """The bytes of one file in the data of an adapter."""
+
+    begin: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.begin + self.size
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tensors of an adapter by name, and what each file contributes to its data. Equal layouts are one object."""
+
+    tensors: dict[str, TensorInfo]
+    regions: tuple[Region, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data, up to a multiple of 64."""
+        return aligned(self.regions[-1].end)
+
+
+class HeaderTensor(NamedTuple):
+    """What the header of one file says of a tensor; ``begin`` counts from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+FileTensors = tuple[int, dict[str, HeaderTensor]]
+"""The bytes of all tensors of a file, and each by its name."""
+
+
+def lay_out(files: Iterable[FileTensors]) -> Layout:
+    """The layout of the files of one adapter, whose names differ."""
+    tensors: dict[str, TensorInfo] = {}
+    regions: list[Region] = []
+    for number, (size, own) in enumerate(files):
+        start = aligned(regions[-1].end) if regions else 0
+        regions.append(Region(start, size))
+        for name, (dtype, shape, begin) in own.items():
+            tensors[name] = TensorInfo(dtype, shape, number, start + begin)
+    return Layout(tensors, tuple(regions))
+
+
+def aligned(size: int) -> int:
+    """The next multiple of 64."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def view(data: Tensor, info: TensorInfo) -> Tensor:
+    """A tensor within the bytes ``data`` [..., size] of one adapter or several alike: [..., *shape], on their device.
+
+    Without a copy, but for a tensor that does not begin at a multiple of its item size.
+    """
+    dtype = TORCH_DTYPES[info.dtype]
+    own = data[..., info.begin : info.end]
+    if own.storage_offset() % dtype.itemsize or any(stride % dtype.itemsize for stride in own.stride()[:-1]):
+        own = own.clone(memory_format=torch.contiguous_format)
+    return own.view(dtype).view(*data.shape[:-1], *info.shape)

@@ -1,0 +1,115 @@
+"""The files of one adapter, each read once: its digest and its tensors from the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from ..adapter import TORCH_DTYPES, Adapter, Descriptor, read_fully
+from ..bundle import SourceEntry
+from ..errors import AdapterError
+from ..files import sha256_bytes, sha256_file
+
+
+class Destination(Protocol):
+    """Where the data of an adapter goes, in pieces of at most ``piece`` bytes."""
+
+    piece: int
+
+    def room(self, begin: int, size: int) -> memoryview:
+        """Memory for the bytes from ``begin`` on in the data of the adapter."""
+        ...
+
+    def arrived(self, begin: int, size: int) -> None:
+        """They are there; they are hashed while they travel on."""
+        ...
+
+    def settle(self) -> None:
+        """Return when the room is free for other bytes."""
+        ...
+
+
+def read_contents(adapter: Adapter, destination: Destination) -> list[SourceEntry]:
+    """Read all files of an adapter, their tensors into ``destination``; the files as the bundle lists them.
+
+    A configuration is what was read of it when the adapter was opened. Raises AdapterError for a file that is not the
+    one that was opened then: cut short, or written anew.
+    """
+    config, *others = adapter.files
+    files = [SourceEntry(config.name, len(adapter.config_text), sha256_bytes(adapter.config_text))]
+    for number, weight in enumerate(adapter.weights):
+        header = weight.header
+        if header is None:
+            files.append(SourceEntry(weight.path.name, weight.path.stat().st_size, sha256_file(weight.path)))
+            _unpickle(adapter, number, destination)
+        else:
+            digest = _read_tensors(adapter, number, destination)
+            files.append(SourceEntry(weight.path.name, header.size + adapter.layout.regions[number].size, digest))
+    for path in others[len(adapter.weights) :]:  # the index of shards
+        files.append(SourceEntry(path.name, path.stat().st_size, sha256_file(path)))
+    return files
+
+
+def _read_tensors(adapter: Adapter, number: int, destination: Destination) -> str:
+    """Read a safetensors file; its SHA-256."""
+    weight, region = adapter.weights[number], adapter.layout.regions[number]
+    assert weight.header is not None
+    file = Descriptor(weight.path)
+    if os.fstat(file.number).st_size > weight.header.size + region.size:
+        raise _changed(adapter, weight.path.name)
+    header = memoryview(bytearray(weight.header.size))
+    digest = hashlib.sha256()
+    for begin, size in _pieces(region.size, destination.piece):
+        room = destination.room(region.begin + begin, size)
+        buffers, position = ([header, room], 0) if begin == 0 else ([room], len(header) + begin)
+        count = read_fully(file.number, buffers, position)
+        if count < sum(map(len, buffers)):
+            raise _truncated(adapter, number, position + count - len(header))
+        destination.arrived(region.begin + begin, size)
+        if begin == 0:
+            digest.update(header)
+            if digest.digest() != weight.header.sha256:
+                destination.settle()
+                raise _changed(adapter, weight.path.name)
+        digest.update(room)
+        destination.settle()
+    return digest.hexdigest()
+
+
+def _unpickle(adapter: Adapter, number: int, destination: Destination) -> None:
+    for key, info in adapter.layout.tensors.items():
+        if info.file != number or info.dtype not in TORCH_DTYPES:
+            continue
+        data = adapter.tensor(key).detach().contiguous().view(-1).view(torch.uint8)
+        for begin, size in _pieces(info.size_bytes, destination.piece):
+            if size:
+                room = destination.room(info.begin + begin, size)
+                torch.frombuffer(room, dtype=torch.uint8).copy_(data[begin : begin + size])
+                destination.arrived(info.begin + begin, size)
+                destination.settle()
+
+
+def _pieces(size: int, most: int) -> Iterator[tuple[int, int]]:
+    """(begin, size) of pieces of at most ``most`` bytes, at least one."""
+    for begin in range(0, max(size, 1), most):
+        yield begin, min(most, size - begin)
+
+
+def _truncated(adapter: Adapter, number: int, end: int) -> AdapterError:
+    """``end``: where the file ends in its data; negative within the header."""
+    begin = adapter.layout.regions[number].begin
+    missing = [
+        (info.begin, key)
+        for key, info in adapter.layout.tensors.items()
+        if info.file == number and info.end > begin + end
+    ]
+    what = f"tensor {min(missing)[1]} is truncated" if missing and end >= 0 else "it is truncated"
+    return AdapterError(adapter.name, f"{adapter.weights[number].path.name}: {what}", "fetch it again")
+
+
+def _changed(adapter: Adapter, name: str) -> AdapterError:
+    return AdapterError(adapter.name, f"{name} changed while it was being read", "try again when it is written")

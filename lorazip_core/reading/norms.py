@@ -1,0 +1,120 @@
+"""‖ΔW‖² of every module in float64, and what is wrong with updates that have none."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..adapter import TORCH_DTYPES, Adapter, Part, view
+from ..errors import AdapterError
+from ..linalg import squared_norm
+from .groups import LayoutGroup
+
+TensorOf = Callable[[str], Tensor]
+
+_NUMBERS = 2**20  # in the factors of one batch of modules: 8 MiB in float64, of which caches hold a good part
+_ROWS = 64  # adapters in one batch on a device, where there is room for
+_DEVICE_NUMBERS = 2**26
+_EXTRA_NUMBERS = 2**26  # of extras that are looked at in one go
+
+
+def norms_of_adapter(parts: Mapping[str, Part], tensor_of: TensorOf) -> list[float]:
+    """‖ΔW‖² of every module of one adapter, in order, computed in batches of equal shape."""
+    norms: dict[str, float] = {}
+    for names in _batches(parts):
+        first = parts[names[0]]
+        step = max(1, _NUMBERS // first.parameters)
+        for some in (names[start : start + step] for start in range(0, len(names), step)):
+            b = torch.stack([_b(parts[name], tensor_of).float() * parts[name].scale for name in some])
+            a = torch.stack([_a(parts[name], tensor_of).float() for name in some])
+            norms |= dict(zip(some, squared_norm(b, a).tolist(), strict=True))
+    return [norms[name] for name in parts]
+
+
+def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
+    """‖ΔW‖² [k, p] of adapters of one layout, from their bytes ``data`` [k, size]; ``rows`` are theirs in the group.
+
+    Every product is over the same number of adapters, be there fewer or not: how a collection is cut into blocks must
+    not show in the last digit.
+    """
+    scales = torch.from_numpy(group.scales[rows]).float().to(data.device)
+    norms = torch.empty(scales.shape, dtype=torch.float64, device=data.device)
+    tensors = group.layout.tensors
+    for column, part in enumerate(group.parts):
+        shape_b, shape_a = (part.module.d_out, part.rank), (part.rank, part.module.d_in)
+        step = max(1, min(_ROWS, _DEVICE_NUMBERS // part.parameters))
+        b, a = (torch.zeros(step, *shape, device=data.device) for shape in (shape_b, shape_a))
+        own_b, own_a = view(data, tensors[part.key_b]), view(data, tensors[part.key_a])
+        for start in range(0, len(data), step):
+            count = min(step, len(data) - start)
+            some = slice(start, start + count)
+            torch.mul(own_b[some].reshape(count, *shape_b).float(), scales[some, column, None, None], out=b[:count])
+            a[:count] = own_a[some].reshape(count, *shape_a)
+            norms[some, column] = squared_norm(b, a)[:count]
+    return norms
+
+
+def finite_extras(data: Tensor, group: LayoutGroup, keys: list[str]) -> Tensor:
+    """Whether all extras of floating point are finite, [k], from the bytes ``data`` [k, size] of adapters alike."""
+    finite = torch.ones(len(data), dtype=torch.bool, device=data.device)
+    for key in keys:
+        info = group.layout.tensors[key]
+        if info.dtype in TORCH_DTYPES and TORCH_DTYPES[info.dtype].is_floating_point:
+            own = view(data, info)
+            step = max(1, _EXTRA_NUMBERS // max(1, math.prod(info.shape)))
+            for start in range(0, len(data), step):
+                some = own[start : start + step].reshape(len(own[start : start + step]), -1)
+                finite[start : start + step] &= some.float().isfinite().all(1)
+    return finite
+
+
+def check(adapter: Adapter, norms: list[float], tensor_of: TensorOf) -> None:
+    """Raise AdapterError for the first module without a finite norm, naming the tensor, and for extras with NaN."""
+    by_name = dict(zip(adapter.parts, norms, strict=True))
+    if not all(map(math.isfinite, norms)):
+        for names in _batches(adapter.parts):
+            bad = [name for name in names if not math.isfinite(by_name[name])]
+            if bad:
+                for name in names:
+                    for key in (adapter.parts[name].key_a, adapter.parts[name].key_b):
+                        _check_finite(adapter, key, tensor_of)
+                reason = f"module {bad[0]}: its update overflows float32"
+                raise AdapterError(adapter.name, reason, "its training diverged")
+    for key in adapter.extras:
+        _check_finite(adapter, key, tensor_of)
+
+
+def tensors_of(adapter: Adapter, data: Tensor) -> TensorOf:
+    """The tensors of an adapter, by name, from its bytes ``data`` [size]."""
+
+    def tensor_of(key: str) -> Tensor:
+        info = adapter.layout.tensors[key]
+        return view(data, info) if info.dtype in TORCH_DTYPES else adapter.tensor(key)
+
+    return tensor_of
+
+
+def _batches(parts: Mapping[str, Part]) -> list[list[str]]:
+    """The names of the modules of equal shape and rank together."""
+    batches: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for name, part in parts.items():
+        batches[part.module.d_out, part.module.d_in, part.rank].append(name)
+    return list(batches.values())
+
+
+def _b(part: Part, tensor_of: TensorOf) -> Tensor:
+    return tensor_of(part.key_b).reshape(part.module.d_out, part.rank)
+
+
+def _a(part: Part, tensor_of: TensorOf) -> Tensor:
+    return tensor_of(part.key_a).reshape(part.rank, part.module.d_in)
+
+
+def _check_finite(adapter: Adapter, key: str, tensor_of: TensorOf) -> None:
+    tensor = tensor_of(key)
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        raise AdapterError(adapter.name, f"tensor {key} has NaN or Inf", "its training diverged; leave it out")

@@ -1,0 +1,39 @@
+"""Where the bytes of a collection go while they are read: decided from sizes alone."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+_RESIDENT_SHARE = 0.6  # of the bound: what else is computed with, stacks in float32 above all, needs the rest
+_STAGING_SHARE = 0.125  # of the bound, for each of the two blocks that are on the device at a time
+_MOST_IN_BLOCK = 2**31  # bytes: enough adapters for all readers, and few enough that energies follow on their heels
+
+
+class Placement(NamedTuple):
+    """``resident``: on the device, to stay. ``streamed``: there in turns. ``host``: in memory, one adapter a thread.
+
+    ``block_bytes`` is how much is read before energies are computed from it on the device.
+    """
+
+    kind: Literal["host", "resident", "streamed"]
+    block_bytes: int
+
+
+HOST = Placement("host", 0)
+
+
+def place(device: torch.device, total: int, largest: int, device_memory: int) -> Placement:
+    """The placement of ``total`` bytes of tensors, at most ``largest`` an adapter, within ``device_memory`` bytes."""
+    if device.type == "cpu":
+        return HOST
+    if total <= _RESIDENT_SHARE * device_memory:
+        return Placement("resident", _MOST_IN_BLOCK)
+    staging = int(_STAGING_SHARE * device_memory)
+    return Placement("streamed", min(_MOST_IN_BLOCK, staging)) if largest <= staging else HOST
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now; 0 for the CPU, on which nothing is placed."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
