@@ -70,8 +70,8 @@ class Updates:
         def load(module: int, members: Sequence[int] | None = None) -> Stack:
             return stacks[module] if members is None else stacks[module].select(set(members))
 
-        kept = (each[:, modules] for each in (self.ranks, self.norms, self.weights))
-        return Updates(load, shapes, *kept, self.device)
+        ranks, norms, weights = (each[:, modules] for each in (self.ranks, self.norms, self.weights))
+        return Updates(load, shapes, ranks, norms, weights, self.device)
 
     def shares(self, lost: Tensor) -> Tensor:
         """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""
