@@ -33,12 +33,13 @@ class Individual:
     tensors: dict[str, Tensor]
     squared_errors: dict[str, float]
 
-    def store(self, number: int, pieces: Pieces) -> None:
+    def store(self, number: int, pieces: Pieces) -> Kept:
         """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
         errors = torch.tensor([self.squared_errors[name] for name in sorted(self.squared_errors)], dtype=torch.float64)
         rank = torch.tensor(self.rank or 0, dtype=torch.int64)
         pieces.write(f"kept-{number}", {"rank": rank, "squared_errors": errors})
         pieces.write(individual_piece(number), self.tensors)
+        return Kept(self.scheme, self.rank, errors)
 
 
 def individual_piece(number: int) -> str:

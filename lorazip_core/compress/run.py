@@ -28,7 +28,7 @@ from ..summary import Summary, summarise
 from ..updates import Updates
 from ..workers import in_order
 from .assemble import Assembly
-from .individual import Individual, Kept, individual_piece, keep_individually, stored
+from .individual import Kept, individual_piece, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
@@ -226,23 +226,23 @@ class _Run:
         if options.method == "svd":
             note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
 
-        def keep(number: int) -> Individual | Kept:
-            return stored(number, self.pieces) or keep_individually(
+        def keep(number: int) -> Kept:
+            if kept := stored(number, self.pieces):
+                return kept
+            return keep_individually(
                 adapters[number],
                 options.kept_rank if options.method == "svd" else None,
                 options.max_error,
                 squared_norm=float(self.scanned.norms[number].sum()),
                 dtype=DTYPES[options.dtype],
                 device=self.device,
-            )
+            ).store(number, self.pieces)
 
         with (
             self.progress.stage("keeping adapters individually", len(alone)) as advance,
             closing(in_order(keep, alone, self.device)) as results,
         ):
             for number, kept in zip(alone, results, strict=True):
-                if isinstance(kept, Individual):
-                    kept.store(number, self.pieces)
                 if options.method != "svd":
                     how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
                     reason = f"it would exceed --max-error {options.max_error}"
