@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lorazip_core import __version__
-from lorazip_core.errors import UsageError
+from lorazip_core.errors import Interrupted, UsageError
 
 from . import console
 from .cluster import cluster
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         console.flush()
         return stop.exit_code
+    except Interrupted as interruption:
+        return _interrupted(str(interruption))
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
@@ -86,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure.exit_code
 
 
-def _interrupted() -> int:
-    console.error("interrupted; nothing was left half-written")
+def _interrupted(told: str = "interrupted; nothing was left half-written") -> int:
+    console.error(told)
     return INTERRUPTED
 
 

@@ -85,3 +85,10 @@ class LocalError(LorazipError):
     slug = "local"
     exit_code = 8
     meaning = "local resources: disk, permission, memory, a device that is not there"
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption that leaves something to go on from, with a message of one line that says where it is."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message} ({hint})")

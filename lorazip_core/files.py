@@ -12,15 +12,19 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import LocalError, OutputExists
+from .errors import Interrupted, LocalError, OutputExists
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MARKER = ".lorazip"
+_WORK = ".work-"  # and the key of the work
+_SYNCS = 16  # at a time: a file system brings many small files to the disk in one go
 
 
 def canonical_json(value: Any) -> bytes:
@@ -78,13 +82,18 @@ def _umask() -> int:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """``target`` as a hard link to ``source``, or as a copy where the file system does not link; on the disk."""
+    place(source, target)
+    sync(target)
+
+
+def place(source: Path, target: Path) -> None:
+    """As `link_or_copy`, but not yet on the disk."""
     try:
         os.link(source, target)
-        sync(target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
             raise
-        copy(source, target)
+        shutil.copyfile(source, target)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -109,21 +118,61 @@ def tree(root: Path) -> Iterator[str]:
 def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
-    It is built beside its target as ``.NAME.partial``. A process that is killed leaves that folder, which the next run
-    clears; the kernel's lock on it tells a dead builder from one at work, a marker in it whose it is. With ``force`` an
-    old ``target`` is exchanged for the new one in one step, so that at any moment one of the two is there, whole.
+    It is built beside its target as ``.NAME.partial``, and brought to the disk when the block ends. A process that is
+    killed leaves that folder, which the next run clears; the kernel's lock on it tells a dead builder from one at work,
+    a marker in it whose it is. With ``force`` an old ``target`` is exchanged for the new one in one step, so that at
+    any moment one of the two is there, whole.
 
     Raises OutputExists when there is a ``target`` and not ``force``, or when what would have to go is not lorazip's
     (``replaceable`` is false); LocalError when another process builds the same target.
     """
+    with _built(target, force=force, replaceable=replaceable, resumable=False) as partial:
+        yield partial
+
+
+@dataclass(frozen=True)
+class Building:
+    """A directory that is being built, and a folder in it for what a later run can go on from."""
+
+    path: Path
+
+    def work(self, key: str) -> Path:
+        """The folder for finished pieces of the work called ``key``: with what an interrupted run of that key left.
+
+        What other keys left is removed. Files whose names start with a point are not finished, and count as nothing.
+        """
+        mine = self.path / f"{_WORK}{key}"
+        for folder in self.path.glob(f"{_WORK}*"):
+            if folder != mine:
+                shutil.rmtree(folder)
+        mine.mkdir(exist_ok=True)
+        return mine
+
+
+@contextmanager
+def resumable_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Building]:
+    """As `atomic_directory`, but what is finished in the folder of `Building.work` outlives an interruption.
+
+    It stays in ``.NAME.partial`` when the process is killed, or when KeyboardInterrupt ends the block, which is then
+    raised as Interrupted. Any other failure removes it.
+    """
+    with _built(target, force=force, replaceable=replaceable, resumable=True) as partial:
+        yield Building(partial)
+
+
+@contextmanager
+def _built(target: Path, *, force: bool, replaceable: Callable[[Path], bool], resumable: bool) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _make_locked(partial, target, replaceable)
+    lock = _make_locked(partial, target, replaceable, resumable)
     try:
         _recover(target, partial, old, replaceable)
         check_output(target, force=force, replaceable=replaceable)
         yield partial
+        sync_files(partial)
+        for folder in partial.glob(f"{_WORK}*"):
+            shutil.rmtree(folder)
         (partial / _MARKER).unlink()
         sync_tree(partial)
         check_output(target, force=force, replaceable=replaceable)
@@ -133,6 +182,15 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         else:
             partial.rename(target)
         sync(target.parent)
+    except KeyboardInterrupt as interruption:
+        if resumable and _finished_work(partial):
+            _clear(partial, keep_work=True)
+            raise Interrupted(
+                f"interrupted; what was finished is kept in {partial}",
+                "the same command goes on from there; remove that folder if you do not want it",
+            ) from interruption
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -140,7 +198,7 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         os.close(lock)
 
 
-def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool]) -> int:
+def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool], keep_work: bool) -> int:
     """Make ``partial``, or take it over from a dead builder and clear it; a descriptor that locks it."""
     while True:
         partial.mkdir(exist_ok=True)
@@ -154,7 +212,7 @@ def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool
                 if any(partial.iterdir()) and not ((partial / _MARKER).exists() or replaceable(partial)):
                     raise OutputExists(f"{partial} exists and was not written by lorazip", "move it away")
                 (partial / _MARKER).touch()
-                _clear(partial)
+                _clear(partial, keep_work=keep_work)
                 return lock
         except BlockingIOError:
             os.close(lock)
@@ -173,7 +231,7 @@ def _recover(target: Path, partial: Path, old: Path, replaceable: Callable[[Path
         raise OutputExists(f"{old} exists and was not written by lorazip", "move it away")
     if target.exists():
         old.rename(partial / "old")
-        _clear(partial)
+        shutil.rmtree(partial / "old")
     else:
         old.rename(target)
 
@@ -211,19 +269,38 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
-def _clear(folder: Path) -> None:
-    """Remove all but the marker."""
+def _clear(folder: Path, *, keep_work: bool) -> None:
+    """Remove all but the marker, and folders of work if they are to be kept."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            if not (keep_work and entry.name.startswith(_WORK)):
+                shutil.rmtree(entry)
         elif entry.name != _MARKER:
             entry.unlink()
+
+
+def _finished_work(partial: Path) -> bool:
+    """Whether a run that was interrupted before the commit has left anything to go on from."""
+    if not (partial / _MARKER).exists():
+        return False
+    return any(not piece.name.startswith(".") for folder in partial.glob(f"{_WORK}*") for piece in folder.iterdir())
 
 
 def sync_tree(root: Path) -> None:
     """Have the directories at and below ``root`` on the disk; their files are written with `write_file` or `settle`."""
     for folder, _, _ in os.walk(root):
         sync(Path(folder))
+
+
+def sync_files(root: Path) -> None:
+    """Have the files below ``root`` on the disk, many at once, but for those in hidden folders."""
+    paths = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if not name.startswith(".")]
+        paths += [Path(folder, name) for name in files if not Path(folder, name).is_symlink()]
+    with ThreadPoolExecutor(_SYNCS) as pool:
+        for _ in pool.map(sync, paths):
+            pass
 
 
 def sync(path: Path) -> None:

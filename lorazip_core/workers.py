@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,10 +20,11 @@ R = TypeVar("R")
 _MOST = 16  # workers: each holds the stacked factors of one module
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Generator[R, None, None]:
     """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
 
-    Few results wait at any time, so that a slow consumer does not fill the memory.
+    Few results wait at any time, so that a slow consumer does not fill the memory. Whoever may not use them all closes
+    the generator, which waits for what is under way.
     """
     if device.type != "cpu":
         yield from map(function, items)

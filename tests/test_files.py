@@ -16,8 +16,18 @@ from hypothesis import strategies as st
 
 from lorazip_core import files
 from lorazip_core.bundle.manifest import InnerPath
-from lorazip_core.errors import LocalError, OutputExists
-from lorazip_core.files import atomic_directory, canonical_json, safe_name, settle, sha256_bytes, sha256_file, tree
+from lorazip_core.errors import Interrupted, LocalError, OutputExists
+from lorazip_core.files import (
+    Building,
+    atomic_directory,
+    canonical_json,
+    resumable_directory,
+    safe_name,
+    settle,
+    sha256_bytes,
+    sha256_file,
+    tree,
+)
 
 
 def ours(folder: Path) -> bool:
@@ -231,6 +241,106 @@ def test_a_writer_that_finishes_while_another_one_starts(tmp_path: Path, monkeyp
         put(tmp_path / "out", "second")
     assert (tmp_path / "out/mark").read_text() == "first"
     assert listing(tmp_path) == {"out"}
+
+
+KEY, OTHER = "0" * 64, "1" * 64
+
+
+def interrupted(
+    target: Path,
+    *,
+    key: str = KEY,
+    failure: type[BaseException] = KeyboardInterrupt,
+    left: tuple[str, ...] = ("piece", ".begun"),
+) -> str:
+    """A run that makes pieces of the names ``left`` and is then interrupted; what it says."""
+
+    def half(building: Building) -> None:
+        work = building.work(key)
+        (building.path / "bases").mkdir()
+        (building.path / "bases/half").write_text("half")
+        for name in left:
+            (work / name).write_text(name)
+        raise failure
+
+    with pytest.raises(failure) as caught, resumable_directory(target, force=False, replaceable=ours) as building:
+        half(building)
+    assert isinstance(caught.value, Interrupted) == (failure is KeyboardInterrupt and "piece" in left)
+    return str(caught.value)
+
+
+def test_what_is_finished_outlives_an_interruption(tmp_path: Path) -> None:
+    for _ in range(2):
+        interrupted(tmp_path / "out")
+        assert [path.name for path in (tmp_path / ".out.partial").iterdir() if path.name != ".lorazip"] == [
+            f".work-{KEY}"
+        ]
+        assert listing(tmp_path) == {".out.partial"}
+    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+        assert (building.work(KEY) / "piece").read_text() == "piece"
+        (building.path / "mark").write_text("new")
+    assert listing(tmp_path) == {"out"}
+    assert listing(tmp_path / "out") == {"mark"}
+
+
+def test_an_interruption_says_where_it_is_kept(tmp_path: Path) -> None:
+    told = interrupted(tmp_path / "out")
+    assert f"what was finished is kept in {tmp_path}/.out.partial (the same command goes on" in told
+
+
+def test_work_of_another_key_is_removed(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out", key=OTHER)
+    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+        assert not listing(building.work(KEY))
+        assert listing(building.path) == {".lorazip", f".work-{KEY}"}
+        (building.path / "mark").touch()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, SystemExit, Killed])
+def test_another_failure_removes_the_work(tmp_path: Path, failure: type[BaseException]) -> None:
+    interrupted(tmp_path / "out")
+    interrupted(tmp_path / "out", failure=failure)
+    assert listing(tmp_path) == set()
+
+
+def test_unfinished_work_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out", left=(".begun",))
+    assert listing(tmp_path) == set()
+
+
+def test_a_directory_without_work_clears_it(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    put(tmp_path / "out", "new")
+    assert listing(tmp_path) == {"out"}
+    assert listing(tmp_path / "out") == {"mark"}
+
+
+def test_two_runs_do_not_go_on_from_one_work(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+        with pytest.raises(LocalError, match="another lorazip is writing it"):
+            interrupted(tmp_path / "out", key=OTHER)
+        assert listing(building.work(KEY)) == {"piece", ".begun"}
+        (building.path / "mark").touch()
+
+
+def test_files_are_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that will be there, files and directories, before it gets its name; pieces of work need not be."""
+    synced = set()
+
+    def sync(path: Path) -> None:
+        synced.add(path)
+        assert not (tmp_path / "out").exists() or path == tmp_path
+
+    monkeypatch.setattr(files, "sync", sync)
+    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+        (building.work(KEY) / "piece").touch()
+        (building.path / "sub").mkdir()
+        for name in ("mark", "sub/a", "sub/b"):
+            (building.path / name).touch()
+    partial = tmp_path / ".out.partial"
+    assert synced >= {tmp_path, partial, partial / "sub", partial / "mark", partial / "sub/a", partial / "sub/b"}
+    assert not any(".work" in str(path) for path in synced)
 
 
 def test_a_link_as_target_is_followed(tmp_path: Path) -> None:

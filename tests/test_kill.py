@@ -96,7 +96,8 @@ def test_a_killed_compress_leaves_the_old_bundle_or_the_new_one(tmp_path: Path) 
     expected = {
         ("manifest.json", 1): old,
         ("renameat2", 1): old,
-        ("shutil.rmtree", 1): new,  # what was replaced is about to be removed
+        ("shutil.rmtree", 1): old,  # the pieces are about to be removed
+        ("shutil.rmtree", 2): new,  # what was replaced is
     }
     folders = {where: tmp_path / str(number) for number, where in enumerate(expected)}
     for folder in folders.values():

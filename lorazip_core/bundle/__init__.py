@@ -18,6 +18,7 @@ from .manifest import (
     Weights,
 )
 from .reader import Bundle
+from .tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
 from .writer import BundleWriter, is_bundle
 
 __all__ = [
@@ -37,6 +38,10 @@ __all__ = [
     "ShardEntry",
     "SkippedEntry",
     "SourceEntry",
+    "TensorFileReader",
+    "TensorFileWriter",
+    "TensorLayout",
     "Weights",
     "is_bundle",
+    "write_tensors",
 ]

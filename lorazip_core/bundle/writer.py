@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import settle, sha256_bytes, sha256_file, write_file
+from ..files import place, sha256_bytes
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest
+from .tensor_file import TensorFileWriter, TensorLayout, layout_of
 
 _LAYOUT = {MANIFEST_NAME, "bases", "cores", "individual", "extras", "configs"}
 
 
 class BundleWriter:
-    """Writes the files of a bundle into a folder and keeps the list of them for the manifest."""
+    """Writes the files of a bundle into a folder and keeps the list of them for the manifest.
+
+    Several threads may add files. Whoever made the folder brings it to the disk, all files together.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, FileEntry] = {}
+        self._folders: set[str] = set()
 
     @property
     def files(self) -> list[FileEntry]:
         """What was written so far, by path."""
         return [self._files[path] for path in sorted(self._files)]
 
-    def add_tensors(self, path: str, tensors: dict[str, Tensor], *, basis_sha256: str | None = None) -> FileEntry:
-        """Write a safetensors file; a file of cores names the digest of the basis that it belongs to."""
-        target = self._folder / path
-        target.parent.mkdir(exist_ok=True)
-        # One metadata key at most: safetensors writes two or more in an order that changes from run to run.
+    @contextmanager
+    def tensors(
+        self, path: str, layouts: Mapping[str, TensorLayout], *, basis_sha256: str | None = None
+    ) -> Iterator[TensorFileWriter]:
+        """A safetensors file to append tensors to; a file of cores names the digest of the basis that it belongs to."""
         metadata = {"basis_sha256": basis_sha256} if basis_sha256 else None
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, target, metadata=metadata)
-        settle(target)
-        return self._add(FileEntry(path, target.stat().st_size, sha256_file(target)))
+        with TensorFileWriter(self._target(path), layouts, metadata=metadata) as writer:
+            yield writer
+        self._add(FileEntry(path, writer.size_bytes, writer.sha256))
+
+    def add_tensors(self, path: str, tensors: Mapping[str, Tensor], *, basis_sha256: str | None = None) -> FileEntry:
+        """Write a safetensors file of tensors that are all there."""
+        layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
+        with self.tensors(path, layouts, basis_sha256=basis_sha256) as writer:
+            for name in writer.order:
+                writer.append(name, tensors[name])
+        return self._files[path]
 
     def add_bytes(self, path: str, data: bytes) -> FileEntry:
         """Write a file byte for byte."""
-        write_file(self._folder / path, data)
+        self._target(path).write_bytes(data)
         return self._add(FileEntry(path, len(data), sha256_bytes(data)))
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest; with it the bundle is complete."""
-        write_file(self._folder / MANIFEST_NAME, encode_manifest(manifest))
+    def add_file(self, path: str, source: Path, sha256: str) -> FileEntry:
+        """Take a finished file over, by a link if possible; ``sha256`` is its digest."""
+        target = self._target(path)
+        place(source, target)
+        return self._add(FileEntry(path, target.stat().st_size, sha256))
+
+    def finish(self, manifest: Manifest) -> int:
+        """Write the manifest; with it the bundle is complete. Returns the bytes of all files."""
+        data = encode_manifest(manifest)
+        (self._folder / MANIFEST_NAME).write_bytes(data)
+        return len(data) + sum(entry.size_bytes for entry in self._files.values())
+
+    def _target(self, path: str) -> Path:
+        target = self._folder / path
+        if target.parent.name not in self._folders:
+            target.parent.mkdir(exist_ok=True)
+            self._folders.add(target.parent.name)
+        return target
 
     def _add(self, entry: FileEntry) -> FileEntry:
         self._files[entry.path] = entry

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+
+import torch
+from torch import Tensor
 
 from .. import __version__
 from ..adapter import Adapter
@@ -12,73 +14,70 @@ from ..bundle import (
     AdapterEntry,
     BundleWriter,
     ClusterEntry,
-    FileEntry,
     Manifest,
     ModuleEntry,
     ModuleError,
     Parameters,
-    ShardEntry,
     SkippedEntry,
 )
 from ..files import safe_name
 from ..scan import Scan
-from .individual import Individual
+from .individual import Kept, individual_piece
+from .pieces import Pieces
+from .shards import ClusterFiles
 from .shared import Encoded
-
-_SHARD_ADAPTERS = 512
 
 
 @dataclass
 class Assembly:
-    """Writes what a bundle consists of, piece by piece, and then its manifest."""
+    """Writes what a bundle consists of from its pieces, and then its manifest.
+
+    ``has`` [n, M] says which adapter has which module; ``_lost`` [n, M] is what each loses, ‖ΔW−ΔŴ‖².
+    """
 
     writer: BundleWriter
     scan: Scan
+    has: Tensor
+    pieces: Pieces
     _clusters: list[ClusterEntry] = field(default_factory=list)
     _cluster_of: dict[int, int] = field(default_factory=dict)
-    _individual: dict[int, tuple[Individual, FileEntry]] = field(default_factory=dict)
-    _lost: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    _individual: dict[int, Kept] = field(default_factory=dict)
+    _lost: Tensor = field(init=False)
 
-    def add_clusters(self, encoded: Encoded, method: Literal["joint", "diag"]) -> None:
-        """Write bases and cores. Clusters are numbered anew, in the order of their numbers in ``encoded``."""
-        modules = self.scan.collection.modules
-        for new, old in enumerate(sorted({cluster for cluster, _ in encoded})):
-            own = {modules[m].name: shared for (cluster, m), shared in encoded.items() if cluster == old}
-            basis = {f"{name}.U": shared.u for name, shared in own.items()}
-            basis |= {f"{name}.V": shared.v for name, shared in own.items()}
-            basis_file = self.writer.add_tensors(f"bases/{new}.safetensors", basis)
-            members = sorted({member for shared in own.values() for member in shared.members})
-            shards: list[ShardEntry] = []
-            for start in range(0, len(members), _SHARD_ADAPTERS):
-                held = members[start : start + _SHARD_ADAPTERS]
-                parts = {name: shared.only(set(held)) for name, shared in own.items()}
-                cores = {f"{name}.core": part.cores for name, part in parts.items() if part.members}
-                path = f"cores/{new}-{len(shards)}.safetensors"
-                self.writer.add_tensors(path, cores, basis_sha256=basis_file.sha256)
-                shards.append(ShardEntry(path, held, basis_file.sha256))
-            rank = max(max(shared.u.shape[1], shared.v.shape[1]) for shared in own.values())
-            self._clusters.append(ClusterEntry(method, rank, basis_file.path, shards))
-            self._cluster_of |= dict.fromkeys(members, new)
-            for name, shared in own.items():
-                for member, error in zip(shared.members, shared.squared_errors.tolist(), strict=True):
-                    self._lost[member][name] = error
+    def __post_init__(self) -> None:
+        self._lost = torch.zeros(self.has.shape, dtype=torch.float64)
 
-    def add_individual(self, number: int, kept: Individual) -> None:
-        """Write an adapter that is kept on its own."""
-        name = safe_name(self.scan.collection.adapters[number].name)
-        entry = self.writer.add_tensors(f"individual/{name}.safetensors", kept.tensors)
-        self._individual[number] = kept, entry
-        self._lost[number] = kept.squared_errors
+    def add_clusters(self, encoded: Encoded, parameters: Parameters) -> None:
+        """Write bases and cores."""
+        modules = [module.name for module in self.scan.collection.modules]
+        files = ClusterFiles(self.writer, encoded, self.pieces, modules, self.has)
+        self._clusters = files.write(parameters.method)
+        self._cluster_of = {
+            member: number
+            for number, cluster in enumerate(self._clusters)
+            for shard in cluster.shards
+            for member in shard.adapters
+        }
+        self._lost += encoded.lost
 
-    def finish(self, parameters: Parameters) -> Manifest:
-        """Write extras, configurations and the manifest."""
+    def add_individual(self, number: int, kept: Kept) -> None:
+        """Take over the file of an adapter that is kept on its own."""
+        self.writer.add_file(self._individual_path(number), *self.pieces.file(individual_piece(number)))
+        self._individual[number] = kept
+        self._lost[number, self.has[number]] = kept.squared_errors
+
+    def finish(self, parameters: Parameters) -> tuple[Manifest, int]:
+        """Write extras, configurations and the manifest; returns it and the bytes of the bundle."""
         collection = self.scan.collection
-        numbers = {module.name: number for number, module in enumerate(collection.modules)}
-        module_sets: dict[tuple[int, ...], int] = {}
+        module_sets: dict[bytes, int] = {}
+        covered: list[list[int]] = []
         entries = []
         for number, adapter in enumerate(collection.adapters):
-            covered = tuple(numbers[name] for name in adapter.parts)
-            entries.append(self._entry(number, adapter, module_sets.setdefault(covered, len(module_sets)), parameters))
+            row = self.has[number]
+            module_set = module_sets.setdefault(row.numpy().tobytes(), len(module_sets))
+            if module_set == len(covered):
+                covered.append(row.nonzero().flatten().tolist())
+            entries.append(self._entry(number, adapter, module_set, covered[module_set], parameters))
         kinds: set[str] = {module.kind for module in collection.modules}
         manifest = Manifest(
             created_by=f"lorazip {__version__}",
@@ -89,48 +88,53 @@ class Assembly:
             base_model=collection.base_model,
             parameters=parameters,
             modules=[ModuleEntry(m.name, m.kind, m.d_out, m.d_in, list(m.kernel)) for m in collection.modules],
-            module_sets=[list(covered) for covered in module_sets],
+            module_sets=covered,
             clusters=self._clusters,
             adapters=entries,
             skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
             files=self.writer.files,
         )
-        self.writer.finish(manifest)
-        return manifest
+        return manifest, self.writer.finish(manifest)
 
-    def _entry(self, number: int, adapter: Adapter, module_set: int, parameters: Parameters) -> AdapterEntry:
+    def _entry(
+        self, number: int, adapter: Adapter, module_set: int, modules: list[int], parameters: Parameters
+    ) -> AdapterEntry:
         name = safe_name(adapter.name)
         extras = None
         if adapter.extras:
             tensors = {key: adapter.extra(key) for key in adapter.extras}
             extras = self.writer.add_tensors(f"extras/{name}.safetensors", tensors).path
         config = self.writer.add_bytes(f"configs/{name}.json", adapter.config_text).path
-        kept, file = self._individual.get(number, (None, None))
-        norms = dict(zip((m.name for m in self.scan.collection.modules), self.scan.norms[number].tolist(), strict=True))
-        shares = {module: _share(lost, norms[module]) for module, lost in self._lost[number].items()}
-        total = sum(norms[module] for module in adapter.parts)
-        worst = max(sorted(shares), key=shares.__getitem__)
+        kept = self._individual.get(number)
+        # fsum rounds once, so that sums depend neither on the order nor on the machine.
+        norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()
+        total = math.fsum(norms)
+        shares = list(map(_share, lost, norms))
+        worst = max(shares)
         return AdapterEntry(
             name=adapter.name,
             scheme=kept.scheme if kept else self._clusters[self._cluster_of[number]].method,
             cluster=None if kept else self._cluster_of[number],
             module_set=module_set,
             rank=kept.rank if kept else None,
-            individual=file.path if file else None,
+            individual=self._individual_path(number) if kept else None,
             extras=extras,
             config=config,
             base_model=adapter.config.base_model,
             files=self.scan.files[number],
             squared_norm=total,
-            squared_error=_share(sum(self._lost[number].values()), total),
-            mean_module_squared_error=sum(shares.values()) / len(shares),
-            worst_module=ModuleError(worst, shares[worst]),
+            squared_error=_share(math.fsum(lost), total),
+            mean_module_squared_error=math.fsum(shares) / len(shares),
+            worst_module=ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst),
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
             origin=self.scan.origins[number],
         )
 
+    def _individual_path(self, number: int) -> str:
+        return f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
 
-def _as_asked(kept: Individual, parameters: Parameters) -> bool:
+
+def _as_asked(kept: Kept, parameters: Parameters) -> bool:
     return kept.scheme == parameters.method and kept.rank == parameters.rank
 
 

@@ -12,6 +12,16 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..factorise import encode_individual
 from ..linalg import truncated_svd
+from .pieces import Pieces
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How an adapter is kept on its own, and ‖ΔW−ΔŴ‖² of its modules [M_i] in their order, in float64."""
+
+    scheme: Literal["svd", "original"]
+    rank: int | None
+    squared_errors: Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,28 @@ class Individual:
     rank: int | None
     tensors: dict[str, Tensor]
     squared_errors: dict[str, float]
+
+    def store(self, number: int, pieces: Pieces) -> Kept:
+        """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
+        errors = torch.tensor([self.squared_errors[name] for name in sorted(self.squared_errors)], dtype=torch.float64)
+        rank = torch.tensor(self.rank or 0, dtype=torch.int64)
+        pieces.write(f"kept-{number}", {"rank": rank, "squared_errors": errors})
+        pieces.write(individual_piece(number), self.tensors)
+        return Kept(self.scheme, self.rank, errors)
+
+
+def individual_piece(number: int) -> str:
+    """The name of the piece that is the file of adapter ``number`` in the bundle."""
+    return f"individual-{number}"
+
+
+def stored(number: int, pieces: Pieces) -> Kept | None:
+    """How adapter ``number`` was stored, or None if it is not there yet."""
+    if individual_piece(number) not in pieces or f"kept-{number}" not in pieces:
+        return None
+    told = pieces.load(f"kept-{number}")
+    rank = int(told["rank"]) or None
+    return Kept("original" if rank is None else "svd", rank, told["squared_errors"])
 
 
 def keep_individually(

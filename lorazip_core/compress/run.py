@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from msgspec import Struct
+from torch import Tensor
 
 from ..adapter import Collection, open_collection
 from ..assign import Probes, settle
@@ -17,7 +20,7 @@ from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, i
 from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
-from ..files import atomic_directory, check_output
+from ..files import check_output, resumable_directory
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
@@ -25,8 +28,10 @@ from ..summary import Summary, summarise
 from ..updates import Updates
 from ..workers import in_order
 from .assemble import Assembly
-from .individual import Individual, keep_individually
-from .shared import SharedJob, encode_clusters
+from .individual import Kept, individual_piece, keep_individually, stored
+from .key import work_key
+from .pieces import Pieces, note_left
+from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
 
@@ -113,6 +118,9 @@ def compress(
 ) -> CompressReport:
     """Compress the adapters below ``root`` into a bundle at ``output``, which appears whole or not at all.
 
+    A run that is interrupted or killed keeps the pieces that it has finished beside ``output``; the next one with the
+    same inputs and options goes on from them, to the same bytes.
+
     Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), OutputExists, UsageError for options
     that make no sense, LocalError for a device that is not there or a value that the dtype cannot hold, and for the
     lock of ``root`` as `read_lock` does.
@@ -125,63 +133,130 @@ def compress(
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
-    with atomic_directory(output, force=force, replaceable=is_bundle) as folder:
+    with resumable_directory(output, force=force, replaceable=is_bundle) as building, _heard(progress):
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        manifest = _encode(scanned, options, device, BundleWriter(folder), progress)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        pieces = Pieces(building.work(work_key(scanned, options, device)))
+        pieces.check()
+        run = _Run(scanned, _ranks(scanned.collection), options, device, pieces, progress)
+        encoded, clusters = run.encode()
+        manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
     return _report(output, manifest, size, time.monotonic() - started)
 
 
-def _encode(
-    scanned: Scan, options: CompressOptions, device: torch.device, writer: BundleWriter, progress: Progress
-) -> Manifest:
-    collection, rank, dtype = scanned.collection, options.kept_rank, DTYPES[options.dtype]
-    adapters = collection.adapters
-    labels: list[int | None] = [None] * len(adapters)
-    clusters = 0
-    assembly = Assembly(writer, scanned)
-    if options.method != "svd":
-        assert rank is not None
-        updates = scanned.updates(options.weights, device)
-        assigned = _assigned(scanned, updates, options, rank, progress)
-        clusters = len(set(assigned))
-        job = SharedJob(updates, options.method, rank, dtype, options.seed)
-        with progress.stage("fitting bases", len(collection.modules)) as advance:
-            encoded, labels = encode_clusters(job, list(assigned), options.max_error, advance)
-        assembly.add_clusters(encoded, options.method)
-    alone = [number for number, label in enumerate(labels) if label is None]
-    with progress.stage("keeping adapters individually", len(alone)) as advance:
+@contextmanager
+def _heard(progress: Progress) -> Iterator[None]:
+    """An interruption that a library has turned into another failure is one all the same: steps of progress know."""
+    try:
+        yield
+    except Exception:
+        with progress.stage("stopping", 0) as advance:
+            advance(0)
+        raise
 
-        def keep(number: int) -> Individual:
+
+@dataclass(frozen=True)
+class _Run:
+    """One compression. Between its two steps there is nothing but pieces, and what they tell.
+
+    ``ranks`` [n, M] has the rank of every adapter in every module, 0 where it lacks it.
+    """
+
+    scanned: Scan
+    ranks: Tensor
+    options: CompressOptions
+    device: torch.device
+    pieces: Pieces
+    progress: Progress
+
+    def encode(self) -> tuple[Encoded | None, int]:
+        """Make all pieces that are not there yet; what shares bases, and in how many clusters."""
+        encoded, clusters = None, 0
+        alone = list(range(len(self.scanned.collection.adapters)))
+        options = self.options
+        if options.method != "svd":
+            assert options.kept_rank is not None
+            updates = self.scanned.updates(options.weights, self.device)
+            labels = self._labels(updates, options.kept_rank)
+            clusters = len(set(labels))
+            dtype = DTYPES[options.dtype]
+            job = SharedJob(updates, self.ranks, options.method, options.kept_rank, dtype, options.seed)
+            encoded = encode_clusters(job, list(labels), options.max_error, self.pieces, self.progress)
+            alone = [number for number, label in enumerate(encoded.labels) if label is None]
+        self._keep_individually(alone)
+        return encoded, clusters
+
+    def assemble(self, writer: BundleWriter, encoded: Encoded | None, clusters: int) -> tuple[Manifest, int]:
+        """Write the bundle from its pieces; its manifest, and the bytes of all."""
+        options = self.options
+        parameters = Parameters(
+            method=options.method,
+            rank=options.kept_rank,
+            clusters=clusters,
+            dtype=options.dtype,
+            seed=options.seed,
+            weights=options.weights,
+            max_error=options.max_error,
+        )
+        assembly = Assembly(writer, self.scanned, self.ranks > 0, self.pieces)
+        if encoded is not None:
+            assembly.add_clusters(encoded, parameters)
+        for number in range(len(self.scanned.collection.adapters)):
+            if encoded is None or encoded.labels[number] is None:
+                kept = stored(number, self.pieces)
+                assert kept is not None
+                assembly.add_individual(number, kept)
+        return assembly.finish(parameters)
+
+    def _labels(self, updates: Updates, rank: int) -> list[int]:
+        """The cluster of every adapter, numbered from 0 without a gap; what took long to find is a piece."""
+        if self.options.clusters == 1 or isinstance(self.options.clusters, Path):
+            return _assigned(self.scanned, updates, self.options, rank, self.progress)
+        if LABELS not in self.pieces:
+            found = _assigned(self.scanned, updates, self.options, rank, self.progress)
+            self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
+        labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
+        return labels
+
+    def _keep_individually(self, alone: list[int]) -> None:
+        options, adapters = self.options, self.scanned.collection.adapters
+        if options.method == "svd":
+            note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
+
+        def keep(number: int) -> Kept:
+            if kept := stored(number, self.pieces):
+                return kept
             return keep_individually(
                 adapters[number],
-                rank if options.method == "svd" else None,
+                options.kept_rank if options.method == "svd" else None,
                 options.max_error,
-                squared_norm=float(scanned.norms[number].sum()),
-                dtype=dtype,
-                device=device,
-            )
+                squared_norm=float(self.scanned.norms[number].sum()),
+                dtype=DTYPES[options.dtype],
+                device=self.device,
+            ).store(number, self.pieces)
 
-        for number, kept in zip(alone, in_order(keep, alone, device), strict=True):
-            assembly.add_individual(number, kept)
-            if options.method != "svd":
-                how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
-                progress.note(f"kept {adapters[number].name} {how}: it would exceed --max-error {options.max_error}")
-            advance(1)
-    parameters = Parameters(
-        method=options.method,
-        rank=rank,
-        clusters=clusters,
-        dtype=options.dtype,
-        seed=options.seed,
-        weights=options.weights,
-        max_error=options.max_error,
-    )
-    return assembly.finish(parameters)
+        with (
+            self.progress.stage("keeping adapters individually", len(alone)) as advance,
+            closing(in_order(keep, alone, self.device)) as results,
+        ):
+            for number, kept in zip(alone, results, strict=True):
+                if options.method != "svd":
+                    how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
+                    reason = f"it would exceed --max-error {options.max_error}"
+                    self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
+                advance(1)
+
+
+def _ranks(collection: Collection) -> Tensor:
+    modules = collection.modules
+    ranks = torch.zeros(len(collection.adapters), len(modules), dtype=torch.int64)
+    for number, adapter in enumerate(collection.adapters):
+        parts = adapter.parts
+        ranks[number] = torch.tensor([parts[m.name].rank if m.name in parts else 0 for m in modules])
+    return ranks
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

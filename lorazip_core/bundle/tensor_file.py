@@ -1,0 +1,209 @@
+"""safetensors files written tensor by tensor and read row by row, so that no file has to fit into memory.
+
+The bytes are those of ``safetensors.torch.save_file``: a header that lists the tensors by falling alignment of their
+dtype and then by name, and the tensors in that order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import LocalError
+
+# In the order in which safetensors puts them into a file, from the last to the first.
+_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_PLACES = {dtype: place for place, dtype in enumerate(_CODES)}
+_ALIGNMENT = 8
+
+
+class TensorLayout(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def layout_of(tensor: Tensor) -> TensorLayout:
+    return TensorLayout(tensor.dtype, tuple(tensor.shape))
+
+
+class TensorFileWriter:
+    """A safetensors file whose tensors are appended one after another, in ``order``, and hashed as they are written.
+
+    ``size_bytes`` and ``sha256`` are those of the whole file once the block has ended. ``metadata`` may have one key:
+    safetensors writes two or more in an order that changes from run to run. Raises LocalError for a dtype that
+    safetensors does not have, ValueError for tensors that are not those of ``layouts``.
+    """
+
+    def __init__(
+        self, path: Path, layouts: Mapping[str, TensorLayout], *, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        for name, layout in layouts.items():
+            if layout.dtype not in _CODES:
+                raise LocalError(f"{path}: tensor {name}: safetensors has no {layout.dtype}", "leave the adapter out")
+        self.order = sorted(layouts, key=lambda name: (-_PLACES[layouts[name].dtype], name))
+        self.size_bytes = 0
+        self.sha256 = ""
+        self._layouts = layouts
+        self._digest = hashlib.sha256()
+        self._at, self._missing = -1, 0  # the tensor being written, and how many of its bytes are still to come
+        self._path = path
+        header = _header(layouts, self.order, metadata or {})
+        self._file = path.open("wb")
+        self._write(struct.pack("<Q", len(header)) + header)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._pass_to(len(self.order))
+        finally:
+            self._file.close()
+        self.sha256 = self._digest.hexdigest()
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """The next tensor, as a whole."""
+        if layout_of(tensor) != self._layouts[name]:
+            raise ValueError(f"{self._path}: {name} is not as its header says")
+        self.append_bytes(name, _bytes(tensor))
+
+    def append_bytes(self, name: str, data: bytes | memoryview) -> None:
+        """The next bytes of the tensor ``name``, as the file has them."""
+        if self._at < 0 or self.order[self._at] != name:
+            self._pass_to(self.order.index(name))
+            self._missing = self._layouts[name].size_bytes
+        self._missing -= len(data)
+        if self._missing < 0:
+            raise ValueError(f"{self._path}: {name} has more bytes than its header says")
+        self._write(data)
+
+    def _pass_to(self, place: int) -> None:
+        """Take up the tensor at ``place``; the one before it has to be complete, and those between to be empty."""
+        between = self.order[self._at + 1 : place]
+        if self._missing or place <= self._at or any(self._layouts[name].size_bytes for name in between):
+            raise ValueError(f"{self._path}: tensors are missing or not in order")
+        self._at = place
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self.size_bytes += len(data)
+
+
+class TensorFileReader:
+    """A safetensors file of `TensorFileWriter`, of which any rows can be read; it holds no file open and maps none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self._start = 8 + length
+        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.layouts = {
+            name: TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as a whole."""
+        layout = self.layouts[name]
+        with self._opened() as handle:
+            data = self._read(handle, name, 0, layout.size_bytes)
+        if not data:
+            return torch.empty(layout.shape, dtype=layout.dtype)
+        return torch.frombuffer(bytearray(data), dtype=layout.dtype).reshape(layout.shape)
+
+    def data(self, name: str) -> bytes:
+        """The bytes of a tensor."""
+        with self._opened() as handle:
+            return self._read(handle, name, 0, self.layouts[name].size_bytes)
+
+    def rows(self, name: str, runs: list[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of the rows start … stop − 1 of a tensor, for every (start, stop) of ``runs``."""
+        layout = self.layouts[name]
+        stride = layout.dtype.itemsize * math.prod(layout.shape[1:])
+        with self._opened() as handle:
+            for start, stop in runs:
+                yield self._read(handle, name, start * stride, (stop - start) * stride)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        handle = os.open(self._path, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _read(self, handle: int, name: str, offset: int, size: int) -> bytes:
+        data = os.pread(handle, size, self._start + self._offsets[name] + offset)
+        if len(data) != size:
+            raise LocalError(f"{self._path}: it is shorter than it was", "did somebody change it? run again")
+        return data
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> TensorFileWriter:
+    """A whole file at once; the writer, closed, tells its size and digest."""
+    layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
+    with TensorFileWriter(path, layouts, metadata=metadata) as writer:
+        for name in writer.order:
+            writer.append(name, tensors[name])
+    return writer
+
+
+def _header(layouts: Mapping[str, TensorLayout], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    if len(metadata) > 1:
+        raise ValueError("at most one key of metadata")
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = layouts[name]
+        start, end = end, end + layouts[name].size_bytes
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % _ALIGNMENT)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,36 @@
+"""What two runs have to have in common for the pieces of one to serve the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..files import canonical_json, sha256_bytes, sha256_file
+from ..plan import CompressOptions
+from ..scan import Scan
+from .packs import BUDGET, MOST_MODULES
+
+
+def work_key(scanned: Scan, options: CompressOptions, device: torch.device) -> str:
+    """A digest of all that decides the bytes of a piece: adapters, options, versions, the kind of device."""
+    names = [adapter.name for adapter in scanned.collection.adapters]
+    clusters = sha256_file(options.clusters) if isinstance(options.clusters, Path) else options.clusters
+    return sha256_bytes(
+        canonical_json(
+            {
+                "adapters": list(zip(names, scanned.digests(), strict=True)),
+                "clusters": clusters,
+                "device": device.type,
+                "dtype": options.dtype,
+                "max_error": options.max_error,
+                "method": options.method,
+                "packs": [BUDGET, MOST_MODULES],
+                "rank": options.kept_rank,
+                "seed": options.seed,
+                "versions": [__version__, torch.__version__],
+                "weights": options.weights,
+            }
+        )
+    )

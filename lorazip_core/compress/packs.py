@@ -1,0 +1,82 @@
+"""What is encoded together: problems of one shape, cut into packs of bounded size.
+
+A pack is the unit of work: it is encoded at once, stored as one piece, and given to one process. Which packs there are
+depends on shapes, labels and a fixed budget only, never on the machine, so that every machine makes the same pieces.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+BUDGET = 2**28  # numbers in the factors of one pack
+MOST_MODULES = 16
+
+
+class Problem(NamedTuple):
+    """One module of one cluster: a shared basis and its cores are what is to be found."""
+
+    cluster: int
+    module: int
+
+
+Pack = tuple[Problem, ...]
+
+
+def packs(
+    sizes: Mapping[Problem, int],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    budget: int = BUDGET,
+    most_modules: int = MOST_MODULES,
+) -> list[Pack]:
+    """Cut the problems, of ``sizes`` in numbers, into packs of at most ``budget`` numbers and ``most_modules`` modules.
+
+    ``shapes`` has the (d_out, d_in) of every module, and all problems of a pack have one shape. A module is split
+    between clusters if its problems exceed the budget together; a problem is never split, so one that exceeds the
+    budget is a pack of its own. Problems go by module and then by cluster, packs by their first problem.
+    """
+    by_module: defaultdict[int, list[Problem]] = defaultdict(list)
+    for problem in sorted(sizes, key=_by_module):
+        by_module[problem.module].append(problem)
+    by_shape: defaultdict[tuple[int, int], list[list[Problem]]] = defaultdict(list)
+    for module, problems in by_module.items():
+        by_shape[shapes[module]].append(problems)
+    found = [pack for modules in by_shape.values() for pack in _of_one_shape(modules, sizes, budget, most_modules)]
+    return sorted(found, key=lambda pack: _by_module(pack[0]))
+
+
+def _of_one_shape(
+    modules: list[list[Problem]], sizes: Mapping[Problem, int], budget: int, most_modules: int
+) -> Iterator[Pack]:
+    together: list[Problem] = []
+    held = count = 0
+    for problems in modules:
+        size = sum(sizes[problem] for problem in problems)
+        if together and (count == most_modules or held + size > budget):
+            yield tuple(together)
+            together, held, count = [], 0, 0
+        if size > budget:
+            yield from _split(problems, sizes, budget)
+        else:
+            together, held, count = together + problems, held + size, count + 1
+    if together:
+        yield tuple(together)
+
+
+def _split(problems: list[Problem], sizes: Mapping[Problem, int], budget: int) -> Iterator[Pack]:
+    """The problems of one module that is too large for a pack."""
+    part: list[Problem] = []
+    held = 0
+    for problem in problems:
+        if part and held + sizes[problem] > budget:
+            yield tuple(part)
+            part, held = [], 0
+        part.append(problem)
+        held += sizes[problem]
+    yield tuple(part)
+
+
+def _by_module(problem: Problem) -> tuple[int, int]:
+    return problem.module, problem.cluster

@@ -1,0 +1,117 @@
+"""The files of clusters, streamed from pieces: one of bases for each cluster, and cores in shards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bundle import BundleWriter, ClusterEntry, FileEntry, Method, ShardEntry, TensorLayout
+from ..workers import in_order
+from .packs import Problem
+from .pieces import Pieces
+from .shared import Encoded, tensor_name
+
+SHARD_ADAPTERS = 512
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ClusterFiles:
+    """Writes the files of the clusters of ``encoded``; ``modules`` has the names, ``has`` [n, M] who has which."""
+
+    writer: BundleWriter
+    encoded: Encoded
+    pieces: Pieces
+    modules: list[str]
+    has: Tensor
+
+    def write(self, method: Method) -> list[ClusterEntry]:
+        """Write them, several at once. Clusters are numbered anew, in the order of their numbers in ``encoded``."""
+        assert method != "svd"
+        problems: defaultdict[int, list[Problem]] = defaultdict(list)
+        for problem in sorted(self.encoded.places):
+            problems[problem.cluster].append(problem)
+        clusters = sorted(problems)
+        members: defaultdict[int | None, list[int]] = defaultdict(list)
+        for number, label in enumerate(self.encoded.labels):
+            members[label].append(number)
+
+        def bases(new: int) -> FileEntry:
+            return self._bases(f"bases/{new}.safetensors", problems[clusters[new]])
+
+        def cores(shard: tuple[int, ShardEntry]) -> None:
+            self._cores(shard[1], problems[clusters[shard[0]]])
+
+        with closing(in_order(bases, range(len(clusters)), _CPU)) as written:
+            files = list(written)
+        entries = []
+        for new, (cluster, file) in enumerate(zip(clusters, files, strict=True)):
+            own = members[cluster]
+            held = [own[start : start + SHARD_ADAPTERS] for start in range(0, len(own), SHARD_ADAPTERS)]
+            shards = [
+                ShardEntry(f"cores/{new}-{number}.safetensors", adapters, file.sha256)
+                for number, adapters in enumerate(held)
+            ]
+            entries.append(ClusterEntry(method, self._rank(problems[cluster]), file.path, shards))
+        every = [(new, shard) for new, entry in enumerate(entries) for shard in entry.shards]
+        with closing(in_order(cores, every, _CPU)) as done:
+            for _ in done:
+                pass
+        return entries
+
+    def _bases(self, path: str, problems: list[Problem]) -> FileEntry:
+        """U and V of all modules of one cluster."""
+        sources = {
+            f"{self.modules[problem.module]}.{field.upper()}": (problem, tensor_name(problem, field))
+            for problem in problems
+            for field in "uv"
+        }
+        layouts = {name: self._layout(*source) for name, source in sources.items()}
+        with self.writer.tensors(path, layouts) as file:
+            for name in file.order:
+                problem, source = sources[name]
+                file.append_bytes(name, self.pieces.read(self.encoded.places[problem]).data(source))
+        return FileEntry(path, file.size_bytes, file.sha256)
+
+    def _cores(self, shard: ShardEntry, problems: list[Problem]) -> None:
+        """Cores of some adapters of one cluster, of all modules that any of them has."""
+        held = torch.tensor(shard.adapters, dtype=torch.int64)
+        sources = {}
+        layouts = {}
+        for problem in problems:
+            wanted = held[self.has[held, problem.module]]
+            if len(wanted):
+                name = f"{self.modules[problem.module]}.core"
+                dtype, shape = self._layout(problem, tensor_name(problem, "cores"))
+                sources[name] = problem, wanted
+                layouts[name] = TensorLayout(dtype, (len(wanted), *shape[1:]))
+        with self.writer.tensors(shard.path, layouts, basis_sha256=shard.basis_sha256) as file:
+            for name in file.order:
+                problem, wanted = sources[name]
+                piece = self.pieces.read(self.encoded.places[problem])
+                rows = torch.searchsorted(piece.tensor(tensor_name(problem, "members")), wanted)
+                for data in piece.rows(tensor_name(problem, "cores"), _runs(rows.tolist())):
+                    file.append_bytes(name, data)
+
+    def _layout(self, problem: Problem, tensor: str) -> TensorLayout:
+        return self.pieces.read(self.encoded.places[problem]).layouts[tensor]
+
+    def _rank(self, problems: list[Problem]) -> int:
+        """The largest number of columns of any basis."""
+        return max(self._layout(problem, tensor_name(problem, side)).shape[1] for problem in problems for side in "uv")
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (start, stop) of stretches without a gap."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = runs[-1][0], row + 1
+        else:
+            runs.append((row, row + 1))
+    return runs
