@@ -89,7 +89,7 @@ def settle(
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
     clusters = int(current.max()) + 1
-    groups = [_Modules(updates, modules, clusters, rank, seed) for modules in updates.groups()]
+    groups = [_Modules(updates, modules, clusters, rank, seed) for modules in updates.modules_at_once()]
     objective: list[float] = []
     for round_ in range(1, _ROUNDS + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .stack import Stack
 
-_NUMBERS = 2**25  # in float64 factors, at the most
+_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in what a step makes besides its result, at the most
+_MOST_IN_CHUNK = 64  # adapters: what a large problem makes on the way is made for some of its chunks at a time
 _PADDING = 1.25  # times the rows there are, at the most, for chunks as large as that allows
 
 
@@ -52,7 +53,7 @@ class Chunks:
 
 
 def _chunk_size(sizes: Tensor) -> int:
-    size = max(1, int(sizes.max())) if len(sizes) else 1
+    size = max(1, min(_MOST_IN_CHUNK, int(sizes.max())))
     while size > 1 and int((-(-sizes // size)).sum()) * size > _PADDING * int(sizes.sum()):
         size = -(-size // 2)
     return size
@@ -73,6 +74,8 @@ class _Placed:
         """The sum over the chunks of each problem of x [N, ...], as [P, ...]; always in one order."""
         if self.one_each:
             return x
+        if x.device.type == "cpu":
+            return x.new_zeros(len(self.chunks.lengths), *x.shape[1:]).index_add_(0, self.chunks.of, x)
         return torch.segment_reduce(x, "sum", lengths=self.chunks.lengths, axis=0, initial=0, unsafe=True)
 
 
@@ -97,7 +100,7 @@ class _Part:
     @property
     def chunks_at_once(self) -> int:
         """How many chunks to turn to float64 at a time."""
-        return max(1, _NUMBERS // max(1, self.bt[0].numel() + self.a[0].numel()))
+        return max(1, _AT_ONCE[self.a.device.type] // max(1, self.bt[0].numel() + self.a[0].numel()))
 
     def per_adapter(self, rows: Tensor) -> Tensor:
         """Rows [N, c·r, k] as [N, c, r, k]."""
@@ -142,10 +145,16 @@ class Cores:
 def _half_gram(cores: Tensor, basis: Tensor, placed: _Placed) -> Tensor:
     chunks, size, rows, _ = cores.shape
     starts, rank = basis.shape[1], basis.shape[3]
-    together = placed.spread(basis.transpose(1, 2).flatten(2))  # [N, l, s·r]: one product for all starts
-    half = (cores.flatten(1, 2) @ together).reshape(chunks, size, rows, starts, rank)
-    half = half.permute(0, 3, 2, 1, 4).reshape(chunks, starts, rows, size * rank)
-    return placed.total(half @ half.mT)
+    together = basis.transpose(1, 2).flatten(2)  # [P, l, s·r]: one product for all starts
+
+    def grams(some: slice) -> Tensor:
+        half = cores[some].flatten(1, 2) @ (together[some] if placed.one_each else together[placed.chunks.of[some]])
+        half = half.reshape(-1, size, rows, starts, rank).permute(0, 3, 2, 1, 4).flatten(3)  # [N, s, k, c·r]
+        return half @ half.mT
+
+    step = max(1, _AT_ONCE[cores.device.type] // (size * rows * starts * rank))
+    found = [grams(slice(start, start + step)) for start in range(0, chunks, step)]
+    return placed.total(torch.cat(found) if len(found) > 1 else found[0])
 
 
 def _full_gram(cores: Tensor, placed: _Placed) -> Tensor:

@@ -15,7 +15,8 @@ from .errors import AdapterError, AdapterErrors
 from .files import canonical_json, sha256_bytes
 from .lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from .progress import Advance
-from .reading import Files, Intake, Placement, Resident, Stacks, by_layout, free_memory, place, take_in
+from .packs import Budget
+from .reading import HOST, Files, Intake, Placement, Resident, Stacks, by_layout, take_in
 from .updates import Updates
 
 _CPU = torch.device("cpu")
@@ -34,13 +35,14 @@ class Scan:
     resident: Resident | None
     """The tensors, where they stayed on the device."""
 
-    def updates(self, per: Weights, device: torch.device) -> Updates:
+    def updates(self, per: Weights, device: torch.device, budget: Budget) -> Updates:
         """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
         resident = self.resident if device == self.device else None
         stacks = Stacks(self.collection, device, resident or Files(self.collection.adapters, device))
         energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
         shapes = [(module.d_out, module.d_in) for module in self.collection.modules]
-        return Updates(stacks.load, shapes, self.ranks, self.norms, torch.where(energy > 0, 1 / energy, 0.0), device)
+        weights = torch.where(energy > 0, 1 / energy, 0.0)
+        return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -64,13 +66,11 @@ def scan(
     skip_bad: bool,
     advance: Advance,
     device: torch.device = _CPU,
-    device_memory: int | None = None,
-    placement: Placement | None = None,
+    placement: Placement = HOST,
 ) -> Scan:
     """Read every file once. ``advance`` is called with 1 for each adapter.
 
-    On a GPU the tensors stay there if all of them fit into a part of ``device_memory`` bytes (if None, of what is
-    free); ``placement`` overrides what follows from that.
+    ``placement`` says where the tensors go while they are read, and whether they stay on ``device``.
 
     Raises AdapterErrors for NaN and Inf and for files that are not those of the collection's lock, unless ``skip_bad``:
     then these adapters leave the collection. A lock that cannot be read raises as `read_lock` does.
@@ -82,10 +82,6 @@ def scan(
         if adapter.name in locked:
             _check_locked(adapter, files, locked[adapter.name])
 
-    if placement is None:
-        sizes = [adapter.layout.size for adapter in collection.adapters]
-        bound = free_memory(device) if device_memory is None else device_memory
-        placement = place(device, sum(sizes), max(sizes), bound)
     intake = take_in(collection, device, placement, verify, advance)
     bad = [error for _, error in sorted(intake.errors.items())]
     if bad and not skip_bad:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .linalg import Factors
 
-_NUMBERS = 2**25  # in a product with many bases, at the most
+_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # numbers in a product with many bases, at the most
 
 
 class _Group(NamedTuple):
@@ -95,7 +95,7 @@ class Stack:
 
     def captured(self, u: Tensor, v: Tensor) -> Tensor:
         """‖U_cᵀ D_i V_c‖² for bases U [c, d_out, k] and V [c, d_in, l], of shape [n, c] in float64."""
-        most = max(1, _NUMBERS // max(1, len(self.a) * max(u.shape[2], v.shape[2])))  # bases at once
+        most = max(1, _AT_ONCE[u.device.type] // max(1, len(self.a) * max(u.shape[2], v.shape[2])))  # bases at once
         return torch.cat(
             [self._captured(*some) for some in zip(torch.split(u, most), torch.split(v, most), strict=True)], 1
         )

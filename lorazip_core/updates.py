@@ -9,12 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .packs import Budget, Problem, packs
 from .stack import Stack
-
-# Numbers in the factors of modules that are worked on at once, and such modules: on the CPU, where several groups are
-# in work, as many as fit its caches well; on a GPU as many as keep it busy.
-_AT_ONCE = {False: (2**22, 16), True: (2**31, 32)}
-
 
 class Load(Protocol):
     """Reads the updates of one module: of all adapters that have it, or of those among ``members``, which ascend."""
@@ -29,7 +25,7 @@ class Updates:
     ``load(m)`` reads the updates D_im of module m, of the adapters that have it, and ``load(m, members)`` of some of
     them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖², both 0
     where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the last
-    two in float64.
+    two in float64. ``budget`` says how much is worked on at once, and ``quick`` whether a load costs next to nothing.
     """
 
     load: Load
@@ -38,29 +34,33 @@ class Updates:
     norms: Tensor
     weights: Tensor
     device: torch.device
+    budget: Budget = Budget(2**22, 16)
+    quick: bool = True
 
     def weighted(self, module: int) -> Stack:
         """√w_im D_im of one module: what a shared basis is fitted to."""
         stack = self.load(module)
         return stack.scaled(self.weights[list(stack.members), module].sqrt())
 
-    def groups(self) -> list[list[int]]:
-        """All modules, those together that have one shape and are small enough to be worked on at once.
+    def modules_at_once(self) -> list[list[int]]:
+        """All modules, those together that have one shape and fit the budget together."""
+        sizes = self.sizes([0] * len(self.ranks))
+        return [[module for _, module in pack] for pack in packs(sizes, self.shapes, self.budget)]
 
-        This depends on shapes and on the kind of device alone, so that every run works on the same groups.
+    def sizes(self, labels: Sequence[int | None]) -> dict[Problem, int]:
+        """The numbers in the factors of every problem: Σ r_i · (d_out + d_in); no entry where nobody has the module.
+
+        ``labels`` [n] are the clusters of the adapters, None for those in no cluster.
         """
-        budget, most = _AT_ONCE[self.device.type == "cuda"]
-        numbers = [rows * sum(shape) for rows, shape in zip(self.ranks.sum(0).tolist(), self.shapes, strict=True)]
-        groups: list[list[int]] = []
-        room: dict[tuple[int, int], int] = {}  # numbers that still fit into the last group of a shape
-        last: dict[tuple[int, int], list[int]] = {}
-        for module, (shape, size) in enumerate(zip(self.shapes, numbers, strict=True)):
-            if room.get(shape, -1) < size or len(last[shape]) == most:
-                last[shape], room[shape] = [], budget
-                groups.append(last[shape])
-            last[shape].append(module)
-            room[shape] -= size
-        return groups
+        shared = torch.tensor([i for i, label in enumerate(labels) if label is not None], dtype=torch.int64)
+        clusters = torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+        count = int(clusters.max()) + 1 if len(clusters) else 0
+        rows = torch.zeros(count, self.ranks.shape[1], dtype=torch.int64).index_add_(0, clusters, self.ranks[shared])
+        widths = torch.tensor([d_out + d_in for d_out, d_in in self.shapes], dtype=torch.int64)
+        return {
+            Problem(cluster, module): int(rows[cluster, module] * widths[module])
+            for cluster, module in rows.nonzero().tolist()
+        }
 
     def kept(self, modules: Sequence[int]) -> Updates:
         """Some of the modules, read once and kept in memory."""
@@ -71,7 +71,7 @@ class Updates:
             return stacks[module] if members is None else stacks[module].select(set(members))
 
         ranks, norms, weights = (each[:, modules] for each in (self.ranks, self.norms, self.weights))
-        return Updates(load, shapes, ranks, norms, weights, self.device)
+        return Updates(load, shapes, ranks, norms, weights, self.device, self.budget)
 
     def shares(self, lost: Tensor) -> Tensor:
         """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,25 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MOST = 16  # workers: each holds the stacked factors of one module
+_MOST = 16  # workers: each holds the factors of a pack
+_limit = _MOST
+
+
+def cores() -> int:
+    """The cores that this process may use, as far as they are worth a worker each."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST, there)
+
+
+@contextmanager
+def at_most(workers: int) -> Iterator[None]:
+    """Have no more than ``workers`` at work at a time, so that memory is bounded; what they make stays the same."""
+    global _limit
+    before, _limit = _limit, workers
+    try:
+        yield
+    finally:
+        _limit = before
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Generator[R, None, None]:
@@ -30,7 +49,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.devic
         yield from map(function, items)
         return
     threads = torch.get_num_threads()
-    workers = min(_MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(_limit, cores())
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[R]] = deque()
     try:
@@ -43,3 +62,16 @@ def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.devic
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def loaded_ahead(load: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    """``load`` of every item, in order, each while the caller still works with the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[R] | None = None
+        for item in items:
+            loading = pool.submit(load, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = loading
+        if waiting is not None:
+            yield waiting.result()

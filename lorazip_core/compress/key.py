@@ -8,12 +8,12 @@ import torch
 
 from .. import __version__
 from ..files import canonical_json, sha256_bytes, sha256_file
+from ..packs import Budget
 from ..plan import CompressOptions
 from ..scan import Scan
-from .packs import BUDGET, MOST_MODULES
 
 
-def work_key(scanned: Scan, options: CompressOptions, device: torch.device) -> str:
+def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget) -> str:
     """A digest of all that decides the bytes of a piece: adapters, options, versions, the kind of device."""
     names = [adapter.name for adapter in scanned.collection.adapters]
     clusters = sha256_file(options.clusters) if isinstance(options.clusters, Path) else options.clusters
@@ -26,7 +26,7 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device) -> s
                 "dtype": options.dtype,
                 "max_error": options.max_error,
                 "method": options.method,
-                "packs": [BUDGET, MOST_MODULES],
+                "packs": list(budget),
                 "rank": options.kept_rank,
                 "seed": options.seed,
                 "versions": [__version__, torch.__version__],

@@ -162,11 +162,9 @@ def _heard(progress: Progress) -> Iterator[None]:
 class _Run:
     """One compression. Between its two steps there is nothing but pieces, and what they tell.
 
-    ``ranks`` [n, M] has the rank of every adapter in every module, 0 where it lacks it.
     """
 
     scanned: Scan
-    ranks: Tensor
     options: CompressOptions
     device: torch.device
     pieces: Pieces
@@ -183,7 +181,7 @@ class _Run:
             labels = self._labels(updates, options.kept_rank)
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
-            job = SharedJob(updates, self.ranks, options.method, options.kept_rank, dtype, options.seed)
+            job = SharedJob(updates, options.method, options.kept_rank, dtype, options.seed)
             encoded = encode_clusters(job, list(labels), options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
         self._keep_individually(alone)
@@ -201,7 +199,7 @@ class _Run:
             weights=options.weights,
             max_error=options.max_error,
         )
-        assembly = Assembly(writer, self.scanned, self.ranks > 0, self.pieces)
+        assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
             assembly.add_clusters(encoded, parameters)
         for number in range(len(self.scanned.collection.adapters)):
@@ -248,15 +246,6 @@ class _Run:
                     reason = f"it would exceed --max-error {options.max_error}"
                     self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
                 advance(1)
-
-
-def _ranks(collection: Collection) -> Tensor:
-    modules = collection.modules
-    ranks = torch.zeros(len(collection.adapters), len(modules), dtype=torch.int64)
-    for number, adapter in enumerate(collection.adapters):
-        parts = adapter.parts
-        ranks[number] = torch.tensor([parts[m.name].rank if m.name in parts else 0 for m in modules])
-    return ranks
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..bundle import BundleWriter, ClusterEntry, FileEntry, Method, ShardEntry, TensorLayout
+from ..packs import Problem
 from ..workers import in_order
-from .packs import Problem
 from .pieces import Pieces
 from .shared import Encoded, tensor_name
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..factorise import Shared, encode_shared
+from ..factorise import Shared, encode_diag, encode_joint
+from ..joint import QUICK, THOROUGH
+from ..packs import Pack, Problem, packs
 from ..progress import Advance, Progress
+from ..stack import Stack
 from ..updates import Updates
-from ..workers import in_order
-from .packs import Pack, Problem, packs
+from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
 
 # Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
 _UNSEEN = 2.0**-48
+_MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
 
 Labels = list[int | None]
 """The cluster of every adapter; None for one that is kept individually."""
@@ -27,26 +31,13 @@ LABELS = "labels"  # the piece that holds those that took long to find
 
 @dataclass(frozen=True)
 class SharedJob:
-    """What encoding needs to know. ``ranks`` [n, M] has every adapter's rank in every module, 0 where it lacks it."""
+    """What encoding needs to know."""
 
     updates: Updates
-    ranks: Tensor
     method: Literal["joint", "diag"]
     rank: int
     dtype: torch.dtype
     seed: int
-
-    def sizes(self, labels: Labels) -> dict[Problem, int]:
-        """The numbers in the factors of every problem: Σ r_i · (d_out + d_in); no entry where nobody has the module."""
-        shared = torch.tensor([i for i, label in enumerate(labels) if label is not None], dtype=torch.int64)
-        clusters = torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
-        count = int(clusters.max()) + 1 if len(clusters) else 0
-        rows = torch.zeros(count, self.ranks.shape[1], dtype=torch.int64).index_add_(0, clusters, self.ranks[shared])
-        widths = torch.tensor([d_out + d_in for d_out, d_in in self.updates.shapes], dtype=torch.int64)
-        return {
-            Problem(cluster, module): int(rows[cluster, module] * widths[module])
-            for cluster, module in rows.nonzero().tolist()
-        }
 
 
 @dataclass(frozen=True)
@@ -60,12 +51,12 @@ class Generation:
     @classmethod
     def of(cls, job: SharedJob, labels: Labels) -> Generation:
         """The first one."""
-        return cls(0, labels, packs(job.sizes(labels), job.updates.shapes))
+        return cls(0, labels, packs(job.updates.sizes(labels), job.updates.shapes, job.updates.budget))
 
     def after(self, job: SharedJob, labels: Labels, changed: set[int | None]) -> Generation:
         """The next one, of the clusters that have ``changed``."""
-        sizes = {problem: size for problem, size in job.sizes(labels).items() if problem.cluster in changed}
-        return Generation(self.number + 1, labels, packs(sizes, job.updates.shapes))
+        sizes = {problem: size for problem, size in job.updates.sizes(labels).items() if problem.cluster in changed}
+        return Generation(self.number + 1, labels, packs(sizes, job.updates.shapes, job.updates.budget))
 
     def piece(self, pack: int) -> str:
         """The name of the piece that pack number ``pack`` becomes."""
@@ -130,43 +121,74 @@ def encode_packs(
     job: SharedJob, generation: Generation, numbers: Iterable[int], pieces: Pieces, advance: Advance
 ) -> None:
     """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is called with the problems of each."""
-    for number in numbers:
-        pack, name = generation.packs[number], generation.piece(number)
-        if name not in pieces:
-            tensors: dict[str, Tensor] = {}
-            for problem, shared in encode_pack(job, pack, generation.labels).items():
-                tensors |= _to_store(problem, shared)
-            pieces.write(name, tensors)
-        advance(len(pack))
+    numbers = list(numbers)
+    missing = [number for number in numbers if generation.piece(number) not in pieces]
+    advance(sum(len(generation.packs[number]) for number in numbers) - sum(len(generation.packs[n]) for n in missing))
+
+    def load(number: int) -> PackInput:
+        return load_pack(job.updates, generation.packs[number], generation.labels)
+
+    def encode(number: int, loaded: PackInput | None = None) -> None:
+        tensors: dict[str, Tensor] = {}
+        for problem, shared in encode_pack(job, generation.packs[number], loaded or load(number)).items():
+            tensors |= _to_store(problem, shared)
+        pieces.write(generation.piece(number), tensors)
+
+    if job.updates.quick:
+        done = in_order(encode, missing, job.updates.device)
+    else:
+        done = (encode(number, loaded) for number, loaded in zip(missing, loaded_ahead(load, missing), strict=True))
+    with closing(done):
+        for number, _ in zip(missing, done, strict=True):
+            advance(len(generation.packs[number]))
 
 
-def encode_pack(job: SharedJob, pack: Pack, labels: Labels) -> dict[Problem, Shared]:
+class PackInput(NamedTuple):
+    """The updates of the modules of a pack; for each of them, in the order of its stack, the problem that it belongs to
+    as a number in the pack, −1 for none, and its weight."""
+
+    stacks: list[Stack]
+    owners: list[Tensor]
+    weights: list[Tensor]
+
+
+def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
+    """Load what the problems of a pack are about."""
+    numbered = torch.tensor([-1 if label is None else label for label in labels])
+    loaded = PackInput([], [], [])
+    for module, problems in groupby(enumerate(pack), key=lambda each: each[1].module):
+        number = torch.full((int(numbered.max()) + 2,), -1)  # the last is that of −1
+        for position, problem in problems:
+            number[problem.cluster] = position
+        owner = number[numbered]
+        wanted = ((owner >= 0) & (updates.ranks[:, module] > 0)).nonzero()[:, 0].tolist()
+        stack = updates.load(module, wanted)
+        members = list(stack.members)
+        loaded.stacks.append(stack)
+        loaded.owners.append(owner[members])
+        loaded.weights.append(updates.weights[members, module])
+    return loaded
+
+
+def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput) -> dict[Problem, Shared]:
     """Solve the problems of one pack."""
-    clusters: dict[int, list[int]] = {}
-    for problem in pack:
-        clusters.setdefault(problem.module, []).append(problem.cluster)
-
-    def encode_module(module: int) -> dict[Problem, Shared]:
-        stack = job.updates.load(module)
-        solved = {}
-        for cluster in clusters[module]:
-            own = stack.select({i for i in stack.members if labels[i] == cluster})
-            weights = job.updates.weights[list(own.members), module]
-            solved[Problem(cluster, module)] = encode_shared(
-                own, weights, method=job.method, rank=job.rank, dtype=job.dtype, seed=job.seed
-            )
-        return solved
-
-    together: dict[Problem, Shared] = {}
-    with closing(in_order(encode_module, clusters, job.updates.device)) as results:
-        for solved in results:
-            together |= solved
-    return together
+    if job.method == "joint":
+        many = int((job.updates.ranks > 0).sum()) > _MANY
+        effort = QUICK if many else THOROUGH
+        solved = encode_joint(*loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, effort=effort)
+        return dict(zip(pack, solved, strict=True))
+    found: dict[Problem, Shared] = {}
+    for stack, owners, weights in zip(*loaded, strict=True):
+        for number in torch.unique(owners[owners >= 0]).tolist():
+            own = owners == number
+            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
+            found[pack[number]] = encode_diag(some, weights[own], rank=job.rank, dtype=job.dtype, seed=job.seed)
+    return found
 
 
 def read_encoded(job: SharedJob, labels: Labels, places: dict[Problem, str], pieces: Pieces) -> Encoded:
     """What the pieces say of adapters with these ``labels``: who lost how much, and which bases are still of use."""
-    lost = torch.zeros(job.ranks.shape, dtype=torch.float64)
+    lost = torch.zeros(job.updates.ranks.shape, dtype=torch.float64)
     numbered = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
     kept = {}
     for problem, name in places.items():

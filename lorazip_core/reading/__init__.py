@@ -6,7 +6,7 @@ strided view, if all of them fit there; else in turns, and a module is read from
 
 from .groups import by_layout
 from .intake import Intake, take_in
-from .placement import Placement, free_memory, place
+from .placement import HOST, Placement, place, stays
 from .stacks import Files, Resident, Stacks
 
-__all__ = ["Files", "Intake", "Placement", "Resident", "Stacks", "by_layout", "free_memory", "place", "take_in"]
+__all__ = ["HOST", "Files", "Intake", "Placement", "Resident", "Stacks", "by_layout", "place", "stays", "take_in"]

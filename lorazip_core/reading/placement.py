@@ -28,12 +28,12 @@ def place(device: torch.device, total: int, largest: int, device_memory: int) ->
     """The placement of ``total`` bytes of tensors, at most ``largest`` an adapter, within ``device_memory`` bytes."""
     if device.type == "cpu":
         return HOST
-    if total <= _RESIDENT_SHARE * device_memory:
+    if stays(total, device_memory):
         return Placement("resident", _MOST_IN_BLOCK)
     staging = int(_STAGING_SHARE * device_memory)
     return Placement("streamed", min(_MOST_IN_BLOCK, staging)) if largest <= staging else HOST
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now; 0 for the CPU, on which nothing is placed."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+def stays(total: int, device_memory: int) -> bool:
+    """Whether ``total`` bytes of tensors are kept on a device of which ``device_memory`` bytes may be used."""
+    return total <= _RESIDENT_SHARE * device_memory

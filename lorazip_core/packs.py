@@ -1,7 +1,7 @@
-"""What is encoded together: problems of one shape, cut into packs of bounded size.
+"""What is worked on together: problems of one shape, cut into packs of bounded size.
 
-A pack is the unit of work: it is encoded at once, stored as one piece, and given to one process. Which packs there are
-depends on shapes, labels and a fixed budget only, never on the machine, so that every machine makes the same pieces.
+A pack is the unit of work: it is loaded and solved at once, stored as one piece, and given to one process. Which packs
+there are depends on shapes, labels and a budget only, so that every run and every process makes the same ones.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-BUDGET = 2**28  # numbers in the factors of one pack
-MOST_MODULES = 16
+
+class Budget(NamedTuple):
+    """How much one pack holds: numbers in the factors of its problems, and modules."""
+
+    numbers: int
+    modules: int
 
 
 class Problem(NamedTuple):
@@ -24,14 +28,8 @@ class Problem(NamedTuple):
 Pack = tuple[Problem, ...]
 
 
-def packs(
-    sizes: Mapping[Problem, int],
-    shapes: Sequence[tuple[int, int]],
-    *,
-    budget: int = BUDGET,
-    most_modules: int = MOST_MODULES,
-) -> list[Pack]:
-    """Cut the problems, of ``sizes`` in numbers, into packs of at most ``budget`` numbers and ``most_modules`` modules.
+def packs(sizes: Mapping[Problem, int], shapes: Sequence[tuple[int, int]], budget: Budget) -> list[Pack]:
+    """Cut the problems, of ``sizes`` in numbers, into packs within ``budget``.
 
     ``shapes`` has the (d_out, d_in) of every module, and all problems of a pack have one shape. A module is split
     between clusters if its problems exceed the budget together; a problem is never split, so one that exceeds the
@@ -43,34 +41,32 @@ def packs(
     by_shape: defaultdict[tuple[int, int], list[list[Problem]]] = defaultdict(list)
     for module, problems in by_module.items():
         by_shape[shapes[module]].append(problems)
-    found = [pack for modules in by_shape.values() for pack in _of_one_shape(modules, sizes, budget, most_modules)]
+    found = [pack for modules in by_shape.values() for pack in _of_one_shape(modules, sizes, budget)]
     return sorted(found, key=lambda pack: _by_module(pack[0]))
 
 
-def _of_one_shape(
-    modules: list[list[Problem]], sizes: Mapping[Problem, int], budget: int, most_modules: int
-) -> Iterator[Pack]:
+def _of_one_shape(modules: list[list[Problem]], sizes: Mapping[Problem, int], budget: Budget) -> Iterator[Pack]:
     together: list[Problem] = []
     held = count = 0
     for problems in modules:
         size = sum(sizes[problem] for problem in problems)
-        if together and (count == most_modules or held + size > budget):
+        if together and (count == budget.modules or held + size > budget.numbers):
             yield tuple(together)
             together, held, count = [], 0, 0
-        if size > budget:
-            yield from _split(problems, sizes, budget)
+        if size > budget.numbers:
+            yield from _split(problems, sizes, budget.numbers)
         else:
             together, held, count = together + problems, held + size, count + 1
     if together:
         yield tuple(together)
 
 
-def _split(problems: list[Problem], sizes: Mapping[Problem, int], budget: int) -> Iterator[Pack]:
+def _split(problems: list[Problem], sizes: Mapping[Problem, int], most: int) -> Iterator[Pack]:
     """The problems of one module that is too large for a pack."""
     part: list[Problem] = []
     held = 0
     for problem in problems:
-        if part and held + sizes[problem] > budget:
+        if part and held + sizes[problem] > most:
             yield tuple(part)
             part, held = [], 0
         part.append(problem)
