@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorazip_core.verify import VerifyReport
 
 _BUNDLE, _ADAPTERS, _REPORT = "bundle", "adapters", "verify.json"
+_PARTIAL = f".{_BUNDLE}.partial"
 _RANK = 16
 
 
@@ -36,7 +37,8 @@ def demo(
     from lorazip_core.export import export
     from lorazip_core.verify import verify
 
-    check_output(output, force=force, replaceable=_is_demo)
+    if not _is_begun(output):
+        check_output(output, force=force, replaceable=_is_demo)
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
     show = progress(False)
     show.note("compress: sixteen adapters onto one shared basis")
@@ -51,7 +53,12 @@ def demo(
 
 
 def _is_demo(folder: Path) -> bool:
-    return {entry.name for entry in folder.iterdir()} <= {_BUNDLE, _ADAPTERS, _REPORT}
+    return {entry.name for entry in folder.iterdir()} <= {_BUNDLE, _ADAPTERS, _REPORT, _PARTIAL}
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is nothing but what an interrupted demo left, which the next one goes on from."""
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} == {_PARTIAL}
 
 
 def _render(report: VerifyReport, output: Path) -> None:
