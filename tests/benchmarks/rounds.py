@@ -145,19 +145,19 @@ def scaling_table(of: Sequence[Sequence[Compressed]]) -> str:
     first = of[0]
     for runs in of:
         n, seconds = runs[0].adapters, [one.seconds for one in runs]
-        manifest = runs[0].bytes_manifest or 0
-        times = median(seconds) / median([one.seconds for one in first])
+        size = runs[0].bytes_manifest or 0
+        longer = median(seconds) / median([one.seconds for one in first])
         lines.append(
             row(
                 f"{n:,}",
                 f"{median(seconds):.2f}",
                 _range(seconds),
                 f"{n / first[0].adapters:.2f}",
-                f"{times:.2f}",
+                f"{longer:.2f}",
                 *peaks(one.watched for one in runs),
                 gpu(runs),
-                f"{manifest / 1e3:,.0f}",
-                f"{manifest / n:,.0f}",
+                f"{size / 1e3:,.0f}",
+                f"{size / n:,.0f}",
             )
         )
     if len(of) > 1:
