@@ -39,9 +39,9 @@ from torch import Tensor
 from lorazip_core.adapter import Module
 
 LATENT = 40  # directions of a group in a module
-FALL = 1.5  # λ_t ∝ (t + 2)^−FALL, t = 0, 1, …
+FALL = 1.65  # λ_t ∝ (t + 2)^−FALL, t = 0, 1, …
 COMMON_SHARE = 0.15  # of what is not noise
-OTHER_SHARE = 0.3  # at most, of what is not common; uniform
+OTHER_SHARE = 0.5  # at most, of what is not common; uniform
 NOISE = 0.08  # η of the first component
 PAIRING, BETWEEN_MODULES = 0.85, 0.95  # correlations of scores: left with right, and of the modules of an adapter
 DECAY = 2.0, 3.4  # a: uniform
