@@ -335,11 +335,13 @@ def test_the_floor_is_that_by_hand() -> None:
     assert back == (3 * each[0], 3 * each[1], pytest.approx(3 * each[0] / 100))
     exact = floor.floor(10, modules, 3, 2, [floor.Pass(5, exact=True)], slow)
     assert exact.seconds == pytest.approx(4800 / 10)
+    assert floor.floor(10, modules, 3, 2, [floor.Pass(5, everywhere=True)], slow) == (1600, 2 * 4800, 16.0)
 
 
 def test_passes_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert floor.parse_pass("64x2b") == floor.Pass(64, 2, back=True)
     assert floor.parse_pass("16e") == floor.Pass(16, 1, exact=True)
+    assert floor.parse_pass("16ae") == floor.Pass(16, 1, exact=True, everywhere=True)
     with pytest.raises(SystemExit, match="is no pass"):
         floor.parse_pass("x2")
     assert scale.main(["floor", "--adapters", "1000", "--passes", "64x2b", "16e", "--measured", "3"]) == 0

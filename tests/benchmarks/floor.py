@@ -20,12 +20,16 @@ BF16, F32 = 2, 4
 
 
 class Pass(NamedTuple):
-    """``count`` passes over all factors with bases of ``width`` columns; ``exact`` in float64."""
+    """``count`` passes over all factors with bases of ``width`` columns; ``exact`` in float64.
+
+    ``everywhere``: every adapter with the bases of all clusters, not only with those of its own.
+    """
 
     width: int
     count: int = 1
     back: bool = False
     exact: bool = False
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def floor(
     for one in passes:
         ways = 2 if one.back else 1
         moved = adapters * rank * sides * BF16 + ways * clusters * sides * one.width * F32
-        operations = ways * 2 * adapters * rank * sides * one.width
+        operations = ways * 2 * adapters * rank * sides * one.width * (clusters if one.everywhere else 1)
         if one.back:
             operations += 4 * clusters * sides * one.width**2
         speed = device.f64 if one.exact else device.f32
@@ -71,14 +75,14 @@ def floor(
 
 
 def parse_pass(text: str) -> Pass:
-    """``WIDTH[xCOUNT][b][e]``: b for with the way back, e for in float64; 64x2b is twice 64 columns and back."""
-    words = text.rstrip("be")
+    """``WIDTH[xCOUNT][FLAGS]``, like 64x2b, twice 64 columns and back: b back, e exact, a everywhere."""
+    words = text.rstrip("bea")
     flags = text[len(words) :]
     width, _, count = words.partition("x")
     try:
-        return Pass(int(width), int(count or 1), "b" in flags, "e" in flags)
+        return Pass(int(width), int(count or 1), "b" in flags, "e" in flags, "a" in flags)
     except ValueError:
-        raise SystemExit(f"{text!r} is no pass: WIDTH[xCOUNT][b][e]") from None
+        raise SystemExit(f"{text!r} is no pass: WIDTH[xCOUNT][b][e][a]") from None
 
 
 def table(adapters: int, modules: Sequence[tuple[int, int]], of: Floor, measured: float | None) -> str:

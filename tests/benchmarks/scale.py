@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -213,9 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--device", default="auto")
     verb.add_argument("--memory", help="passed on to compress")
     verb.add_argument("--device-memory", help="passed on to compress")
-    verb.add_argument(
-        "--more", nargs="*", default=(), help="further words for compress, last: --more=--dtype --more=f32"
-    )
+    verb.add_argument("--more", type=shlex.split, default=[], metavar="'WORD …'", help="further options of compress")
     verb.add_argument("--rounds", type=int, default=3)
     verb.add_argument("--no-verify", action="store_true")
     verb.add_argument("--at-most", type=float, metavar="RATIO", help="exit 1 if compress takes longer by this factor")
@@ -237,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_shape(verb)
     verb.add_argument("--clusters", type=int, default=25)
     verb.add_argument("--bundle-rank", type=int, default=16)
-    verb.add_argument("--passes", nargs="*", default=(), metavar="WIDTH[xCOUNT][b][e]", help="see floor.parse_pass")
+    verb.add_argument("--passes", nargs="*", default=(), metavar="WIDTH[xCOUNT][b][e][a]", help="see floor.parse_pass")
     verb.add_argument("--bandwidth", type=float, default=3.35, metavar="TB/S")
     verb.add_argument("--f32", type=float, default=67.0, metavar="TFLOP/S")
     verb.add_argument("--f64", type=float, default=67.0, metavar="TFLOP/S")
