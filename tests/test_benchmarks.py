@@ -8,19 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from random_adapters import LINEAR, dense_updates, plain, write_collection
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+import compressing
+import eigen_iteration
 import errors_of_adapters
 import fetch
+import floor
+import grouped_collection
 import matched_collection
 import number_of_clusters
 import other_tools
 import process
+import readers
+import rounds
+import scale
+import scale_cpu
 
 from lorazip_core.adapter import open_collection
+from lorazip_core.linalg import truncated_svd
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +179,235 @@ def test_fetch_has_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fetch, "measure", fake)
     assert [fetch.main(["--count", "1", "--faster", limit]) for limit in ("4.4", "4.6")] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve tiny adapters of two groups, as `scale.py make` writes them."""
+    folder = tmp_path_factory.mktemp("large") / "grouped"
+    words = ["--adapters", "12", "--shape", "tiny", "--groups", "2", "--device", "cpu"]
+    assert scale.main(["make", str(folder), *words]) == 0
+    return folder
+
+
+def test_a_large_collection_grows_without_changing(
+    grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--shape", "tiny", "--groups", "2", "--device", "cpu", "--adapters", "5"]
+    assert scale.main(["make", str(tmp_path / "few"), *words]) == 0
+    assert "5 adapters of 3 modules at rank 4" in capsys.readouterr().out
+    assert scale.main(["make", str(tmp_path / "other"), *words, "--seed", "1"]) == 0
+    weights = "a00004/adapter_model.safetensors"
+    assert (tmp_path / "few" / weights).read_bytes() == (grouped / weights).read_bytes()
+    assert (tmp_path / "other" / weights).read_bytes() != (grouped / weights).read_bytes()
+    with pytest.raises(SystemExit, match="not empty"):
+        scale.main(["make", str(grouped), *words])
+    collection = open_collection(grouped)
+    assert [adapter.name for adapter in collection.adapters] == [f"a{number:05}" for number in range(12)]
+    assert all(adapter.dtype(module.name) == "BF16" for adapter in collection.adapters for module in collection.modules)
+    assert all(part.rank == 4 and part.scale == 2 for part in collection.adapters[0].parts.values())
+
+
+def test_its_shapes_are_those_of_the_models() -> None:
+    mistral = grouped_collection.recipe("mistral-7b")
+    assert len(mistral.modules) == 96
+    assert mistral.bytes_per_adapter == 2 * 16 * 589_824
+    q, k = mistral.modules[:2]
+    assert (q.d_out, q.d_in, k.d_out, k.d_in) == (4096, 4096, 1024, 4096)
+    with pytest.raises(SystemExit, match="no projection 'x'"):
+        grouped_collection.recipe("cpu", letters=("q", "x"))
+
+
+def test_adapters_of_a_group_are_more_alike_than_others() -> None:
+    of = grouped_collection.recipe("tiny", d_model=128, letters=("q",), groups=4)
+    source = grouped_collection.Source(of, torch.device("cpu"))
+    key_b, key_a = of.modules[0].keys
+    drawn = [source.draw(number) for number in range(40)]
+    b, a = (torch.stack([one[key].float() for one in drawn]) for key in (key_b, key_a))
+    us, vt = truncated_svd(b, a, 4)
+    u, v = us / us.norm(dim=1, keepdim=True), vt.mT
+    inner = (u[:, :, 0] @ u[:, :, 0].mT * (v[:, :, 0] @ v[:, :, 0].mT)).square()
+    same = torch.arange(40)[:, None] % 4 == torch.arange(40) % 4
+    different = inner[~same].mean()
+    same &= ~torch.eye(40, dtype=torch.bool)
+    assert 3 * different < inner[same].mean() < 0.5
+    share = us[:, :, 0].square().sum(1) / us.square().sum((1, 2))
+    assert 0.5 < float(share.median()) < 0.95
+
+
+def test_a_process_is_watched_with_all_that_it_starts() -> None:
+    child = "import time; kept = bytearray(60_000_000); time.sleep(0.4)"
+    program = f"""
+import subprocess, sys
+files = [open("/dev/null") for _ in range(40)]
+kept = bytearray(50_000_000)
+subprocess.run([sys.executable, "-c", {child!r}])
+"""
+    done = process.run([sys.executable, "-c", program], watch=True)
+    assert done.watched is not None
+    assert 110e6 < done.watched.anonymous < 250e6
+    assert done.watched.anonymous <= done.watched.resident
+    assert 40 < done.watched.open_files < 80
+    assert done.peak_bytes < 110e6  # the largest single process, as the kernel counts it
+
+
+def test_a_process_meets_its_limit_or_is_killed() -> None:
+    program = "import time; kept = bytearray(300_000_000); print('there'); time.sleep(60)"
+    limited = process.run([sys.executable, "-c", program], data_limit=200_000_000, check=False)
+    assert (limited.exit_code, limited.stdout) == (1, "")
+    assert "MemoryError" in limited.stderr
+    killed = process.run([sys.executable, "-u", "-c", program], kill_after=0.5, check=False)
+    assert (killed.exit_code, killed.stdout) == (-9, "there\n")
+
+
+def test_every_way_to_read_reads_every_byte(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scale.main(["read", str(grouped), "--json", str(tmp_path / "read.json")]) == 0
+    table = capsys.readouterr().out
+    figures = json.loads((tmp_path / "read.json").read_text())["readings"]
+    size = sum(path.stat().st_size for path in grouped.glob("*/adapter_model.safetensors"))
+    assert [(one["how"], one["threads"]) for one in figures] == [readers.BASELINE, *readers.OTHERS]
+    assert all((one["adapters"], one["bytes"]) == (12, size) for one in figures)
+    assert all(0 < one["seconds"] < one["process_seconds"] for one in figures)
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + len(figures)
+    assert readers.warm(grouped) == size
+
+
+def test_compressing_is_timed_beside_reading(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--clusters", "2", "--rank", "4", "--device", "cpu", "--rounds", "2", "--at-most", "1000"]
+    more = ["--scaling", "6", "--hard-limit", "50000000", "--json", str(tmp_path / "run.json")]
+    # The limit is one that nothing can run in, and a trial that fails is a failure.
+    assert scale.main(["run", str(grouped), *words, *more]) == 1
+    out = capsys.readouterr().out
+    assert "PASS compress takes" in out
+    assert "the same bytes in every round" in out
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert len(report["readings"]) == len(report["runs"]) == 2
+    for name, ratios in report["ratios"].items():
+        over = {"both with start-up": "process_seconds"}.get(name, "seconds")
+        under = {"neither with start-up": "own_seconds"}.get(name, "seconds")
+        pairs = zip(report["runs"], report["readings"], strict=True)
+        assert ratios == [run[under] / read[over] for run, read in pairs]
+    assert all(run["mean_squared_error"] < run["max_squared_error"] < 1 for run in report["runs"])
+    assert report["verify"]["seconds"] > 0
+    assert [one["adapters"] for one in report["scaling"]] == [6, 6]
+    assert report["scaling"][0]["bytes_manifest"] < report["runs"][0]["bytes_manifest"]
+    assert report["trials"][0]["exit_code"] != 0
+    assert report["trials"][0]["same_bytes"] is None
+    assert [path.name for path in grouped.parent.iterdir()] == ["grouped"]  # nothing stays beside it
+
+
+def test_a_killed_run_is_done_again_with_the_same_bytes(grouped: Path, tmp_path: Path) -> None:
+    settings = compressing.Settings(clusters=2, rank=4, device="cpu")
+    compressing.compress(grouped, tmp_path / "bundle", settings, adapters=12)
+    killed, again = rounds.resumed(grouped, tmp_path, settings, 12, after=0.2)
+    assert (killed.run.exit_code, killed.same, killed.holds) == (-9, None, True)
+    assert (again.run.exit_code, again.same, again.holds) == (0, True, True)
+    other = rounds.trial("another rank", grouped, tmp_path, compressing.Settings(2, 3, "cpu"), 12)
+    assert (other.same, other.holds) == (False, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_links_come_round_again(grouped: Path, tmp_path: Path) -> None:
+    linked = compressing.linked(grouped, tmp_path / "linked", 15)
+    names = [adapter.name for adapter in open_collection(linked).adapters]
+    assert names == [*(f"k00000/a{n:05}" for n in range(12)), *(f"k00001/a{n:05}" for n in range(3))]
+    weights = "a00002/adapter_model.safetensors"
+    assert (linked / "k00001" / weights).samefile(grouped / weights)
+
+
+def test_a_line_is_fitted() -> None:
+    assert rounds.line_through([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((3, 2))
+    assert rounds.line_through([(1, 5.0)]) == (5, 0)
+
+
+def test_the_rise_of_a_gpu_is_that_of_the_fullest() -> None:
+    assert compressing._rise("0, 100\n1, 10\n0, 140\n1, 90\n0, 120\n1, 20\n") == 80 << 20
+    assert compressing._rise("") is None
+
+
+def test_the_floor_is_that_by_hand() -> None:
+    modules = [(6, 4), (2, 4)]  # Σ (d_out + d_in) = 16
+    slow = floor.Device(bandwidth=100.0, f32=1000.0, f64=10.0)
+    # 10 adapters of rank 3: 480 numbers in bf16; two clusters' bases of 5 columns: 160 in float32.
+    assert floor.floor(10, modules, 3, 2, [floor.Pass(5)], slow) == (960 + 640, 2 * 480 * 5, 16.0)
+    back = floor.floor(10, modules, 3, 2, [floor.Pass(5, 3, back=True)], slow)
+    each = 960 + 2 * 640, 2 * 2 * 480 * 5 + 4 * 2 * 16 * 25
+    assert back == (3 * each[0], 3 * each[1], pytest.approx(3 * each[0] / 100))
+    exact = floor.floor(10, modules, 3, 2, [floor.Pass(5, exact=True)], slow)
+    assert exact.seconds == pytest.approx(4800 / 10)
+    assert floor.floor(10, modules, 3, 2, [floor.Pass(5, everywhere=True)], slow) == (1600, 2 * 4800, 16.0)
+
+
+def test_passes_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert floor.parse_pass("64x2b") == floor.Pass(64, 2, back=True)
+    assert floor.parse_pass("16e") == floor.Pass(16, 1, exact=True)
+    assert floor.parse_pass("16ae") == floor.Pass(16, 1, exact=True, everywhere=True)
+    with pytest.raises(SystemExit, match="is no pass"):
+        floor.parse_pass("x2")
+    assert scale.main(["floor", "--adapters", "1000", "--passes", "64x2b", "16e", "--measured", "3"]) == 0
+    one, several = capsys.readouterr().out.splitlines()
+    # 18.87 GB of factors and 0.94 GB of bases at 3.35 TB/s take longer than 0.30 TFLOP at 67 TFLOP/s.
+    assert one.startswith(
+        "one pass: 1,000 adapters, 96 modules: 19.8 GB moved, 0.30 TFLOP, floor 5.9 ms; measured 3.000 s"
+    )
+    assert one.endswith(" 507.1 times the floor")
+    assert several.startswith("64x2b 16e: ")
+
+
+def test_the_iteration_of_the_paper_finds_what_was_planted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 3, generator=generator)).Q for size in (30, 20))
+    members = [(u @ torch.randn(3, 4, generator=generator), torch.randn(4, 3, generator=generator) @ v.mT)] * 2
+    members += [(u @ torch.randn(3, 2, generator=generator), torch.randn(2, 3, generator=generator) @ v.mT)]
+    bases, done = eigen_iteration.eigen_iteration(members, 3, generator)
+    assert done < 20
+    gone, energy = eigen_iteration.lost(members, bases)
+    assert abs(gone) < 1e-9 * energy
+    _, cut = eigen_iteration.eigen_iteration(members, 3, generator, most=1)
+    assert cut == 1
+    gone, _ = eigen_iteration.lost(members, (u[:, :2], v))
+    dense = [((b - u[:, :2] @ (u[:, :2].mT @ b)) @ a).double().square().sum() for b, a in members]
+    assert gone == pytest.approx(float(sum(dense)), rel=1e-4)
+
+
+def test_joint_is_compared_with_the_iteration(
+    grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    report = compressing.compress(grouped, bundle, compressing.Settings(2, 4, "cpu", ("--dtype", "f32")), adapters=12)
+    words = ["--bundle", str(bundle), "--modules", "3", "--device", "cpu", "--json", str(tmp_path / "eigen.json")]
+    assert eigen_iteration.main([str(grouped), *words]) == 0
+    assert "times as fast" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "eigen.json").read_text())["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["joint_error"] <= row["eigen_error"] * (1 + 1e-4) < 1  # many starts, not one
+        assert row["eigen_error"] < 1.1 * row["joint_error"]
+        assert len(row["rounds"]) == 2
+    assert report.mean_squared_error is not None
+    problems, rank = eigen_iteration.load(grouped, bundle, 3, torch.device("cpu"))
+    assert rank == 4
+    # Weighted by adapter, the errors of all modules add up to the mean of the bundle.
+    parts = [
+        [eigen_iteration.lost(m, eigen_iteration.solve_joint([p], 4, 0)[0][c]) for c, m in p.clusters.items()]
+        for p in problems
+    ]
+    assert sum(x for part in parts for x, _ in part) / 12 == pytest.approx(report.mean_squared_error, rel=1e-3)
+    assert sum(x for part in parts for _, x in part) == pytest.approx(12, rel=1e-6)
+
+
+def test_memory_and_many_on_a_cpu(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, place = tmp_path / "figures.json", ["--work", str(tmp_path)]
+    sizes = ["--clusters", "2", "--rank", "4"]
+    words = ["memory", str(grouped), *sizes, "--at-most", "1000", "--json", str(file), *place]
+    assert scale_cpu.main(words) == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 1
+    assert 1000 < rows[0]["above"] < 500e6
+    assert rows[0]["watched"]["anonymous"] == rows[0]["above"] + rows[0]["idle"]
+    assert scale_cpu.main(["many", "--hard-links", "10,30", *sizes, "--json", str(file), *place]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["adapters"] for row in rows] == [10, 30]
+    assert rows[1]["bytes_manifest"] < 3 * rows[0]["bytes_manifest"]
+    assert "least squares" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
