@@ -14,7 +14,21 @@ from lorazip_core.files import canonical_json
 from lorazip_core.report import check_available
 
 from . import console
-from .options import AllowMixedBase, AllowPickle, Device, Directory, Dtype, Json, Quiet, Seed, SkipBad, Weights
+from .options import (
+    AllowMixedBase,
+    AllowPickle,
+    Device,
+    DeviceMemory,
+    Directory,
+    Dtype,
+    Json,
+    Memory,
+    Quiet,
+    Seed,
+    SkipBad,
+    Weights,
+    bytes_of,
+)
 from .progress import progress
 from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, percent, table
@@ -52,6 +66,8 @@ def cluster(
         Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
     ] = None,
     device: Device = "auto",
+    memory: Memory = None,
+    device_memory: DeviceMemory = None,
     allow_pickle: AllowPickle = False,
     allow_mixed_base: AllowMixedBase = False,
     skip_bad: SkipBad = False,
@@ -66,6 +82,7 @@ def cluster(
     check_report_files({"-o": output, "--report": html}, force=force, json=json)
     if html is not None:
         check_available()
+    from lorazip_core import team
     from lorazip_core.cluster import ClusterOptions
     from lorazip_core.cluster import cluster as cluster_adapters
 
@@ -73,12 +90,23 @@ def cluster(
     found = cluster_adapters(
         directory,
         output,
-        ClusterOptions(clusters=wanted, rank=rank, dtype=dtype, seed=seed, weights=weights, device=device),
+        ClusterOptions(
+            clusters=wanted,
+            rank=rank,
+            dtype=dtype,
+            seed=seed,
+            weights=weights,
+            device=device,
+            memory=bytes_of(memory) if memory else None,
+            device_memory=bytes_of(device_memory) if device_memory else None,
+        ),
         allow_pickle=allow_pickle,
         allow_mixed_base=allow_mixed_base,
         skip_bad=skip_bad,
-        progress=progress(quiet),
+        progress=progress(quiet or not team.is_first()),
     )
+    if not team.is_first():  # the first process writes and speaks for all
+        return 0
     contents = [(output, canonical_json(msgspec.to_builtins(found.assignment)))]
     if html is not None:
         from lorazip_core.report import cluster_page

@@ -14,14 +14,17 @@ from .options import (
     AllowMixedBase,
     AllowPickle,
     Device,
+    DeviceMemory,
     Directory,
     Dtype,
     Force,
     Json,
+    Memory,
     Quiet,
     Seed,
     SkipBad,
     Weights,
+    bytes_of,
     squared_error,
 )
 from .options import clusters as parse_clusters
@@ -60,6 +63,8 @@ def compress(
         ),
     ] = None,
     device: Device = "auto",
+    memory: Memory = None,
+    device_memory: DeviceMemory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     allow_mixed_base: AllowMixedBase = False,
@@ -72,6 +77,7 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    from lorazip_core import team
     from lorazip_core.compress import CompressOptions, plan
     from lorazip_core.compress import compress as compress_adapters
 
@@ -84,6 +90,8 @@ def compress(
         weights=weights,
         max_error=max_error,
         device=device,
+        memory=bytes_of(memory) if memory else None,
+        device_memory=bytes_of(device_memory) if device_memory else None,
     )
     report: PlanReport | CompressReport
     if output is None or dry_run:
@@ -101,8 +109,10 @@ def compress(
             allow_mixed_base=allow_mixed_base,
             skip_bad=skip_bad,
             force=force,
-            progress=progress(quiet),
+            progress=progress(quiet or not team.is_first()),
         )
+        if not team.is_first():  # the first process speaks for all
+            return 0
         if not (json or quiet):
             _render(report)
     if json:

@@ -26,6 +26,23 @@ def device(value: str) -> str:
     return value
 
 
+def size(value: str | None) -> str | None:
+    """A number of bytes, as `bytes_of` reads it."""
+    if value is not None and bytes_of(value) < 1:
+        raise typer.BadParameter(f"{value!r} is no size: give bytes, or MB, GB, MiB, GiB, like 8GiB")
+    return value
+
+
+def bytes_of(value: str) -> int:
+    """8GiB, 500 MB or 1000000 in bytes; 0 for anything else."""
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(|B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value)
+    if not found:
+        return 0
+    number, unit = found.groups()
+    power = " KMGT".find(unit[:1]) if len(unit) > 1 else 0
+    return int(float(number) * (1024 if "i" in unit else 1000) ** power)
+
+
 def clusters(value: str) -> int | Literal["auto"] | Path:
     """A number of clusters, ``auto``, or the file that assigns them."""
     if value == "auto":
@@ -48,6 +65,14 @@ AllowPickle = Annotated[
 ]
 Device = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", callback=device, help="Where to compute.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", callback=size, help="Bound on main memory, like 8GiB. Default: none."),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option("--device-memory", metavar="SIZE", callback=size, help="Bound on GPU memory. Default: what is free."),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the random starts.")]
 Weights = Annotated[

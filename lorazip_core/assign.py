@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import team
 from .batch import Batch
 from .joint import Basis, climb_batch, hosvd_batch
 from .progress import Progress, Silent
@@ -57,7 +58,7 @@ class Probes:
     def __init__(self, updates: Updates, rank: int) -> None:
         self.modules = updates.probes(_PROBES)
         self.updates = updates.kept(self.modules)
-        self.similarity = subspace_similarity(self.updates, rank)
+        self.similarity = team.from_first(lambda: subspace_similarity(self.updates, rank))
         self._rank = rank
         # Adapters are numbered by their energy in here, so that their names decide nothing.
         self._order = updates.norms.sum(1).argsort(stable=True)
@@ -89,14 +90,15 @@ def settle(
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
     clusters = int(current.max()) + 1
-    groups = [_Modules(updates, modules, clusters, rank, seed) for modules in updates.modules_at_once()]
+    groups = updates.modules_at_once()
+    own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
     objective: list[float] = []
     for round_ in range(1, _ROUNDS + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
         improve = partial(_Modules.improved, labels=current)
         with progress.stage(f"clustering, round {round_}", len(updates.shapes)) as advance:
-            for found in in_order(improve, groups, updates.device):
+            for found in team.in_turn(in_order(improve, own, updates.device), len(groups)):
                 for module, errors in found:
                     weights = updates.weights[:, module, None]
                     weighted += errors

@@ -6,16 +6,20 @@ import re
 
 import torch
 
+from . import team
 from .errors import LocalError, UsageError
 
 
 def find_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu`` or ``cuda[:N]``. Raises UsageError, or LocalError when it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
     if wanted is None:
         raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
         raise LocalError(f"--device {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use --device cpu")
+    if name == "cuda":
+        # Of the processes of one host each takes its own GPU, and some share one where there are too few.
+        name = f"cuda:{team.local_rank() % torch.cuda.device_count()}"
     return torch.device(name)

@@ -11,11 +11,10 @@ import torch
 
 from .adapter import Collection
 from .errors import LocalError
-from .packs import Budget
+from .packs import CPU_BUDGET, Budget
 from .reading import HOST, Placement, place, stays
 from .workers import cores
 
-CPU_BUDGET = Budget(2**22, 16)  # as much as fits the caches well; several packs are in work
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
 
 # Measured, per number in the factors of a pack: the factors in float32, once as they were read and once in the order of

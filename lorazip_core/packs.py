@@ -18,6 +18,9 @@ class Budget(NamedTuple):
     modules: int
 
 
+CPU_BUDGET = Budget(2**22, 16)  # as much as fits the caches well; several packs are in work at a time
+
+
 class Problem(NamedTuple):
     """One module of one cluster: a shared basis and its cores are what is to be found."""
 

@@ -27,7 +27,10 @@ _CLUSTER_BYTES = 240
 
 
 class CompressOptions(Struct, frozen=True):
-    """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment."""
+    """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment.
+
+    ``memory`` and ``device_memory`` are `Bounds`, in bytes.
+    """
 
     method: Method = "joint"
     rank: int | None = None
@@ -37,6 +40,8 @@ class CompressOptions(Struct, frozen=True):
     weights: Weights = "adapter"
     max_error: float | None = None
     device: str = "auto"
+    memory: int | None = None
+    device_memory: int | None = None
 
     @property
     def kept_rank(self) -> int | None:

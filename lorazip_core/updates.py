@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .packs import Budget, Problem, packs
+from .packs import CPU_BUDGET, Budget, Problem, packs
 from .stack import Stack
+
 
 class Load(Protocol):
     """Reads the updates of one module: of all adapters that have it, or of those among ``members``, which ascend."""
@@ -34,7 +35,7 @@ class Updates:
     norms: Tensor
     weights: Tensor
     device: torch.device
-    budget: Budget = Budget(2**22, 16)
+    budget: Budget = CPU_BUDGET
     quick: bool = True
 
     def weighted(self, module: int) -> Stack:

@@ -13,10 +13,10 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "text", "workers", "device", "sample"},
+    {"errors", "progress", "files", "text", "workers", "team", "device", "sample"},
     {"adapter", "bundle", "assignment", "lock"},
     {
-        *{"linalg", "stack", "batch", "updates", "measure", "summary", "plan"},
+        *{"linalg", "stack", "batch", "packs", "updates", "measure", "summary", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
     {"reading", "scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},

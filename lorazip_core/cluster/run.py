@@ -11,16 +11,20 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from .. import team
 from ..adapter import open_collection
 from ..assign import Clustering, Probes, settle
 from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device
 from ..errors import UsageError
+from ..memory import Bounds, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..similarity import held_out_errors, near_duplicates
+from ..updates import Updates
+from ..workers import at_most
 from .choose import choose_clusters
 
 _SILENT = Silent()
@@ -30,7 +34,7 @@ _UNUSUAL = 0.25  # … if it is also below this part of what such a basis holds 
 
 
 class ClusterOptions(Struct, frozen=True):
-    """What to do. ``dtype`` is what the bundle will store: bytes depend on it."""
+    """What to do. ``dtype`` is what the bundle will store: bytes depend on it. The last two are `Bounds`, in bytes."""
 
     clusters: int | Literal["auto"] = "auto"
     rank: int = 16
@@ -38,6 +42,8 @@ class ClusterOptions(Struct, frozen=True):
     seed: int = 0
     weights: Weights = "adapter"
     device: str = "auto"
+    memory: int | None = None
+    device_memory: int | None = None
 
 
 class ClusterReport(Struct, frozen=True, kw_only=True):
@@ -87,12 +93,15 @@ def cluster(
         raise UsageError(f"--rank {options.rank}: must be at least 1")
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     check_clusters(options.clusters, len(collection.adapters))
-    with progress.stage("reading adapters", len(collection.adapters)) as advance:
-        scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device)
-    for skipped in scanned.collection.skipped:
-        progress.note(f"left out {skipped.name}: {skipped.reason}")
-    check_clusters(options.clusters, len(scanned.collection.adapters))
-    assignment, similarity = _assign(scanned, options, device, progress)
+    within = room(device, collection, Bounds(options.memory, options.device_memory))
+    with at_most(within.workers), team.joined():
+        with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
+            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
+        for skipped in scanned.collection.skipped:
+            progress.note(f"left out {skipped.name}: {skipped.reason}")
+        check_clusters(options.clusters, len(scanned.collection.adapters))
+        updates = scanned.updates(options.weights, device, within.budget)
+        assignment, similarity = _assign(scanned, updates, options, progress)
     errors = [adapter.squared_error for adapter in assignment.adapters]
     report = ClusterReport(
         output=str(output),
@@ -111,11 +120,8 @@ def cluster(
     return Clustered(assignment, report, similarity.numpy())
 
 
-def _assign(
-    scanned: Scan, options: ClusterOptions, device: torch.device, progress: Progress
-) -> tuple[Assignment, Tensor]:
+def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: Progress) -> tuple[Assignment, Tensor]:
     collection, rank, seed = scanned.collection, options.rank, options.seed
-    updates = scanned.updates(options.weights, device)
     probes = Probes(updates, rank)
     candidates: list[Candidate] = []
     if options.clusters == "auto":
@@ -125,7 +131,12 @@ def _assign(
     else:
         tried = probes.cluster(options.clusters, seed=seed)
         clustering = settle(updates, tried.labels, rank, seed=seed, progress=progress)
-    held_out = held_out_errors(probes.updates, clustering.labels, rank, seed=seed)
+    held_out, near = team.from_first(
+        lambda: (
+            held_out_errors(probes.updates, clustering.labels, rank, seed=seed),
+            near_duplicates(updates, seed=seed, progress=progress),
+        )
+    )
     names = [adapter.name for adapter in collection.adapters]
     adapters = _adapters(names, scanned.digests(), clustering, held_out, probes.similarity)
     assignment = Assignment(
@@ -140,8 +151,8 @@ def _assign(
         clusters=_clusters(clustering, probes.similarity),
         outliers=_outliers(adapters, (scanned.norms.sum(1) > 0).tolist()),
         near_duplicates=[
-            NearDuplicate(first=names[near.first], second=names[near.second], squared_distance=near.squared_distance)
-            for near in near_duplicates(updates, seed=seed, progress=progress)
+            NearDuplicate(first=names[each.first], second=names[each.second], squared_distance=each.squared_distance)
+            for each in near
         ],
         candidates=candidates,
         objective=clustering.objective,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import team
 from ..bundle import TensorFileReader, write_tensors
 from ..files import sha256_file
 from ..progress import Progress
@@ -44,6 +45,12 @@ class Pieces:
         found = {match[1]: self._folder / match[0] for match in map(_NAME.fullmatch, os.listdir(self._folder)) if match}
         self._files = found
         self._readers = {name: reader for name, reader in self._readers.items() if name in found}
+
+    def wait(self) -> None:
+        """Return when all processes have stored what they are storing, and all know of it."""
+        if team.size() > 1:
+            team.gathered(None)
+            self.look()
 
     def check(self) -> None:
         """Remove all that is not a whole piece. For what an earlier run left, before any of it is used."""

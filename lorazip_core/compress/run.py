@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from msgspec import Struct
-from torch import Tensor
 
+from .. import team
 from ..adapter import Collection, open_collection
 from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
@@ -20,13 +20,15 @@ from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, i
 from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
-from ..files import check_output, resumable_directory
+from ..files import Building, check_output, resumable_directory
+from ..memory import Bounds, room
+from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..summary import Summary, summarise
 from ..updates import Updates
-from ..workers import in_order
+from ..workers import at_most, in_order
 from .assemble import Assembly
 from .individual import Kept, individual_piece, keep_individually, stored
 from .key import work_key
@@ -133,18 +135,43 @@ def compress(
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
-    with resumable_directory(output, force=force, replaceable=is_bundle) as building, _heard(progress):
-        with progress.stage("reading adapters", len(collection.adapters)) as advance:
-            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device)
+    within = room(device, collection, Bounds(options.memory, options.device_memory))
+    with (
+        at_most(within.workers),
+        team.joined(),
+        _building(output, force) as building,
+        _heard(progress),
+    ):
+        with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
+            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = Pieces(building.work(work_key(scanned, options, device)))
-        pieces.check()
-        run = _Run(scanned, _ranks(scanned.collection), options, device, pieces, progress)
+        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, within.budget)))
+        run = _Run(scanned, options, device, within.budget, pieces, progress)
         encoded, clusters = run.encode()
-        manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-    return _report(output, manifest, size, time.monotonic() - started)
+
+        def assembled() -> CompressReport:
+            assert building is not None
+            manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
+            return _report(output, manifest, size, time.monotonic() - started)
+
+        report = team.from_first(assembled)
+    return report
+
+
+def _building(output: Path, force: bool) -> AbstractContextManager[Building | None]:
+    """The directory that becomes the bundle, which is the affair of the first process alone."""
+    if team.is_first():
+        return resumable_directory(output, force=force, replaceable=is_bundle)
+    return nullcontext()
+
+
+def _pieces(building: Building | None, key: str) -> Pieces:
+    assert building is not None
+    pieces = Pieces(building.work(key))
+    pieces.check()
+    return pieces
 
 
 @contextmanager
@@ -160,13 +187,12 @@ def _heard(progress: Progress) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One compression. Between its two steps there is nothing but pieces, and what they tell.
-
-    """
+    """One compression. Between its two steps there is nothing but pieces, and what they tell."""
 
     scanned: Scan
     options: CompressOptions
     device: torch.device
+    budget: Budget
     pieces: Pieces
     progress: Progress
 
@@ -177,7 +203,7 @@ class _Run:
         options = self.options
         if options.method != "svd":
             assert options.kept_rank is not None
-            updates = self.scanned.updates(options.weights, self.device)
+            updates = self.scanned.updates(options.weights, self.device, self.budget)
             labels = self._labels(updates, options.kept_rank)
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
@@ -215,7 +241,9 @@ class _Run:
             return _assigned(self.scanned, updates, self.options, rank, self.progress)
         if LABELS not in self.pieces:
             found = _assigned(self.scanned, updates, self.options, rank, self.progress)
-            self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
+            if team.is_first():
+                self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
+            return found
         labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
         return labels
 
@@ -236,16 +264,18 @@ class _Run:
                 device=self.device,
             ).store(number, self.pieces)
 
+        own = [alone[position] for position in team.dealt(len(alone))]
         with (
-            self.progress.stage("keeping adapters individually", len(alone)) as advance,
-            closing(in_order(keep, alone, self.device)) as results,
+            self.progress.stage("keeping adapters individually", len(own)) as advance,
+            closing(in_order(keep, own, self.device)) as results,
         ):
-            for number, kept in zip(alone, results, strict=True):
+            for number, kept in zip(own, results, strict=True):
                 if options.method != "svd":
                     how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
                     reason = f"it would exceed --max-error {options.max_error}"
                     self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
                 advance(1)
+        self.pieces.wait()
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import team
 from ..factorise import Shared, encode_diag, encode_joint
 from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
@@ -96,7 +97,8 @@ def encode_clusters(
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
     with progress.stage("fitting bases", generation.problems) as advance:
-        encode_packs(job, generation, range(len(generation.packs)), pieces, advance)
+        encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+    pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
     if max_error is None:
         return encoded
@@ -111,7 +113,8 @@ def encode_clusters(
         if refit:
             generation = generation.after(job, labels, changed)
             with progress.stage("fitting bases again", generation.problems) as advance:
-                encode_packs(job, generation, range(len(generation.packs)), pieces, advance)
+                encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+            pieces.wait()
             places = places | generation.places()
         encoded = read_encoded(job, labels, places, pieces)
     return encoded
@@ -128,19 +131,21 @@ def encode_packs(
     def load(number: int) -> PackInput:
         return load_pack(job.updates, generation.packs[number], generation.labels)
 
-    def encode(number: int, loaded: PackInput | None = None) -> None:
+    def encode(number: int, loaded: PackInput | None = None) -> int:
         tensors: dict[str, Tensor] = {}
         for problem, shared in encode_pack(job, generation.packs[number], loaded or load(number)).items():
             tensors |= _to_store(problem, shared)
         pieces.write(generation.piece(number), tensors)
+        return len(generation.packs[number])
 
+    done: Generator[int, None, None]
     if job.updates.quick:
         done = in_order(encode, missing, job.updates.device)
     else:
         done = (encode(number, loaded) for number, loaded in zip(missing, loaded_ahead(load, missing), strict=True))
     with closing(done):
-        for number, _ in zip(missing, done, strict=True):
-            advance(len(generation.packs[number]))
+        for problems in done:
+            advance(problems)
 
 
 class PackInput(NamedTuple):

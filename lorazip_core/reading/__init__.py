@@ -5,8 +5,20 @@ strided view, if all of them fit there; else in turns, and a module is read from
 """
 
 from .groups import by_layout
-from .intake import Intake, take_in
+from .intake import Intake, Verify, take_in
 from .placement import HOST, Placement, place, stays
 from .stacks import Files, Resident, Stacks
 
-__all__ = ["HOST", "Files", "Intake", "Placement", "Resident", "Stacks", "by_layout", "place", "stays", "take_in"]
+__all__ = [
+    "HOST",
+    "Files",
+    "Intake",
+    "Placement",
+    "Resident",
+    "Stacks",
+    "Verify",
+    "by_layout",
+    "place",
+    "stays",
+    "take_in",
+]

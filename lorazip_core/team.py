@@ -1,0 +1,85 @@
+"""Several processes at one job, as ``torchrun`` starts them: who does what, and how all come to know the same.
+
+They run the same program. What takes long is dealt out, and results are gathered in the order of the work, so that
+they do not depend on how many processes there are. Messages go through gloo and main memory, whatever the devices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=12)  # one process may work on while the others have nothing to do; torchrun notices a death
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """The number of this one."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Its number among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return rank() == 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that ``torchrun`` started; nothing happens where there is only this one."""
+    if size() == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered(own: T) -> list[T]:
+    """What every process has, in their order."""
+    if size() == 1:
+        return [own]
+    found: list[T | None] = [None] * size()
+    dist.all_gather_object(found, own)
+    return found  # type: ignore[return-value]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, for all."""
+    if size() == 1:
+        return make()
+    found: list[T | None] = [make() if is_first() else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
+
+
+def dealt(count: int) -> range:
+    """The numbers out of 0 … ``count`` − 1 that are this process's work."""
+    return range(rank(), count, size())
+
+
+def in_turn(own: Iterator[T], count: int) -> Iterator[T]:
+    """The results of all ``count`` pieces of work, in their order, where ``own`` yields those that were `dealt`."""
+    if size() == 1:
+        yield from own
+        return
+    for start in range(0, count, size()):
+        mine = next(own) if start + rank() < count else None
+        yield from gathered(mine)[: count - start]  # type: ignore[misc]
