@@ -16,7 +16,7 @@ from .bundle import SourceEntry, Weights
 from .errors import AdapterError, AdapterErrors
 from .files import canonical_json, sha256_bytes
 from .lock import LOCK_NAME, LockedAdapter, Origin, read_lock
-from .packs import Budget
+from .packs import CPU_BUDGET, Budget
 from .progress import Advance
 from .reading import HOST, Files, Intake, Placement, Resident, Stacks, Verify, by_layout, take_in
 from .updates import Updates
@@ -37,7 +37,7 @@ class Scan:
     resident: Resident | None
     """The tensors, where they stayed on the device."""
 
-    def updates(self, per: Weights, device: torch.device, budget: Budget) -> Updates:
+    def updates(self, per: Weights, device: torch.device, budget: Budget = CPU_BUDGET) -> Updates:
         """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
         resident = self.resident if device == self.device else None
         stacks = Stacks(self.collection, device, resident or Files(self.collection.adapters, device))

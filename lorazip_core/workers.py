@@ -39,7 +39,9 @@ def at_most(workers: int) -> Iterator[None]:
         _limit = before
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Generator[R, None, None]:
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], device: torch.device, *, workers: int = _MOST
+) -> Generator[R, None, None]:
     """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
 
     Few results wait at any time, so that a slow consumer does not fill the memory. Whoever may not use them all closes
@@ -49,7 +51,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], device: torch.devic
         yield from map(function, items)
         return
     threads = torch.get_num_threads()
-    workers = min(_limit, cores())
+    workers = min(workers, _limit, cores())
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[R]] = deque()
     try:

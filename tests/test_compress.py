@@ -23,7 +23,6 @@ from lorazip_core.bundle import AdapterEntry, Bundle
 from lorazip_core.compress import CompressOptions, CompressReport, compress
 from lorazip_core.errors import AdapterError, AdapterErrors, LocalError, LorazipError, OutputExists, UsageError
 from lorazip_core.files import safe_name, tree
-from lorazip_core.originals import RELATIVE_TOLERANCE
 from lorazip_core.progress import Advance
 from lorazip_core.verify import VerifyReport, verify
 
@@ -75,6 +74,10 @@ def entry_of(bundle: Path, name: str) -> AdapterEntry:
     return next(entry for entry in Bundle(bundle).manifest.adapters if entry.name == name)
 
 
+# A scale like 1/3 folded into float32 factors moves an error of 10⁻⁷ by up to this.
+UNSEEN = 1e-10
+
+
 def contents(bundle: Path) -> dict[str, bytes]:
     return {name: (bundle / name).read_bytes() for name in tree(bundle)}
 
@@ -106,11 +109,9 @@ def test_every_method_on_a_mixed_collection(mixed: Path, tmp_path: Path, options
         total = sum(norms.values())
         shares = [lost[module] / norms[module] if norms[module] else 0.0 for module in updates]
         assert entry["squared_norm"] == pytest.approx(total, rel=1e-6)
-        assert entry["squared_error"] == pytest.approx(
-            sum(lost.values()) / total if total else 0, rel=RELATIVE_TOLERANCE, abs=1e-13
-        )
-        assert entry["mean_module_squared_error"] == pytest.approx(np.mean(shares), rel=RELATIVE_TOLERANCE, abs=1e-13)
-        assert entry["worst_module"]["squared_error"] == pytest.approx(max(shares), rel=1e-5, abs=1e-13)
+        assert entry["squared_error"] == pytest.approx(sum(lost.values()) / total if total else 0, rel=1e-5, abs=UNSEEN)
+        assert entry["mean_module_squared_error"] == pytest.approx(np.mean(shares), rel=1e-5, abs=UNSEEN)
+        assert entry["worst_module"]["squared_error"] == pytest.approx(max(shares), rel=1e-5, abs=UNSEEN)
         if options.max_error is not None:
             assert sum(lost.values()) <= options.max_error * total
         assert reader.config(name) == json.loads((mixed / name / "adapter_config.json").read_text())

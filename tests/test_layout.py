@@ -19,7 +19,7 @@ ROWS = [
         *{"linalg", "stack", "batch", "packs", "updates", "measure", "summary", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
-    {"reading", "scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
+    {"reading", "memory", "scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
 ]
 ENCODER = {"batch", "joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import random_adapters as ra
+import torch
 from msgspec.structs import replace
 from recorder import Recorder
 
@@ -24,6 +25,7 @@ from lorazip_core.bundle import Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.errors import AdapterErrors, Interrupted, OutputExists
 from lorazip_core.export import export
+from lorazip_core.packs import Budget
 from lorazip_core.progress import Advance
 
 # Two generations of bases, adapters that are kept individually, and clusters that are found.
@@ -88,6 +90,18 @@ def go_on(adapters: Path, out: Path, options: CompressOptions = OPTIONS) -> str 
     compress(adapters, out, options, progress=progress)
     assert os.listdir(out.parent) == ["out"]
     return next((note for note in progress.notes if "interrupted" in note), None)
+
+
+@pytest.fixture(autouse=True)
+def one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs are solved by this thread, so that it is known how many are finished when it is interrupted."""
+
+    def in_order(
+        function: Callable[[object], object], items: Iterable[object], device: torch.device, *, workers: int = 1
+    ) -> Generator[object, None, None]:
+        yield from map(function, items)
+
+    monkeypatch.setattr(lorazip_core.compress.shared, "in_order", in_order)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +326,7 @@ def test_several_shards_from_several_packs(adapters: Path, tmp_path: Path, monke
     compress(adapters, tmp_path / "whole", options)
     packs = lorazip_core.compress.shared.packs
     monkeypatch.setattr(
-        lorazip_core.compress.shared, "packs", lambda sizes, shapes: packs(sizes, shapes, budget=1, most_modules=1)
+        lorazip_core.compress.shared, "packs", lambda sizes, shapes, budget: packs(sizes, shapes, Budget(1, 1))
     )
     compress(adapters, tmp_path / "cut", options)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,6 +27,7 @@ _MANY = 2**14  # updates in a collection: of more, the search for bases is the q
 
 Labels = list[int | None]
 """The cluster of every adapter; None for one that is kept individually."""
+_CPU = torch.device("cpu")
 LABELS = "labels"  # the piece that holds those that took long to find
 
 
@@ -131,18 +132,20 @@ def encode_packs(
     def load(number: int) -> PackInput:
         return load_pack(job.updates, generation.packs[number], generation.labels)
 
-    def encode(number: int, loaded: PackInput | None = None) -> int:
-        tensors: dict[str, Tensor] = {}
-        for problem, shared in encode_pack(job, generation.packs[number], loaded or load(number)).items():
-            tensors |= _to_store(problem, shared)
-        pieces.write(generation.piece(number), tensors)
-        return len(generation.packs[number])
+    def solve(number: int, loaded: PackInput) -> tuple[int, dict[Problem, Shared]]:
+        return number, encode_pack(job, generation.packs[number], loaded)
 
-    done: Generator[int, None, None]
-    if job.updates.quick:
-        done = in_order(encode, missing, job.updates.device)
-    else:
-        done = (encode(number, loaded) for number, loaded in zip(missing, loaded_ahead(load, missing), strict=True))
+    def store(solved: tuple[int, dict[Problem, Shared]]) -> int:
+        number, of = solved
+        tensors = {name: tensor for each in of.items() for name, tensor in _to_store(*each).items()}
+        pieces.write(generation.piece(number), tensors)
+        return len(of)
+
+    if job.updates.device.type == "cpu":
+        done = in_order(lambda number: store(solve(number, load(number))), missing, _CPU)
+    else:  # what is solved is stored by another thread, and what is slow to load is loaded by one
+        inputs = map(load, missing) if job.updates.quick else loaded_ahead(load, missing)
+        done = in_order(store, map(solve, missing, inputs), _CPU, workers=1)
     with closing(done):
         for problems in done:
             advance(problems)
