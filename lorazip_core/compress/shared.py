@@ -127,7 +127,8 @@ def encode_packs(
     """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is called with the problems of each."""
     numbers = list(numbers)
     missing = [number for number in numbers if generation.piece(number) not in pieces]
-    advance(sum(len(generation.packs[number]) for number in numbers) - sum(len(generation.packs[n]) for n in missing))
+    if there := sum(len(generation.packs[number]) for number in numbers if number not in missing):
+        advance(there)
 
     def load(number: int) -> PackInput:
         return load_pack(job.updates, generation.packs[number], generation.labels)
