@@ -29,6 +29,7 @@ from .workers import in_order
 _PROBES = 4
 _STARTS = 2
 _ROUNDS = 20
+_TRIAL_ROUNDS, _FINALISTS = 3, 2  # of every start, and those that go on
 _CLIMB = 2  # polishing rounds of every basis between two reassignments
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()
@@ -64,11 +65,14 @@ class Probes:
         self._order = updates.norms.sum(1).argsort(stable=True)
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind."""
-        reached = (
-            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed)
-            for labels in self._starts(clusters, starts, torch.Generator().manual_seed(seed))
-        )
+        """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
+        generator = torch.Generator().manual_seed(seed)
+        tried = [
+            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
+            for labels in self._starts(clusters, starts, generator)
+        ]
+        best = sorted(tried, key=lambda clustering: clustering.objective[-1])[:_FINALISTS]
+        reached = [settle(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
         return min(reached, key=lambda clustering: clustering.objective[-1])
 
     def _starts(self, clusters: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -85,7 +89,13 @@ class Probes:
 
 
 def settle(
-    updates: Updates, labels: Sequence[int], rank: int, *, seed: int, progress: Progress = _SILENT
+    updates: Updates,
+    labels: Sequence[int],
+    rank: int,
+    *,
+    seed: int,
+    rounds: int = _ROUNDS,
+    progress: Progress = _SILENT,
 ) -> Clustering:
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
@@ -93,7 +103,7 @@ def settle(
     groups = updates.modules_at_once()
     own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
     objective: list[float] = []
-    for round_ in range(1, _ROUNDS + 1):
+    for round_ in range(1, rounds + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
         improve = partial(_Modules.improved, labels=current)
@@ -106,7 +116,7 @@ def settle(
                 advance(len(found))
         objective.append(float(weighted.gather(1, current[:, None]).sum()))
         moved = _reassigned(weighted, current)
-        if round_ == _ROUNDS or bool((moved == current).all()):
+        if round_ == rounds or bool((moved == current).all()):
             break
         current = moved
     order = list(dict.fromkeys(current.tolist()))

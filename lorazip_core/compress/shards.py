@@ -17,6 +17,7 @@ from .pieces import Pieces
 from .shared import Encoded, tensor_name
 
 SHARD_ADAPTERS = 512
+_WRITERS = 4  # more are in each other's way: every other step is one of the interpreter
 
 _SIDES: tuple[Literal["u", "v"], ...] = ("u", "v")
 _CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ class ClusterFiles:
         def cores(shard: tuple[int, ShardEntry]) -> None:
             self._cores(shard[1], problems[clusters[shard[0]]])
 
-        with closing(in_order(bases, range(len(clusters)), _CPU)) as written:
+        with closing(in_order(bases, range(len(clusters)), _CPU, workers=_WRITERS)) as written:
             files = list(written)
         entries = []
         for new, (cluster, file) in enumerate(zip(clusters, files, strict=True)):
@@ -61,7 +62,7 @@ class ClusterFiles:
             ]
             entries.append(ClusterEntry(method, self._rank(problems[cluster]), file.path, shards))
         every = [(new, shard) for new, entry in enumerate(entries) for shard in entry.shards]
-        with closing(in_order(cores, every, _CPU)) as done:
+        with closing(in_order(cores, every, _CPU, workers=_WRITERS)) as done:
             for _ in done:
                 pass
         return entries
