@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -265,6 +266,7 @@ class _Run:
             ).store(number, self.pieces)
 
         own = [alone[position] for position in team.dealt(len(alone))]
+        notes: list[tuple[int, str]] = []
         with (
             self.progress.stage("keeping adapters individually", len(own)) as advance,
             closing(in_order(keep, own, self.device)) as results,
@@ -273,9 +275,11 @@ class _Run:
                 if options.method != "svd":
                     how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
                     reason = f"it would exceed --max-error {options.max_error}"
-                    self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
+                    notes.append((number, f"kept {adapters[number].name} {how}: {reason}"))
                 advance(1)
         self.pieces.wait()
+        for _, note in sorted(chain.from_iterable(team.gathered(notes))):
+            self.progress.note(note)
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:
