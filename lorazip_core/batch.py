@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from .stack import Stack
 
 _AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in what a step makes besides its result, at the most
+_CANCELLED = 1e-7  # of ‖D‖²: of smaller errors, the sum of three terms loses too many digits
 _MOST_IN_CHUNK = 64  # adapters: what a large problem makes on the way is made for some of its chunks at a time
 _PADDING = 1.25  # times the rows there are, at the most, for chunks as large as that allows
 
@@ -314,15 +316,11 @@ class Batch:
         Σ_i = (UᵀU)⁻¹ Uᵀ D_i V (VᵀV)⁻¹, for bases that need not be quite orthonormal. ``store`` rounds what is kept of
         it, [T, R_U, R_V], and errors are those of what is kept. All of it in float64, a slice at a time.
         """
-        u, v = u.double(), v.double()
-        grams = u.mT @ u, v.mT @ v
-        inverses = [torch.linalg.inv(gram) for gram in grams]
+        bases = _Bases.of(u, v)
         cores, errors = [], []
         for part in self._parts:
-            found = [
-                _encoded(part, chunks, (u, v), grams[0], (inverses[0], inverses[1]), store)
-                for chunks in torch.split(torch.arange(len(part.bt), device=u.device), part.chunks_at_once)
-            ]
+            slices = torch.split(torch.arange(len(part.bt), device=u.device), part.chunks_at_once)
+            found = [_encoded(part, chunks, bases, store) for chunks in slices]
             cores.append(torch.cat([each for each, _ in found]))
             errors.append(torch.cat([each for _, each in found]))
         return self._in_order(cores), self._in_order(errors)
@@ -354,27 +352,51 @@ def _times_gram(part: _Part, rows: Tensor, x: Tensor) -> Tensor:
     return (own @ own.mT @ part.per_adapter(x)).flatten(1, 2)
 
 
-def _encoded(
-    part: _Part,
-    chunks: Tensor,
-    bases: tuple[Tensor, Tensor],
-    gram: Tensor,
-    inverses: tuple[Tensor, Tensor],
-    store: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
+class _Bases(NamedTuple):
+    """Bases of P problems in float64, with UᵀU and its inverse, and likewise for V."""
+
+    u: Tensor
+    v: Tensor
+    gram_u: Tensor
+    gram_v: Tensor
+    inverse_u: Tensor
+    inverse_v: Tensor
+
+    @classmethod
+    def of(cls, u: Tensor, v: Tensor) -> _Bases:
+        u, v = u.double(), v.double()
+        grams = u.mT @ u, v.mT @ v
+        return cls(u, v, *grams, *map(torch.linalg.inv, grams))
+
+
+def _encoded(part: _Part, chunks: Tensor, bases: _Bases, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """`Batch.encoded` for some chunks: cores [N, c, R_U, R_V] as kept, and errors [N, c].
+
+    ‖D − U Σ Vᵀ‖² = ‖D‖² − 2⟨Uᵀ D V, Σ⟩ + ⟨UᵀU Σ, Σ VᵀV⟩, and where that cancels, what `_small_errors` says.
+    """
+    of = part.placed.chunks.of[chunks]
+    own = _Bases(*(each[of] for each in bases))
+    bt, a = part.bt[chunks].double(), part.a[chunks].double()
+    y, x = part.per_adapter(bt @ own.u), part.per_adapter(a @ own.v)
+    projected = y.mT @ x
+    cores = store(own.inverse_u[:, None] @ projected @ own.inverse_v[:, None])
+    kept = cores.double()
+    per_b, per_a = part.per_adapter(bt), part.per_adapter(a)
+    norms = (per_b @ per_b.mT * (per_a @ per_a.mT)).sum((2, 3))
+    errors = norms + ((own.gram_u[:, None] @ kept @ own.gram_v[:, None] - 2 * projected) * kept).sum((2, 3))
+    small = (errors <= _CANCELLED * norms).any(1).nonzero()[:, 0]
+    if len(small):
+        errors[small] = _small_errors(bt[small], a[small], _Bases(*(each[small] for each in own)), kept[small], part)
+    return cores, errors
+
+
+def _small_errors(bt: Tensor, a: Tensor, own: _Bases, cores: Tensor, part: _Part) -> Tensor:
+    """‖D − U Σ Vᵀ‖² [N, c], of which no digit is lost, for rows [N, c·r, d].
 
     With P = (UᵀU)⁻¹ Uᵀ, D − U Σ Vᵀ = (B − U P B) A + U (P B A − Σ Vᵀ). The two are orthogonal, and nothing cancels.
     """
-    of = part.placed.chunks.of[chunks]
-    u, v = (basis[of] for basis in bases)
-    bt, a = part.bt[chunks].double(), part.a[chunks].double()
-    y, x = bt @ u, a @ v
-    inside = y @ inverses[0][of]  # the rows of (P B)ᵀ
-    projected = part.per_adapter(inside).mT  # P B
-    cores = store(projected @ part.per_adapter(x @ inverses[1][of]))
-    outside = part.per_adapter(bt - inside @ u.mT)
-    own_a = part.per_adapter(a)
-    rest = projected @ own_a - cores.double() @ v.mT[:, None]
-    lost = (outside @ outside.mT * (own_a @ own_a.mT)).sum((2, 3))
-    return cores, lost + (gram[of][:, None] @ rest * rest).sum((2, 3))
+    inside = bt @ own.u @ own.inverse_u  # the rows of (P B)ᵀ
+    outside, per_a = part.per_adapter(bt - inside @ own.u.mT), part.per_adapter(a)
+    rest = part.per_adapter(inside).mT @ per_a - cores @ own.v.mT[:, None]
+    lost = (outside @ outside.mT * (per_a @ per_a.mT)).sum((2, 3))
+    return lost + (own.gram_u[:, None] @ rest * rest).sum((2, 3))

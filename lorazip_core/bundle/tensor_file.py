@@ -76,6 +76,7 @@ class TensorFileWriter:
             if layout.dtype not in _CODES:
                 raise LocalError(f"{path}: tensor {name}: safetensors has no {layout.dtype}", "leave the adapter out")
         self.order = sorted(layouts, key=lambda name: (-_PLACES[layouts[name].dtype], name))
+        self._place = {name: place for place, name in enumerate(self.order)}
         self.size_bytes = 0
         self.sha256 = ""
         self._layouts = layouts
@@ -108,7 +109,7 @@ class TensorFileWriter:
     def append_bytes(self, name: str, data: bytes | memoryview) -> None:
         """The next bytes of the tensor ``name``, as the file has them."""
         if self._at < 0 or self.order[self._at] != name:
-            self._pass_to(self.order.index(name))
+            self._pass_to(self._place[name])
             self._missing = self._layouts[name].size_bytes
         self._missing -= len(data)
         if self._missing < 0:

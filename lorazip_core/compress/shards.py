@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .shared import Encoded, tensor_name
 
 SHARD_ADAPTERS = 512
 
+_SIDES: tuple[Literal["u", "v"], ...] = ("u", "v")
 _CPU = torch.device("cpu")
 
 
@@ -69,7 +71,7 @@ class ClusterFiles:
         sources = {
             f"{self.modules[problem.module]}.{field.upper()}": (problem, tensor_name(problem, field))
             for problem in problems
-            for field in "uv"
+            for field in _SIDES
         }
         layouts = {name: self._layout(*source) for name, source in sources.items()}
         with self.writer.tensors(path, layouts) as file:
@@ -94,8 +96,10 @@ class ClusterFiles:
             for name in file.order:
                 problem, wanted = sources[name]
                 piece = self.pieces.read(self.encoded.places[problem])
-                rows = torch.searchsorted(piece.tensor(tensor_name(problem, "members")), wanted)
-                for data in piece.rows(tensor_name(problem, "cores"), _runs(rows.tolist())):
+                there = self.encoded.rows[problem]
+                all_of_it = len(there) == len(wanted)
+                runs = [(0, len(there))] if all_of_it else _runs(torch.searchsorted(there, wanted).tolist())
+                for data in piece.rows(tensor_name(problem, "cores"), runs):
                     file.append_bytes(name, data)
 
     def _layout(self, problem: Problem, tensor: str) -> TensorLayout:
@@ -103,7 +107,9 @@ class ClusterFiles:
 
     def _rank(self, problems: list[Problem]) -> int:
         """The largest number of columns of any basis."""
-        return max(self._layout(problem, tensor_name(problem, side)).shape[1] for problem in problems for side in "uv")
+        return max(
+            self._layout(problem, tensor_name(problem, side)).shape[1] for problem in problems for side in _SIDES
+        )
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ _MANY = 2**14  # updates in a collection: of more, the search for bases is the q
 Labels = list[int | None]
 """The cluster of every adapter; None for one that is kept individually."""
 _CPU = torch.device("cpu")
+_PROBLEMS, _MEMBERS, _ERRORS = "problems", "members", "squared_errors"
 LABELS = "labels"  # the piece that holds those that took long to find
 
 
@@ -83,12 +84,13 @@ class Generation:
 class Encoded:
     """What is to be stored: who is in which cluster, and for every problem the piece that has its solution.
 
-    A piece may have rows of adapters that have left its cluster since. ``lost`` [n, M] is ‖D_im − D̂_im‖² in float64,
-    0 for adapters that are in no cluster.
+    ``rows`` are the adapters that a problem's cores belong to, of which some may have left its cluster since. ``lost``
+    [n, M] is ‖D_im − D̂_im‖² in float64, 0 for adapters that are in no cluster.
     """
 
     labels: Labels
     places: dict[Problem, str]
+    rows: dict[Problem, Tensor]
     lost: Tensor
 
 
@@ -133,7 +135,8 @@ def encode_packs(
     """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is called with the problems of each."""
     numbers = list(numbers)
     missing = [number for number in numbers if generation.piece(number) not in pieces]
-    advance(sum(len(generation.packs[number]) for number in numbers) - sum(len(generation.packs[n]) for n in missing))
+    if there := sum(len(generation.packs[number]) for number in numbers if number not in missing):
+        advance(there)
 
     def load(number: int) -> PackInput:
         return load_pack(job.updates, generation.packs[number], generation.labels)
@@ -143,8 +146,7 @@ def encode_packs(
 
     def store(solved: tuple[int, dict[Problem, Shared]]) -> int:
         number, of = solved
-        tensors = {name: tensor for each in of.items() for name, tensor in _to_store(*each).items()}
-        pieces.write(generation.piece(number), tensors)
+        pieces.write(generation.piece(number), _to_store(of))
         return len(of)
 
     if job.updates.device.type == "cpu":
@@ -204,31 +206,38 @@ def read_encoded(job: SharedJob, labels: Labels, places: dict[Problem, str], pie
     """What the pieces say of adapters with these ``labels``: who lost how much, and which bases are still of use."""
     lost = torch.zeros(job.updates.ranks.shape, dtype=torch.float64)
     numbered = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
-    kept = {}
-    for problem, name in places.items():
+    kept, rows = {}, {}
+    for name in dict.fromkeys(places.values()):
         reader = pieces.read(name)
-        members = reader.tensor(tensor_name(problem, "members"))
-        own = numbered[members] == problem.cluster
-        if own.any():
-            kept[problem] = name
-            lost[members[own], problem.module] = reader.tensor(tensor_name(problem, "squared_errors"))[own]
-    return Encoded(labels, kept, lost)
+        problems = [(Problem(cluster, module), count) for cluster, module, count in reader.tensor(_PROBLEMS).tolist()]
+        counts = [count for _, count in problems]
+        members, errors = (torch.split(reader.tensor(each), counts) for each in (_MEMBERS, _ERRORS))
+        for (problem, _), held, found in zip(problems, members, errors, strict=True):
+            own = numbered[held] == problem.cluster
+            if places.get(problem) == name and own.any():
+                kept[problem], rows[problem] = name, held
+                lost[held[own], problem.module] = found[own]
+    return Encoded(labels, kept, rows, lost)
 
 
-def tensor_name(problem: Problem, field: str) -> str:
+def tensor_name(problem: Problem, field: Literal["u", "v", "cores"]) -> str:
     """What a tensor of a problem's solution is called in its piece; the fields are those of `Shared`."""
     return f"{problem.cluster}.{problem.module}.{field}"
 
 
-def _to_store(problem: Problem, shared: Shared) -> dict[str, Tensor]:
-    fields = {
-        "u": shared.u,
-        "v": shared.v,
-        "cores": shared.cores,
-        "members": torch.tensor(shared.members, dtype=torch.int64),
-        "squared_errors": shared.squared_errors,
-    }
-    return {tensor_name(problem, field): tensor for field, tensor in fields.items()}
+def _to_store(solved: dict[Problem, Shared]) -> dict[str, Tensor]:
+    """The tensors of every problem; and of all together [P, 3] cluster, module and number of adapters, and after each
+    other the adapters and their errors."""
+    tensors: dict[str, Tensor] = {}
+    for problem, shared in solved.items():
+        tensors[tensor_name(problem, "u")] = shared.u
+        tensors[tensor_name(problem, "v")] = shared.v
+        tensors[tensor_name(problem, "cores")] = shared.cores
+    counts = [[*problem, len(shared.members)] for problem, shared in solved.items()]
+    tensors[_PROBLEMS] = torch.tensor(counts, dtype=torch.int64)
+    tensors[_MEMBERS] = torch.tensor([member for shared in solved.values() for member in shared.members])
+    tensors[_ERRORS] = torch.cat([shared.squared_errors for shared in solved.values()])
+    return tensors
 
 
 def _alone(labels: Labels) -> set[int]:
