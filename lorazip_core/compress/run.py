@@ -22,7 +22,7 @@ from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
 from ..files import Building, check_output, resumable_directory
-from ..memory import Bounds, room
+from ..memory import Bounds, agreed, room
 from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
@@ -143,13 +143,14 @@ def compress(
         _building(output, force) as building,
         _heard(progress),
     ):
+        budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, within.budget)))
-        run = _Run(scanned, options, device, within.budget, pieces, progress)
+        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
+        run = _Run(scanned, options, device, budget, pieces, progress)
         encoded, clusters = run.encode()
 
         def assembled() -> CompressReport:
