@@ -384,7 +384,7 @@ def _encoded(part: _Part, chunks: slice, bases: _Bases, store: Callable[[Tensor]
     per_b, per_a = part.per_adapter(bt), part.per_adapter(a)
     norms = (per_b @ per_b.mT * (per_a @ per_a.mT)).sum((2, 3))
     errors = norms + ((own.gram_u[:, None] @ kept @ own.gram_v[:, None] - 2 * projected) * kept).sum((2, 3))
-    small = (errors <= _CANCELLED * norms).any(1).nonzero()[:, 0]
+    small = (errors < _CANCELLED * norms).any(1).nonzero()[:, 0]
     if len(small):
         errors[small] = _small_errors(bt[small], a[small], _Bases(*(each[small] for each in own)), kept[small], part)
     return cores, errors

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import team
 from .adapter import Collection
 from .errors import LocalError
 from .packs import CPU_BUDGET, Budget
@@ -64,6 +65,11 @@ def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
     return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
 
 
+def agreed(own: Room) -> Room:
+    """The same with the budget that all processes work with, the least of theirs: what is cut by it is dealt out."""
+    return own._replace(budget=min(team.gathered(own.budget)))
+
+
 def _largest_module(collection: Collection) -> tuple[int, int]:
     """Numbers in the factors of all adapters in the module where these are most; and the most updates of a module."""
     numbers: Counter[str] = Counter()
@@ -98,4 +104,4 @@ def anonymous_bytes() -> int:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{-(-size // 2**20)} MiB"  # rounded up, so that what is said to be needed is enough

@@ -18,7 +18,7 @@ from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures,
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device
 from ..errors import UsageError
-from ..memory import Bounds, room
+from ..memory import Bounds, agreed, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
@@ -95,12 +95,13 @@ def cluster(
     check_clusters(options.clusters, len(collection.adapters))
     within = room(device, collection, Bounds(options.memory, options.device_memory))
     with at_most(within.workers), team.joined():
+        budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         check_clusters(options.clusters, len(scanned.collection.adapters))
-        updates = scanned.updates(options.weights, device, within.budget)
+        updates = scanned.updates(options.weights, device, budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
     errors = [adapter.squared_error for adapter in assignment.adapters]
     report = ClusterReport(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
 from ..files import Building, check_output, resumable_directory
-from ..memory import Bounds, room
+from ..memory import Bounds, agreed, room
 from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
@@ -142,13 +143,14 @@ def compress(
         _building(output, force) as building,
         _heard(progress),
     ):
+        budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, within.budget)))
-        run = _Run(scanned, options, device, within.budget, pieces, progress)
+        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
+        run = _Run(scanned, options, device, budget, pieces, progress)
         encoded, clusters = run.encode()
 
         def assembled() -> CompressReport:
@@ -265,6 +267,7 @@ class _Run:
             ).store(number, self.pieces)
 
         own = [alone[position] for position in team.dealt(len(alone))]
+        notes: list[tuple[int, str]] = []
         with (
             self.progress.stage("keeping adapters individually", len(own)) as advance,
             closing(in_order(keep, own, self.device)) as results,
@@ -273,9 +276,11 @@ class _Run:
                 if options.method != "svd":
                     how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
                     reason = f"it would exceed --max-error {options.max_error}"
-                    self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
+                    notes.append((number, f"kept {adapters[number].name} {how}: {reason}"))
                 advance(1)
         self.pieces.wait()
+        for _, note in sorted(chain.from_iterable(team.gathered(notes))):
+            self.progress.note(note)
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

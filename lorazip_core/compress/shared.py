@@ -67,8 +67,14 @@ class Generation:
         return f"pack-{self.number}-{pack}"
 
     @property
+    def own(self) -> range:
+        """The numbers of the packs that are this process's work."""
+        return team.dealt(len(self.packs))
+
+    @property
     def problems(self) -> int:
-        return sum(map(len, self.packs))
+        """How many problems these are."""
+        return sum(len(self.packs[number]) for number in self.own)
 
     def places(self) -> dict[Problem, str]:
         """The piece in which every problem's solution is."""
@@ -110,7 +116,7 @@ def encode_clusters(
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
     with progress.stage("fitting bases", generation.problems) as advance:
-        encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+        encode_packs(job, generation, generation.own, pieces, advance)
     pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
     if max_error is None:
@@ -126,7 +132,7 @@ def encode_clusters(
         if refit:
             generation = generation.after(job, labels, changed)
             with progress.stage("fitting bases again", generation.problems) as advance:
-                encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+                encode_packs(job, generation, generation.own, pieces, advance)
             pieces.wait()
             solved_in |= generation.places()
         encoded = read_encoded(job, labels, solved_in, pieces)
