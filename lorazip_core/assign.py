@@ -27,10 +27,10 @@ from .stack import Stack
 from .updates import Updates
 from .workers import in_order
 
-_PROBES = 4
+PROBES = 4
 _STARTS = 2
 _ROUNDS = 20
-_COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
+COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
 _CLIMB = 2  # polishing rounds of every basis between two reassignments
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()
@@ -58,13 +58,13 @@ class Probes:
     """A few modules of a collection, kept in memory, on which partitions are tried."""
 
     def __init__(self, updates: Updates, rank: int) -> None:
-        self.modules = updates.probes(_PROBES)
+        self.modules = updates.probes(PROBES)
         self.updates = updates.kept(self.modules)
         self._rank = rank
         # Adapters are numbered by their energy in here, so that their names decide nothing.
         self._order = updates.norms.sum(1).argsort(stable=True)
         n = len(self._order)
-        count = min(n, _COMPARED)
+        count = min(n, COMPARED)
         self._compared = self._order[torch.arange(count) * n // count]
         """The adapters of which medoids are taken: all of them, or some of every energy."""
         self._similarity = self._shared(self._compared, self._compared)

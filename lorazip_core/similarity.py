@@ -25,7 +25,7 @@ _HELD_OUT_ROUNDS = 5
 _HELD_OUT_NUMBERS = 2**24  # in a tensor of all pairs of a cluster, at the most
 _BATCH = 64  # pairs whose factors are stacked at once
 _PAIRS_AT_ONCE = 1024  # adapters, with all others
-_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # numbers in the factors whose subspaces are looked for at once
+_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in the factors whose subspaces are looked for at once
 _CPU = torch.device("cpu")
 _TINY = torch.finfo(torch.float64).tiny
 

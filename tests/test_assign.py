@@ -87,7 +87,7 @@ def test_planted_groups_are_recovered_from_the_medoids_of_a_part(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All others are put to the nearest of them, and nothing is made of all pairs."""
-    monkeypatch.setattr(assign, "_COMPARED", 10)
+    monkeypatch.setattr(assign, "COMPARED", 10)
     shapes = []
     similarity = assign.subspace_similarity
 
@@ -109,7 +109,7 @@ def test_planted_groups_are_recovered_from_the_medoids_of_a_part(
 
 
 def test_more_clusters_than_adapters_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assign, "_COMPARED", 4)
+    monkeypatch.setattr(assign, "COMPARED", 4)
     updates, _ = groups([6, 6])
     assert set(run(updates, 6)) == set(range(6))
 

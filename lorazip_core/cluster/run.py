@@ -18,7 +18,7 @@ from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures,
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device
 from ..errors import UsageError
-from ..memory import Bounds, room
+from ..memory import Bounds, Task, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
@@ -94,7 +94,8 @@ def cluster(
         raise UsageError(f"--rank {options.rank}: must be at least 1")
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     check_clusters(options.clusters, len(collection.adapters))
-    within = room(device, collection, Bounds(options.memory, options.device_memory))
+    task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
+    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     with at_most(within.workers), team.joined():
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
