@@ -158,7 +158,7 @@ def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
 
 def _too_little(option: str, bound: int | None, least: int) -> LocalError:
     return LocalError(
-        f"{option}: {_size(bound or 0)} is too little, the largest module of all adapters needs {_size(least)}",
+        f"{option}: {_size(bound or 0)} is too little, {_size(least)} is the least that this takes",
         "allow more, or compress fewer adapters at a time",
     )
 
