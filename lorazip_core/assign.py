@@ -32,7 +32,7 @@ _STARTS = 2
 _ROUNDS = 20
 _TRIAL_ROUNDS, _FINALISTS = 3, 2  # of every start, and those that go on
 COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
-_CLIMB = 2  # polishing rounds of every basis between two reassignments
+_CLIMB = 2  # polishing rounds of every basis between two reassignments, and within each of them
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()
 
@@ -188,7 +188,7 @@ class _Modules:
             first = hosvd_batch(batch.select(new.nonzero()[:, 0]), self._rank, seed=self._seed)
             self._put(used[new], first)
         here = used.to(batch.device)
-        self._put(used, climb_batch(batch, Basis(self._u[here], self._v[here]), rounds=_CLIMB))
+        self._put(used, climb_batch(batch, Basis(self._u[here], self._v[here]), rounds=_CLIMB, small_rounds=_CLIMB))
 
     def _put(self, problems: Tensor, bases: Basis) -> None:
         here = problems.to(self._u.device)

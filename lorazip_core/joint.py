@@ -163,9 +163,9 @@ def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
     return Basis(found.u[0], found.v[0])
 
 
-def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
-    """`climb` for every problem of a batch."""
-    return _climb(batch, basis, rounds)[0]
+def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS, small_rounds: int = _SMALL_ROUNDS) -> Basis:
+    """`climb` for every problem of a batch, with so many rounds of HOOI in the span of each of its rounds."""
+    return _climb(batch, basis, rounds, small_rounds=small_rounds)[0]
 
 
 def objective(cores: Tensor) -> float:
@@ -282,7 +282,9 @@ def _distances(bases: Tensor) -> Tensor:
     return rank - overlaps.sum((2, 4))
 
 
-def _climb(batch: Batch, basis: Basis, rounds: int, tolerance: float = _TOLERANCE) -> tuple[Basis, Tensor]:
+def _climb(
+    batch: Batch, basis: Basis, rounds: int, tolerance: float = _TOLERANCE, small_rounds: int = _SMALL_ROUNDS
+) -> tuple[Basis, Tensor]:
     """`climb` for every problem, and the objective reached [P] in float64.
 
     Problems that stand still leave the batch now and then, when enough of them do.
@@ -303,7 +305,7 @@ def _climb(batch: Batch, basis: Basis, rounds: int, tolerance: float = _TOLERANC
         cores = batch.chunked_cores(*wide)
         small_u, small_v = (_first(span, basis) for span, basis in zip(wide, (u, v), strict=True))
         before = _captured(cores.right_gram(small_u), small_v)[:, 0]
-        small_u, small_v, now = _hooi(cores, small_u, small_v, _SMALL_ROUNDS)
+        small_u, small_v, now = _hooi(cores, small_u, small_v, small_rounds)
         now = now[:, 0]
         better = (now > before)[:, None, None]
         new_u = torch.where(better, wide.u @ small_u[:, 0], u)

@@ -29,7 +29,7 @@ from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..summary import Summary, summarise
 from ..updates import Updates
-from ..workers import at_most, in_order
+from ..workers import at_most, in_order, threads_for
 from .assemble import Assembly
 from .individual import Kept, individual_piece, keep_individually, stored
 from .key import work_key
@@ -140,6 +140,7 @@ def compress(
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     with (
         at_most(within.workers),
+        threads_for(device),
         team.joined(),
         _building(output, force) as building,
         _heard(progress),
