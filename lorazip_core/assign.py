@@ -4,8 +4,9 @@ Alternation, as k-means does it for points: given the groups, fit a basis to eac
 bases, move each adapter to the basis of least error over all its modules. The objective never rises.
 
 It starts from several partitions, tried on a few probe modules: k-medoids, where the distance of adapter i to adapter j
-is the error of D_i in the leading singular subspaces of D_j, and random ones of equal size. Every quantity depends on
-ΔW alone, never on how B A was written.
+is the error of D_i in the leading singular subspaces of D_j, and random ones of equal size. The medoids of
+very many adapters are sought among a part of them, so that nothing grows with n². Every quantity depends on ΔW alone,
+never on how B A was written.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from . import team
 from .batch import Batch
 from .joint import Basis, climb_batch, hosvd_batch
 from .progress import Progress, Silent
-from .similarity import subspace_similarity
+from .similarity import similarity_of_all, subspace_similarity
 from .stack import Stack
 from .updates import Updates
 from .workers import in_order
 
-_PROBES = 4
+PROBES = 4
 _STARTS = 2
 _ROUNDS = 20
+_TRIAL_ROUNDS, _FINALISTS = 3, 2  # of every start, and those that go on
+COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
 _CLIMB = 2  # polishing rounds of every basis between two reassignments
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()
@@ -56,36 +59,71 @@ class Probes:
     """A few modules of a collection, kept in memory, on which partitions are tried."""
 
     def __init__(self, updates: Updates, rank: int) -> None:
-        self.modules = updates.probes(_PROBES)
+        self.modules = updates.probes(PROBES)
         self.updates = updates.kept(self.modules)
-        self.similarity = team.from_first(lambda: subspace_similarity(self.updates, rank))
         self._rank = rank
         # Adapters are numbered by their energy in here, so that their names decide nothing.
         self._order = updates.norms.sum(1).argsort(stable=True)
+        n = len(self._order)
+        count = min(n, COMPARED)
+        self._compared = self._order[torch.arange(count) * n // count]
+        """The adapters of which medoids are taken: all of them, or some of every energy."""
+        self._similarity = self._shared(self._compared, self._compared)
+
+    def similarity(self) -> Tensor:
+        """`subspace_similarity` of all adapters, [n, n]."""
+        if len(self._compared) < len(self._order):
+            return team.from_first(lambda: similarity_of_all(self.updates, self._rank))
+        place = self._order.argsort()
+        return self._similarity[place][:, place]
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind."""
-        reached = (
-            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed)
-            for labels in self._starts(clusters, starts, torch.Generator().manual_seed(seed))
-        )
+        """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
+        generator = torch.Generator().manual_seed(seed)
+        tried = [
+            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
+            for labels in self._starts(clusters, starts, generator)
+        ]
+        best = sorted(tried, key=lambda clustering: clustering.objective[-1])[:_FINALISTS]
+        reached = [settle(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
         return min(reached, key=lambda clustering: clustering.objective[-1])
 
     def _starts(self, clusters: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-        n = len(self._order)
+        n, compared = len(self._order), len(self._compared)
         if clusters in (1, n):
             yield torch.arange(n) % clusters
             return
-        distance = (1 - self.similarity)[self._order][:, self._order]
+        distance = 1 - self._similarity
         for _ in range(count):
-            # Groups that share much are found as they are; adapters that share little want clusters of equal size.
-            yield _medoids(distance, clusters, n, generator)
-            yield _medoids(distance, clusters, -(-n // clusters), generator)
+            if clusters <= compared:
+                # Groups that share much are found as they are; adapters that share little want clusters of equal size.
+                yield self._around(_medoids(distance, clusters, compared, generator), n)
+                yield self._around(_medoids(distance, clusters, -(-compared // clusters), generator), -(-n // clusters))
             yield torch.randperm(n, generator=generator) % clusters
+
+    def _around(self, medoids: list[int], capacity: int) -> Tensor:
+        """Labels [n] of clusters around ``medoids``, out of those that are compared, of at most ``capacity``."""
+        if len(self._compared) == len(self._order):
+            return _nearest(1 - self._similarity[:, medoids], medoids, capacity)
+        numbers = self._compared[medoids]
+        return _nearest(1 - self._shared(self._order, numbers), self._order.argsort()[numbers].tolist(), capacity)
+
+    def _shared(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """`subspace_similarity` of adapters in any order."""
+        (own, row), (others, column) = rows.sort(), columns.sort()
+        same = rows is columns
+        found = team.from_first(lambda: subspace_similarity(self.updates, self._rank, own, own if same else others))
+        return found[row.argsort()][:, column.argsort()]
 
 
 def settle(
-    updates: Updates, labels: Sequence[int], rank: int, *, seed: int, progress: Progress = _SILENT
+    updates: Updates,
+    labels: Sequence[int],
+    rank: int,
+    *,
+    seed: int,
+    rounds: int = _ROUNDS,
+    progress: Progress = _SILENT,
 ) -> Clustering:
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
@@ -93,7 +131,7 @@ def settle(
     groups = updates.modules_at_once()
     own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
     objective: list[float] = []
-    for round_ in range(1, _ROUNDS + 1):
+    for round_ in range(1, rounds + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
         improve = partial(_Modules.improved, labels=current)
@@ -106,7 +144,7 @@ def settle(
                 advance(len(found))
         objective.append(float(weighted.gather(1, current[:, None]).sum()))
         moved = _reassigned(weighted, current)
-        if round_ == _ROUNDS or bool((moved == current).all()):
+        if round_ == rounds or bool((moved == current).all()):
             break
         current = moved
     order = list(dict.fromkeys(current.tolist()))
@@ -179,8 +217,8 @@ def _reassigned(errors: Tensor, labels: Tensor) -> Tensor:
     return moved
 
 
-def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Generator) -> Tensor:
-    """Labels [n] of a k-medoids partition of ``distance`` [n, n] into clusters of at most ``capacity``."""
+def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Generator) -> list[int]:
+    """The medoids of a k-medoids partition of ``distance`` [n, n] into clusters of at most ``capacity``."""
     n = len(distance)
     medoids = [int(torch.randint(n, (1,), generator=generator))]
     while len(medoids) < clusters:
@@ -197,7 +235,7 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
         if better == medoids:
             break
         medoids = better
-    return labels
+    return medoids
 
 
 def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:

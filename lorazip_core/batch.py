@@ -80,6 +80,21 @@ class _Placed:
             return x.new_zeros(len(self.chunks.lengths), *x.shape[1:]).index_add_(0, self.chunks.of, x)
         return torch.segment_reduce(x, "sum", lengths=self.chunks.lengths, axis=0, initial=0, unsafe=True)
 
+    def total_of(self, make: Callable[[slice], Tensor], step: int) -> Tensor:
+        """The `total` of what ``make`` has for some chunks, ``step`` of them at a time."""
+        count = len(self.chunks.of)
+        if step >= count:
+            return self.total(make(slice(0, count)))
+        pieces = ((some, make(some)) for some in (slice(start, start + step) for start in range(0, count, step)))
+        if self.chunks.of.device.type != "cpu":
+            return self.total(torch.cat([made for _, made in pieces]))
+        sums: Tensor | None = None
+        for some, made in pieces:  # in the order of `total`
+            sums = made.new_zeros(len(self.chunks.lengths), *made.shape[1:]) if sums is None else sums
+            sums.index_add_(0, self.chunks.of[some], made)
+        assert sums is not None
+        return sums
+
 
 def _placed(problems: Tensor, count: int, device: torch.device) -> _Placed:
     chunks = Chunks.of_problems(problems, count)
@@ -145,7 +160,7 @@ class Cores:
 
 
 def _half_gram(cores: Tensor, basis: Tensor, placed: _Placed) -> Tensor:
-    chunks, size, rows, _ = cores.shape
+    _, size, rows, _ = cores.shape
     starts, rank = basis.shape[1], basis.shape[3]
     together = basis.transpose(1, 2).flatten(2)  # [P, l, s·r]: one product for all starts
 
@@ -154,9 +169,7 @@ def _half_gram(cores: Tensor, basis: Tensor, placed: _Placed) -> Tensor:
         half = half.reshape(-1, size, rows, starts, rank).permute(0, 3, 2, 1, 4).flatten(3)  # [N, s, k, c·r]
         return half @ half.mT
 
-    step = max(1, _AT_ONCE[cores.device.type] // (size * rows * starts * rank))
-    found = [grams(slice(start, start + step)) for start in range(0, chunks, step)]
-    return placed.total(torch.cat(found) if len(found) > 1 else found[0])
+    return placed.total_of(grams, max(1, _AT_ONCE[cores.device.type] // (size * rows * starts * rank)))
 
 
 def _full_gram(cores: Tensor, placed: _Placed) -> Tensor:
@@ -291,13 +304,13 @@ class Batch:
     def times_left_gram(self, u: Tensor) -> Tensor:
         """Σ_i D_i D_iᵀ U of every problem, for U [P, d_out, k]."""
         return self._sum(
-            part.placed.total(part.bt.mT @ _times_gram(part, part.a, _rows(part, part.bt, u))) for part in self._parts
+            _total(part, part.bt, _times_gram(part, part.a, _rows(part, part.bt, u))) for part in self._parts
         )
 
     def times_right_gram(self, v: Tensor) -> Tensor:
         """Σ_i D_iᵀ D_i V, for V [P, d_in, k]."""
         return self._sum(
-            part.placed.total(part.a.mT @ _times_gram(part, part.bt, _rows(part, part.a, v))) for part in self._parts
+            _total(part, part.a, _times_gram(part, part.bt, _rows(part, part.a, v))) for part in self._parts
         )
 
     def gradients(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,8 +319,8 @@ class Batch:
         for part in self._parts:
             y, x = (part.per_adapter(_rows(part, *side)) for side in ((part.bt, u), (part.a, v)))
             core = x.mT @ y  # [N, c, R_V, R_U]
-            along_u.append(part.placed.total(part.bt.mT @ (x @ core).flatten(1, 2)))
-            along_v.append(part.placed.total(part.a.mT @ (y @ core.mT).flatten(1, 2)))
+            along_u.append(_total(part, part.bt, (x @ core).flatten(1, 2)))
+            along_v.append(_total(part, part.a, (y @ core.mT).flatten(1, 2)))
         return self._sum(along_u), self._sum(along_v)
 
     def encoded(self, u: Tensor, v: Tensor, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -319,8 +332,8 @@ class Batch:
         bases = _Bases.of(u, v)
         cores, errors = [], []
         for part in self._parts:
-            slices = torch.split(torch.arange(len(part.bt), device=u.device), part.chunks_at_once)
-            found = [_encoded(part, chunks, bases, store) for chunks in slices]
+            starts = range(0, len(part.bt), part.chunks_at_once)
+            found = [_encoded(part, slice(start, start + part.chunks_at_once), bases, store) for start in starts]
             cores.append(torch.cat([each for each, _ in found]))
             errors.append(torch.cat([each for _, each in found]))
         return self._in_order(cores), self._in_order(errors)
@@ -338,7 +351,22 @@ class Batch:
 
 def _rows(part: _Part, rows: Tensor, basis: Tensor) -> Tensor:
     """The rows [N, c·r, d] times the basis [P, d, k] of their problem."""
-    return rows @ part.placed.spread(basis)
+    step = _chunks_with(part, basis.shape[1] * basis.shape[2])
+    if part.placed.one_each or step >= len(rows):
+        return rows @ part.placed.spread(basis)
+    of = part.placed.chunks.of  # bases are repeated for some chunks at a time: they may be larger than these
+    pieces = zip(torch.split(rows, step), torch.split(of, step), strict=True)
+    return torch.cat([some @ basis[problems] for some, problems in pieces])
+
+
+def _total(part: _Part, rows: Tensor, x: Tensor) -> Tensor:
+    """The sum of Rᵀ X over the chunks of each problem, for rows R [N, c·r, d] and X [N, c·r, k], as [P, d, k]."""
+    return part.placed.total_of(lambda some: rows[some].mT @ x[some], _chunks_with(part, rows.shape[2] * x.shape[2]))
+
+
+def _chunks_with(part: _Part, numbers: int) -> int:
+    """For how many chunks at a time to make so many numbers each; on a GPU, whose budget allows for it, for all."""
+    return max(1, _AT_ONCE["cpu"] // numbers) if part.a.device.type == "cpu" else len(part.a)
 
 
 def _blocks(part: _Part, u: Tensor, v: Tensor) -> Tensor:
@@ -369,7 +397,7 @@ class _Bases(NamedTuple):
         return cls(u, v, *grams, *map(torch.linalg.inv, grams))
 
 
-def _encoded(part: _Part, chunks: Tensor, bases: _Bases, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _encoded(part: _Part, chunks: slice, bases: _Bases, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """`Batch.encoded` for some chunks: cores [N, c, R_U, R_V] as kept, and errors [N, c].
 
     ‖D − U Σ Vᵀ‖² = ‖D‖² − 2⟨Uᵀ D V, Σ⟩ + ⟨UᵀU Σ, Σ VᵀV⟩, and where that cancels, what `_small_errors` says.

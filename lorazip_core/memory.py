@@ -5,26 +5,35 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from . import team
-from .adapter import Collection
+from .adapter import Collection, Part
+from .assign import COMPARED, PROBES
 from .errors import LocalError
-from .packs import CPU_BUDGET, Budget
+from .joint import search_size
+from .packs import CPU_BUDGET, Budget, Problem, packs
 from .reading import HOST, Placement, place, stays
 from .workers import cores
 
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
+_LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly ever worth their bases
 
-# Measured, per number in the factors of a pack: the factors in float32, once as they were read and once in the order of
-# the problems, and what the search makes of them.
-_CPU_BYTES, _GPU_BYTES = 16, 20
-_CORE_BYTES = 4 * 2 * 96**2  # per update: its core, on which the search runs, and the transpose
+# Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
+# order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
+_CPU_BYTES, _DIAG_BYTES, _GPU_BYTES = 16, 48, 20
+_CORE_BYTES = 2 * 4  # per number in the core of an update on which the search runs: with its transpose
+_DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: products with a population of bases
+_COLUMN_BYTES = 32  # per number in a basis: in float32, and on its way to be orthonormal in float64
+_GRAM_BYTES = 5 * 4  # per number in a Gram matrix of cores
+_OVERLAP_BYTES = 3 * 4  # per number in the products of all bases that are compared
+_ALONE_BYTES = 64  # per number in an adapter that is decomposed on its own, in float64
 _WORKER_BYTES = 96 * 2**20  # of what is made for a slice of a pack at a time
 _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read into, and results on their way to disk
 _ADAPTER_BYTES = 40_000  # names, digests, the lines of a manifest
+_FIXED_BYTES = 64 * 2**20  # libraries at work, files on their way to disk
 
 
 class Bounds(NamedTuple):
@@ -32,6 +41,26 @@ class Bounds(NamedTuple):
 
     host: int | None = None
     device: int | None = None
+
+
+class Task(NamedTuple):
+    """What memory depends on besides the collection.
+
+    ``clusters`` is how many there may be, and ``sought`` whether it is still to be found who is in which.
+    """
+
+    method: Literal["joint", "diag", "svd"]
+    rank: int
+    clusters: int
+    sought: bool
+
+    @classmethod
+    def of(cls, method: Literal["joint", "diag", "svd"], rank: int, clusters: object, adapters: int) -> Task:
+        """For what `--clusters` says: a number, ``auto``, or a file."""
+        if isinstance(clusters, int):
+            return cls(method, rank, clusters, clusters > 1)
+        sought = clusters == "auto"
+        return cls(method, rank, -(-adapters // _LEAST_OF_AUTO) if sought else adapters, sought)
 
 
 class Room(NamedTuple):
@@ -42,12 +71,11 @@ class Room(NamedTuple):
     placement: Placement
 
 
-def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
+def room(device: torch.device, collection: Collection, task: Task, bounds: Bounds) -> Room:
     """How to work on a collection. Raises LocalError when its largest module does not fit, before a weight is read."""
-    numbers, updates = _largest_module(collection)
-    base = anonymous_bytes() + len(collection.adapters) * _ADAPTER_BYTES
+    base = anonymous_bytes() + _whole_bytes(collection, task)
     if device.type == "cpu":
-        each = _WORKER_BYTES + max(numbers, CPU_BUDGET.numbers) * _CPU_BYTES + updates * _CORE_BYTES
+        each = _worker_bytes(collection, task)
         workers = cores() if bounds.host is None else min(cores(), (bounds.host - base) // each)
         if workers < 1:
             raise _too_little("--memory", bounds.host, base + each)
@@ -57,7 +85,8 @@ def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
     left = bound - (sum(sizes) if stays(sum(sizes), bound) else 0)
-    least = numbers * _GPU_BYTES + updates * _CORE_BYTES
+    numbers, updates = _counts(collection)
+    least = max(numbers.values()) * _GPU_BYTES + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
     if left < least:
         raise _too_little("--device-memory", bound, least + bound - left)
     most = 2 ** ((left // _GPU_BYTES).bit_length() - 1)
@@ -70,21 +99,72 @@ def agreed(own: Room) -> Room:
     return own._replace(budget=min(team.gathered(own.budget)))
 
 
-def _largest_module(collection: Collection) -> tuple[int, int]:
-    """Numbers in the factors of all adapters in the module where these are most; and the most updates of a module."""
+def _whole_bytes(collection: Collection, task: Task) -> int:
+    """What one run holds, however many workers there are."""
+    n = len(collection.adapters)
+    size = _FIXED_BYTES + n * _ADAPTER_BYTES
+    if not task.sought:
+        return size
+    numbers, _ = _counts(collection)
+    probes = sum(sorted(numbers.values())[-PROBES:]) * 4
+    pairs = min(n, COMPARED) ** 2 * 8 * 8
+    bases = sum(task.clusters * min(task.rank, side) * side for m in collection.modules for side in (m.d_out, m.d_in))
+    return size + probes + pairs + 4 * bases + n * task.clusters * 8 * 8
+
+
+def _worker_bytes(collection: Collection, task: Task) -> int:
+    """What a worker needs for the pack that takes most, or the adapter that it decomposes on its own."""
+    alone = max(sum(part.parameters for part in parts.values()) for parts, _ in _kinds(collection)) * _ALONE_BYTES
+    if task.method == "svd":
+        return _WORKER_BYTES + alone
+    numbers, updates = _counts(collection)
+    shapes = [(module.d_out, module.d_in) for module in collection.modules]
+    sizes = {Problem(0, number): numbers[module.name] for number, module in enumerate(collection.modules)}
+    most = 0
+    for pack in packs(sizes, shapes, CPU_BUDGET):
+        names = [collection.modules[module].name for _, module in pack]
+        own, count = sum(numbers[name] for name in names), sum(updates[name] for name in names)
+        most = max(most, _pack_bytes(own, count, len(pack), shapes[pack[0].module], task))
+    return _WORKER_BYTES + max(most, alone)
+
+
+def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int], task: Task) -> int:
+    """What a pack takes, of so many modules of one shape, if it is not split between clusters."""
+    longest = max(shape)
+    if task.method == "diag":
+        return numbers * (_DIAG_BYTES + _DIAG_ROW_BYTES * min(task.rank, 32) // sum(shape))
+    width, starts = search_size(task.rank)
+    wide = min(width, longest)
+    # A problem is searched only if it has more rows than the basis has columns.
+    searched = max(1, min(modules * task.clusters, numbers // ((task.rank + 1) * sum(shape))))
+    search = updates * wide**2 * _CORE_BYTES
+    compared = (starts * task.rank) ** 2 * _OVERLAP_BYTES
+    search += searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)
+    climb = modules * task.clusters * longest * min(3 * task.rank, longest) * _COLUMN_BYTES if task.sought else 0
+    return numbers * _CPU_BYTES + max(search, climb)
+
+
+def _kinds(collection: Collection) -> list[tuple[dict[str, Part], int]]:
+    """The parts that adapters have, and how many adapters share each."""
+    parts = {id(adapter.parts): adapter.parts for adapter in collection.adapters}
+    counts = Counter(id(adapter.parts) for adapter in collection.adapters)
+    return [(each, counts[key]) for key, each in parts.items()]
+
+
+def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
+    """Numbers in the factors of all adapters in every module, and its updates."""
     numbers: Counter[str] = Counter()
     updates: Counter[str] = Counter()
-    kinds = Counter(id(adapter.parts) for adapter in collection.adapters)
-    for parts in {id(adapter.parts): adapter.parts for adapter in collection.adapters}.values():
+    for parts, count in _kinds(collection):
         for name, part in parts.items():
-            numbers[name] += part.parameters * kinds[id(parts)]
-            updates[name] += kinds[id(parts)]
-    return max(numbers.values()), max(updates.values())
+            numbers[name] += part.parameters * count
+            updates[name] += count
+    return numbers, updates
 
 
 def _too_little(option: str, bound: int | None, least: int) -> LocalError:
     return LocalError(
-        f"{option}: {_size(bound or 0)} is too little, the largest module of all adapters needs {_size(least)}",
+        f"{option}: {_size(bound or 0)} is too little, {_size(least)} is the least that this takes",
         "allow more, or compress fewer adapters at a time",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ _NULL = 1e-5  # of the largest eigenvalue: below, an eigenvector is noise
 _HELD_OUT_ROUNDS = 5
 _HELD_OUT_NUMBERS = 2**24  # in a tensor of all pairs of a cluster, at the most
 _BATCH = 64  # pairs whose factors are stacked at once
+_PAIRS_AT_ONCE = 1024  # adapters, with all others
+_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in the factors whose subspaces are looked for at once
+_CPU = torch.device("cpu")
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -34,23 +38,47 @@ class Near(NamedTuple):
     squared_distance: float
 
 
-def subspace_similarity(updates: Updates, rank: int) -> Tensor:
-    """Σ_m ‖U_jᵀ D_i V_j‖² / Σ_m ‖D_i‖² for all pairs, [n, n] in float64: how much of i the subspaces of j hold.
+def subspace_similarity(
+    updates: Updates, rank: int, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """Σ_m ‖U_jᵀ D_i V_j‖² / Σ_m ‖D_i‖², how much of adapter i the subspaces of j hold, as [rows, columns] in float64.
 
-    U_j, V_j are the ``rank`` leading singular vectors of D_j. 1 on the diagonal for adapters of no higher rank.
+    U_j, V_j are the ``rank`` leading singular vectors of D_j. ``rows`` and ``columns`` are the numbers of some
+    adapters, ascending; without them it is all. 1 for i = j, unless adapter i is of a higher rank.
     """
     n, modules = updates.norms.shape
+    every = torch.arange(n)
+    rows, columns = every if rows is None else rows, every if columns is None else columns
 
     def captured_in(module: int) -> Tensor:
-        stack = updates.load(module)
-        captured = torch.zeros(n, n, dtype=torch.float64)
-        members = torch.tensor(stack.members)
-        for b, a, positions in stack.factors():
-            captured[members[:, None], members[positions]] = stack.captured(*leading_subspaces(b, a, rank)).cpu()
+        captured = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        wanted, others = (some[updates.ranks[some, module] > 0] for some in (rows, columns))
+        if not (len(wanted) and len(others)):
+            return captured
+        stack = updates.load(module, wanted.tolist())
+        spanning = stack if rows is columns else updates.load(module, others.tolist())
+        here = torch.searchsorted(rows, torch.tensor(stack.members))[:, None]
+        there = torch.searchsorted(columns, torch.tensor(spanning.members))
+        for b, a, positions in spanning.factors():
+            most = max(1, _AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
+            pieces = (torch.split(each, most) for each in (b, a, there[positions]))
+            for some_b, some_a, place in zip(*pieces, strict=True):
+                captured[here, place] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
         return captured
 
-    captured = sum(in_order(captured_in, range(modules), updates.device), torch.zeros(n, n, dtype=torch.float64))
-    return updates.shares(captured).clamp(0, 1)
+    zeros = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    captured = sum(in_order(captured_in, range(modules), updates.device), zeros)
+    energy = updates.norms[rows].sum(1, keepdim=True).clamp_min(_TINY)
+    return (captured / energy).clamp(0, 1)
+
+
+def similarity_of_all(updates: Updates, rank: int) -> Tensor:
+    """`subspace_similarity` of all pairs, [n, n] in float32, some columns at a time."""
+    n = len(updates.norms)
+    similarity = torch.empty(n, n)
+    for columns in torch.split(torch.arange(n), _PAIRS_AT_ONCE):
+        similarity[:, columns] = subspace_similarity(updates, rank, columns=columns).float()
+    return similarity
 
 
 def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed: int) -> Tensor:
@@ -138,35 +166,45 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (modules,), generator=generator).tolist()
 
-    def gram_of(module: int) -> Tensor:
+    def sketch(module: int) -> Tensor:
         stack = updates.load(module)
         own = torch.Generator().manual_seed(seeds[module])
         x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (stack.bt, stack.a))
-        sketches = stack.cores(x, y).flatten(1).double().cpu() / _SKETCH
-        gram = torch.zeros(n, n, dtype=torch.float64)
-        members = torch.tensor(stack.members)
-        gram[members[:, None], members] = sketches @ sketches.mT
-        return gram
+        sketches = torch.zeros(n, _SKETCH**2)
+        sketches[list(stack.members)] = stack.cores(x, y).flatten(1).float().cpu() / _SKETCH
+        return sketches
 
-    gram = torch.zeros(n, n, dtype=torch.float64)
+    gram = torch.zeros(n, n)
+    blocks = [slice(start, start + _PAIRS_AT_ONCE) for start in range(0, n, _PAIRS_AT_ONCE)]
+
+    def add(sketches: Tensor, rows: slice) -> None:
+        gram[rows, : rows.stop] += sketches[rows] @ sketches[: rows.stop].mT
+
     with progress.stage("looking for near-duplicates", modules) as advance:
-        for found in in_order(gram_of, range(modules), updates.device):
-            gram += found
+        for found in in_order(sketch, range(modules), updates.device):
+            for _ in in_order(partial(add, found), blocks, _CPU):
+                pass
             advance(1)
-    own, norms = gram.diagonal(), updates.norms.sum(1)
-    distance = (own[:, None] + own - 2 * gram) / torch.maximum(norms[:, None], norms).clamp_min(_TINY)
-    pairs = [
-        (first, second)
-        for second in range(1, n)
-        if float(norms[second]) > 0
-        for first in [int(distance[second, :second].argmin())]
-        if float(distance[second, first]) <= _SKETCH_SLACK * _NEAR
-    ]
+    norms = updates.norms.sum(1)
+    pairs = [pair for rows in blocks for pair in _nearest_before(gram, norms, rows)]
     exact = _distances(updates, pairs, progress)
     return sorted(
         (Near(*pair, found) for pair, found in zip(pairs, exact, strict=True) if found <= _NEAR),
         key=lambda near: (near.squared_distance, near.first, near.second),
     )
+
+
+def _nearest_before(gram: Tensor, norms: Tensor, rows: slice) -> list[tuple[int, int]]:
+    """For the adapters of ``rows`` the earlier one that looks nearest by ``gram`` [n, n], where it looks near."""
+    second = torch.arange(len(norms))[rows]
+    first = torch.arange(int(second[-1]) + 1)
+    own = gram.diagonal()
+    distance = own[second, None] + own[first] - 2 * gram[second][:, first]
+    distance /= torch.maximum(norms[second, None], norms[first]).clamp_min(_TINY)
+    distance.masked_fill_(first >= second[:, None], torch.inf)
+    least, nearest = distance.min(1)
+    near = (least <= _SKETCH_SLACK * _NEAR) & (norms[second] > 0)
+    return list(zip(nearest[near].tolist(), second[near].tolist(), strict=True))
 
 
 def _distances(updates: Updates, pairs: list[tuple[int, int]], progress: Progress) -> list[float]:

@@ -84,6 +84,38 @@ def test_zero_adapters_do_not_disturb_the_others() -> None:
     assert same_partition(run([zero, *updates, zero], 2)[1:-1], planted)
 
 
+@pytest.mark.parametrize("sizes", [[12, 12], [14, 6, 10]])
+def test_planted_groups_are_recovered_from_the_medoids_of_a_part(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are put to the nearest of them, and nothing is made of all pairs."""
+    monkeypatch.setattr(assign, "COMPARED", 10)
+    shapes = []
+    similarity = assign.subspace_similarity
+
+    def seen(*arguments: object) -> torch.Tensor:
+        shapes.append(found := similarity(*arguments))
+        return found
+
+    monkeypatch.setattr(assign, "subspace_similarity", seen)
+    monkeypatch.setattr(assign, "_ROUNDS", 1)
+    updates, planted = groups(sizes, own=0.15)
+    mixed, order = shuffled(updates, 1)
+    probes = Probes(collected(mixed), 5)
+    starts = list(probes._starts(len(sizes), 2, torch.Generator().manual_seed(0)))
+    assert max(found.numel() for found in shapes) <= max(10 * 10, sum(sizes) * len(sizes))
+    by_energy = [planted[order[i]] for i in probes._order.tolist()]
+    assert any(same_partition(labels.tolist(), by_energy) for labels in starts)
+    assert all(set(labels.tolist()) == set(range(len(sizes))) for labels in starts)
+    assert max(starts[1].bincount().tolist()) <= -(-sum(sizes) // len(sizes))
+
+
+def test_more_clusters_than_adapters_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assign, "COMPARED", 4)
+    updates, _ = groups([6, 6])
+    assert set(run(updates, 6)) == set(range(6))
+
+
 def test_the_same_seed_gives_the_same_clusters() -> None:
     updates, _ = groups([6, 6], own=2.0)
     assert run(updates, 4, seed=7) == run(updates, 4, seed=7)

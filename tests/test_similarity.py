@@ -9,7 +9,7 @@ from planted import SHAPES, Adapters, collected, groups, rewritten
 from lorazip_core import similarity
 from lorazip_core.joint import climb, hosvd
 from lorazip_core.progress import Silent
-from lorazip_core.similarity import held_out_errors, near_duplicates, subspace_similarity
+from lorazip_core.similarity import held_out_errors, near_duplicates, similarity_of_all, subspace_similarity
 from lorazip_core.stack import Stack
 
 
@@ -43,6 +43,18 @@ def test_similarity_is_high_within_groups_and_depends_on_the_updates_alone() -> 
     same = torch.tensor(planted)[:, None] == torch.tensor(planted)
     assert float(found[same].min()) > 2 * float(found[~same].max())
     assert torch.allclose(found, subspace_similarity(collected(rewritten(adapters)), 4), atol=1e-4)
+
+
+def test_similarity_of_some_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, _ = groups([4, 4])
+    del adapters[1][2], adapters[6][2], adapters[3][0]
+    updates = collected(adapters)
+    every = subspace_similarity(updates, 3)
+    rows, columns = torch.tensor([0, 3, 4]), torch.tensor([1, 6])
+    assert torch.allclose(subspace_similarity(updates, 3, rows, columns), every[rows][:, columns], atol=1e-6)
+    monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setitem(similarity._AT_ONCE, "cpu", 1)
+    assert torch.allclose(similarity_of_all(updates, 3), every.float(), atol=1e-6)
 
 
 @pytest.mark.parametrize("most_numbers", [2**24, 0])
@@ -97,7 +109,9 @@ def perturbed(adapter: dict[int, tuple[torch.Tensor, torch.Tensor]], size: float
     ]
 
 
-def test_near_duplicates_are_found_and_measured() -> None:
+@pytest.mark.parametrize("at_once", [1024, 4])
+def test_near_duplicates_are_found_and_measured(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", at_once)
     adapters, _ = groups([4, 4])
     adapters += rewritten([adapters[2]])  # 8: the same update, other factors
     adapters += perturbed(adapters[5], 0.2, 1)  # 9

@@ -18,7 +18,7 @@ from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures,
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device
 from ..errors import UsageError
-from ..memory import Bounds, agreed, room
+from ..memory import Bounds, Task, agreed, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
@@ -28,6 +28,7 @@ from ..workers import at_most
 from .choose import choose_clusters
 
 _SILENT = Silent()
+_ROWS = 1024  # of all pairs of adapters, looked at together
 _LOST = 0.5  # squared error above which a cluster does not serve an adapter
 _LITTLE = 0.2  # share of an adapter that a basis of the others holds, below which it may be a stranger …
 _UNUSUAL = 0.25  # … if it is also below this part of what such a basis holds of the median adapter
@@ -93,7 +94,8 @@ def cluster(
         raise UsageError(f"--rank {options.rank}: must be at least 1")
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     check_clusters(options.clusters, len(collection.adapters))
-    within = room(device, collection, Bounds(options.memory, options.device_memory))
+    task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
+    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     with at_most(within.workers), team.joined():
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
@@ -139,7 +141,8 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
         )
     )
     names = [adapter.name for adapter in collection.adapters]
-    adapters = _adapters(names, scanned.digests(), clustering, held_out, probes.similarity)
+    similarity = probes.similarity()
+    adapters = _adapters(names, scanned.digests(), clustering, held_out, similarity)
     assignment = Assignment(
         assignment=dict(zip(names, clustering.labels, strict=True)),
         base_model=collection.base_model,
@@ -149,7 +152,7 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
         weights=options.weights,
         probes=[collection.modules[module].name for module in probes.modules],
         adapters=adapters,
-        clusters=_clusters(clustering, probes.similarity),
+        clusters=_clusters(clustering, similarity),
         outliers=_outliers(adapters, (scanned.norms.sum(1) > 0).tolist()),
         near_duplicates=[
             NearDuplicate(first=names[each.first], second=names[each.second], squared_distance=each.squared_distance)
@@ -158,7 +161,7 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
         candidates=candidates,
         objective=clustering.objective,
     )
-    return assignment, probes.similarity
+    return assignment, similarity
 
 
 def _adapters(
@@ -167,8 +170,7 @@ def _adapters(
     labels = torch.tensor(clustering.labels)
     others = clustering.squared_errors.scatter(1, labels[:, None], float("inf"))
     next_error, next_cluster = others.min(1)
-    strangers = similarity.clone().fill_diagonal_(-1.0)
-    share, nearest = strangers.max(1)
+    share, nearest = _nearest(similarity)
     has_next, has_near = others.shape[1] > 1, len(names) > 1
     return [
         AssignedAdapter(
@@ -186,20 +188,33 @@ def _adapters(
     ]
 
 
+def _nearest(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of every adapter the one that it is most like holds, and which that is, [n] each; −1 if it is alone."""
+    found = []
+    for rows in torch.split(torch.arange(len(similarity)), _ROWS):
+        others = similarity[rows].scatter(1, rows[:, None], -1.0)
+        found.append(others.max(1))
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
 def _clusters(clustering: Clustering, similarity: Tensor) -> list[ClusterFigures]:
     labels, errors = torch.tensor(clustering.labels), clustering.own_errors
-    different = ~torch.eye(len(labels), dtype=torch.bool)
+    member = torch.nn.functional.one_hot(labels).to(similarity)  # [n, K]
+    own = similarity.diagonal()
+    sums = (member.mT @ similarity @ member).double()
     figures = []
-    for number in range(clustering.squared_errors.shape[1]):
+    for number, size in enumerate(member.sum(0).int().tolist()):
         inside = labels == number
-        within, across = inside[:, None] & inside & different, inside[:, None] & ~inside
+        within = float(sums[number, number]) - float(own[inside].sum())
+        across = float(sums[number].sum() - sums[number, number])
+        pairs, strangers = size * (size - 1), size * (len(labels) - size)
         figures.append(
             ClusterFigures(
-                adapters=int(inside.sum()),
+                adapters=size,
                 mean_squared_error=float(errors[inside].mean()),
                 max_squared_error=float(errors[inside].max()),
-                similarity_within=float(similarity[within].mean()) if within.any() else None,
-                similarity_to_others=float(similarity[across].mean()) if across.any() else None,
+                similarity_within=within / pairs if pairs else None,
+                similarity_to_others=across / strangers if strangers else None,
             )
         )
     return figures

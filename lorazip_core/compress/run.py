@@ -22,7 +22,7 @@ from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
 from ..files import Building, check_output, resumable_directory
-from ..memory import Bounds, agreed, room
+from ..memory import Bounds, Task, agreed, room
 from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
@@ -136,7 +136,8 @@ def compress(
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
-    within = room(device, collection, Bounds(options.memory, options.device_memory))
+    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     with (
         at_most(within.workers),
         team.joined(),
