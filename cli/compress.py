@@ -98,6 +98,8 @@ def compress(
         report = plan(
             directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
         )
+        if not team.is_first():  # the first process speaks for all
+            return 0
         if not json:
             _render_plan(report)
     else:
@@ -111,7 +113,7 @@ def compress(
             force=force,
             progress=progress(quiet or not team.is_first()),
         )
-        if not team.is_first():  # the first process speaks for all
+        if not team.is_first():
             return 0
         if not (json or quiet):
             _render(report)

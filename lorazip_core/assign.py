@@ -30,8 +30,9 @@ from .workers import in_order
 PROBES = 4
 _STARTS = 2
 _ROUNDS = 20
+_TRIAL_ROUNDS, _FINALISTS = 3, 2  # of every start, and those that go on
 COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
-_CLIMB = 2  # polishing rounds of every basis between two reassignments
+_CLIMB = 2  # polishing rounds of every basis between two reassignments, and within each of them
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()
 
@@ -77,11 +78,14 @@ class Probes:
         return self._similarity[place][:, place]
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind."""
-        reached = (
-            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed)
-            for labels in self._starts(clusters, starts, torch.Generator().manual_seed(seed))
-        )
+        """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
+        generator = torch.Generator().manual_seed(seed)
+        tried = [
+            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
+            for labels in self._starts(clusters, starts, generator)
+        ]
+        best = sorted(tried, key=lambda clustering: clustering.objective[-1])[:_FINALISTS]
+        reached = [settle(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
         return min(reached, key=lambda clustering: clustering.objective[-1])
 
     def _starts(self, clusters: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -113,7 +117,13 @@ class Probes:
 
 
 def settle(
-    updates: Updates, labels: Sequence[int], rank: int, *, seed: int, progress: Progress = _SILENT
+    updates: Updates,
+    labels: Sequence[int],
+    rank: int,
+    *,
+    seed: int,
+    rounds: int = _ROUNDS,
+    progress: Progress = _SILENT,
 ) -> Clustering:
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
@@ -121,7 +131,7 @@ def settle(
     groups = updates.modules_at_once()
     own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
     objective: list[float] = []
-    for round_ in range(1, _ROUNDS + 1):
+    for round_ in range(1, rounds + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
         improve = partial(_Modules.improved, labels=current)
@@ -134,7 +144,7 @@ def settle(
                 advance(len(found))
         objective.append(float(weighted.gather(1, current[:, None]).sum()))
         moved = _reassigned(weighted, current)
-        if round_ == _ROUNDS or bool((moved == current).all()):
+        if round_ == rounds or bool((moved == current).all()):
             break
         current = moved
     order = list(dict.fromkeys(current.tolist()))
@@ -178,7 +188,7 @@ class _Modules:
             first = hosvd_batch(batch.select(new.nonzero()[:, 0]), self._rank, seed=self._seed)
             self._put(used[new], first)
         here = used.to(batch.device)
-        self._put(used, climb_batch(batch, Basis(self._u[here], self._v[here]), rounds=_CLIMB))
+        self._put(used, climb_batch(batch, Basis(self._u[here], self._v[here]), rounds=_CLIMB, small_rounds=_CLIMB))
 
     def _put(self, problems: Tensor, bases: Basis) -> None:
         here = problems.to(self._u.device)

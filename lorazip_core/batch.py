@@ -332,8 +332,8 @@ class Batch:
         bases = _Bases.of(u, v)
         cores, errors = [], []
         for part in self._parts:
-            slices = torch.split(torch.arange(len(part.bt), device=u.device), part.chunks_at_once)
-            found = [_encoded(part, chunks, bases, store) for chunks in slices]
+            starts = range(0, len(part.bt), part.chunks_at_once)
+            found = [_encoded(part, slice(start, start + part.chunks_at_once), bases, store) for start in starts]
             cores.append(torch.cat([each for each, _ in found]))
             errors.append(torch.cat([each for _, each in found]))
         return self._in_order(cores), self._in_order(errors)
@@ -397,7 +397,7 @@ class _Bases(NamedTuple):
         return cls(u, v, *grams, *map(torch.linalg.inv, grams))
 
 
-def _encoded(part: _Part, chunks: Tensor, bases: _Bases, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _encoded(part: _Part, chunks: slice, bases: _Bases, store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """`Batch.encoded` for some chunks: cores [N, c, R_U, R_V] as kept, and errors [N, c].
 
     ‖D − U Σ Vᵀ‖² = ‖D‖² − 2⟨Uᵀ D V, Σ⟩ + ⟨UᵀU Σ, Σ VᵀV⟩, and where that cancels, what `_small_errors` says.
@@ -412,7 +412,7 @@ def _encoded(part: _Part, chunks: Tensor, bases: _Bases, store: Callable[[Tensor
     per_b, per_a = part.per_adapter(bt), part.per_adapter(a)
     norms = (per_b @ per_b.mT * (per_a @ per_a.mT)).sum((2, 3))
     errors = norms + ((own.gram_u[:, None] @ kept @ own.gram_v[:, None] - 2 * projected) * kept).sum((2, 3))
-    small = (errors <= _CANCELLED * norms).any(1).nonzero()[:, 0]
+    small = (errors < _CANCELLED * norms).any(1).nonzero()[:, 0]
     if len(small):
         errors[small] = _small_errors(bt[small], a[small], _Bases(*(each[small] for each in own)), kept[small], part)
     return cores, errors

@@ -92,7 +92,14 @@ def _renumbered(owner: Tensor, chosen: Tensor, problems: int) -> Tensor:
 
 def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared]:
     u, v = (side.to(dtype) for side in basis)
-    cores, errors = batch.encoded(u, v, lambda exact: _stored(exact, dtype))
+    largest: list[Tensor] = []
+
+    def store(exact: Tensor) -> Tensor:
+        largest.append(exact.abs().max())  # looked at once, at the end: each look makes a GPU wait
+        return exact.to(dtype)
+
+    cores, errors = batch.encoded(u, v, store)
+    _check_stored(cores, torch.stack(largest).max())
     u, v, cores, errors = (each.cpu() for each in (u, v, cores, errors))
     sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
     pieces = (torch.split(each, sizes) for each in (batch.members, cores, errors))
@@ -149,6 +156,10 @@ def _squared_errors(stack: Stack, u: Tensor, v: Tensor, cores: Tensor) -> Tensor
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     stored = x.to(dtype)
-    if not torch.isfinite(stored).all():
-        raise LocalError(f"a value of {float(x.abs().max()):.3g} does not fit in {dtype}", "use --dtype bf16 or f32")
+    _check_stored(stored, x.abs().max())
     return stored
+
+
+def _check_stored(stored: Tensor, largest: Tensor) -> None:
+    if not torch.isfinite(stored).all():
+        raise LocalError(f"a value of {float(largest):.3g} does not fit in {stored.dtype}", "use --dtype bf16 or f32")

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from . import team
 from .adapter import Collection, Part
 from .assign import COMPARED, PROBES
 from .errors import LocalError
@@ -91,6 +92,11 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
     most = 2 ** ((left // _GPU_BYTES).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.numbers, most), _MOST_ON_GPU.modules)
     return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
+
+
+def agreed(own: Room) -> Room:
+    """The same with the budget that all processes work with, the least of theirs: what is cut by it is dealt out."""
+    return own._replace(budget=min(team.gathered(own.budget)))
 
 
 def _whole_bytes(collection: Collection, task: Task) -> int:
@@ -179,4 +185,4 @@ def anonymous_bytes() -> int:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{-(-size // 2**20)} MiB"  # rounded up, so that what is said to be needed is enough

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from .errors import LocalError
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)  # one process may work on while the others have nothing to do; torchrun notices a death
@@ -57,17 +59,27 @@ def gathered(own: T) -> list[T]:
     if size() == 1:
         return [own]
     found: list[T | None] = [None] * size()
-    dist.all_gather_object(found, own)
+    with _all_there():
+        dist.all_gather_object(found, own)
     return found  # type: ignore[return-value]
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, for all."""
+    """What the first process makes, for all; where it fails, all raise what it raised."""
     if size() == 1:
         return make()
-    found: list[T | None] = [make() if is_first() else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
+    made: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_first():
+        try:
+            made = [(make(), None)]
+        except Exception as error:
+            made = [(None, error)]
+    with _all_there():
+        dist.broadcast_object_list(made, src=0)
+    [(found, failure)] = made
+    if failure is not None:
+        raise failure
+    return found  # type: ignore[return-value]
 
 
 def dealt(count: int) -> range:
@@ -83,3 +95,12 @@ def in_turn(own: Iterator[T], count: int) -> Iterator[T]:
     for start in range(0, count, size()):
         mine = next(own) if start + rank() < count else None
         yield from gathered(mine)[: count - start]  # type: ignore[misc]
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Messages to and from all. A process that has ended is no bug of this one, which hears a closed connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LocalError("another process of this run has ended", "it said why, or torchrun does") from error

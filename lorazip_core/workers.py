@@ -39,6 +39,18 @@ def at_most(workers: int) -> Iterator[None]:
         _limit = before
 
 
+@contextmanager
+def threads_for(device: torch.device) -> Iterator[None]:
+    """One thread for what the CPU does beside a GPU: small steps, on which more of them wait for each other."""
+    before = torch.get_num_threads()
+    if device.type != "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_order(
     function: Callable[[T], R], items: Iterable[T], device: torch.device, *, workers: int = _MOST
 ) -> Generator[R, None, None]:

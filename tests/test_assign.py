@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted import SHAPES, Adapters, collected, groups, rewritten, same_partition, shuffled
 
 from lorazip_core import assign
@@ -209,6 +211,39 @@ def total_error(updates: Adapters, labels: list[int]) -> float:
             captured = stack.cores(*fit_joint(stack, 5)).square().sum()
             total += len(own) - float(captured)
     return total
+
+
+def matched(distance: torch.Tensor, medoids: list[int], capacity: int) -> list[int]:
+    """Pair by pair: the closest first, of equal ones the earlier adapter's, then the earlier cluster's."""
+    n, clusters = distance.shape
+    labels = [-1] * n
+    for cluster, medoid in enumerate(medoids):
+        labels[medoid] = cluster
+    for adapter, cluster in sorted(
+        itertools.product(range(n), range(clusters)), key=lambda pair: (float(distance[pair]), *pair)
+    ):
+        if labels[adapter] < 0 and labels.count(cluster) < capacity:
+            labels[adapter] = cluster
+    return labels
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 14), st.integers(1, 5), st.integers(0, 3), st.sampled_from([0, 1, 3]), st.integers(0, 2**32))
+def test_the_closest_pairs_go_first_as_far_as_there_is_room(
+    n: int, clusters: int, spare: int, levels: int, seed: int
+) -> None:
+    """Distances are all different, or of a few ``levels``, so that ties decide."""
+    clusters = min(clusters, n)
+    generator = torch.Generator().manual_seed(seed)
+    distance = torch.rand(n, clusters, generator=generator, dtype=torch.float64)
+    if levels:
+        distance = (distance * levels).floor()
+    medoids = torch.randperm(n, generator=generator)[:clusters].tolist()
+    distance[medoids, torch.arange(clusters)] = 0
+    capacity = -(-n // clusters) + spare
+    labels = assign._matched(distance, medoids, capacity)
+    assert labels.tolist() == matched(distance, medoids, capacity)
+    assert max(Counter(labels.tolist()).values()) <= capacity
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real adapters are not here (../shared/data/smollm2-r16)")

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazip_core.linalg import orthonormal, squared_distance, squared_norm, truncated_svd
+from lorazip_core.linalg import (
+    cholesky_qr,
+    leading_subspaces,
+    orthonormal,
+    squared_distance,
+    squared_norm,
+    truncated_svd,
+)
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
 seeds = st.integers(0, 2**32)
@@ -127,3 +134,86 @@ def test_orthonormal_spans_the_columns_even_when_they_are_dependent() -> None:
     basis = orthonormal(x)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(basis @ (basis.mT @ x), x)
+
+
+def gaussian(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def conditioned(seed: int, size: int, count: int, condition: float) -> torch.Tensor:
+    """[size, count] of singular values from 1 down to 1 / ``condition``, mixed over the columns."""
+    left, right = (torch.linalg.qr(gaussian(seed + i, n, count)).Q for i, n in enumerate((size, count)))
+    return left * torch.logspace(0, -np.log10(condition), count, dtype=torch.float64) @ right.mT
+
+
+@few
+@given(st.integers(1, 12), st.integers(0, 12), seeds)
+def test_cholesky_qr_is_orthonormal_with_nested_spans(count: int, more: int, seed: int) -> None:
+    x = gaussian(seed, 2, count + more, count)
+    x[..., more % count] *= 1e-9  # columns may differ in size as they like
+    q = cholesky_qr(x)
+    torch.testing.assert_close(q.mT @ q, torch.eye(count, dtype=torch.float64).expand(2, -1, -1))
+    upper = q.mT @ x
+    torch.testing.assert_close(q @ upper, x)
+    assert float((upper.tril(-1).abs() / x.norm(dim=-2, keepdim=True)).max()) < 1e-7
+
+
+@pytest.mark.parametrize(("condition", "passes"), [(1e6, 2), (1e4, 1)])
+def test_cholesky_qr_stands_columns_that_nearly_depend_on_each_other(condition: float, passes: int) -> None:
+    x = conditioned(0, 40, 12, condition)
+    q = cholesky_qr(x, passes)
+    torch.testing.assert_close(
+        q.mT @ q, torch.eye(12, dtype=torch.float64), atol=1e-6 if passes == 1 else 1e-12, rtol=0
+    )
+    torch.testing.assert_close(q @ (q.mT @ x), x, atol=1e-9, rtol=0)
+    single = cholesky_qr(x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.mT @ single, torch.eye(12), atol=1e-5, rtol=0)
+
+
+def test_cholesky_qr_leaves_zero_columns_zero() -> None:
+    x = gaussian(0, 3, 9, 5)
+    x[0, :, 0] = x[1, :, [2, 4]] = 0
+    x[2] = 0
+    q = cholesky_qr(x)
+    for matrix, own in zip(x, q, strict=True):
+        there = matrix.abs().sum(0) > 0
+        torch.testing.assert_close(own.mT @ own, torch.diag(there.double()))
+        torch.testing.assert_close(own[:, there], cholesky_qr(matrix[:, there]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_qr_of_dependent_columns_is_finite_and_spans_them(dtype: torch.dtype) -> None:
+    x = (gaussian(0, 4, 20, 3) @ gaussian(1, 4, 3, 8)).to(dtype)
+    x[1, :, 5] = x[1, :, 0]
+    x[2, :, 1:] = x[2, :, :1]
+    q = cholesky_qr(x)
+    assert bool(torch.isfinite(q).all())
+    assert float(q.norm(dim=-2).max()) < 1 + 1e-5
+    independent = q[[0, 1, 3], :, :3]
+    torch.testing.assert_close(
+        independent.mT @ independent, torch.eye(3, dtype=dtype).expand(3, -1, -1), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(independent @ (independent.mT @ x[[0, 1, 3]]), x[[0, 1, 3]], atol=1e-5, rtol=1e-4)
+
+
+@few
+@given(st.tuples(st.integers(5, 9), st.integers(5, 9), st.integers(1, 5)), seeds, st.integers(1, 7))
+def test_leading_subspaces_are_those_of_the_svd(shape: tuple[int, int, int], seed: int, rank: int) -> None:
+    b, a = pair(seed, *shape, 2)
+    u, _, vh = np.linalg.svd(dense(b, a))
+    kept = min(rank, shape[2])
+    for found, exact in zip(leading_subspaces(b, a, rank), (u[..., :kept], vh[:, :kept].swapaxes(1, 2)), strict=True):
+        assert found.shape == (2, exact.shape[1], kept)
+        projector = (found @ found.mT).numpy()
+        np.testing.assert_allclose(projector, exact @ exact.swapaxes(1, 2), atol=1e-6)
+
+
+def test_directions_that_an_update_does_not_have_are_zero_columns() -> None:
+    b, a = pair(0, 9, 8, 3)
+    padded = torch.nn.functional.pad(b, (0, 2)), torch.nn.functional.pad(a, (0, 0, 0, 2))
+    for full, found in zip(leading_subspaces(b, a, 3), leading_subspaces(*padded, 5), strict=True):
+        torch.testing.assert_close(found @ found.mT, full @ full.mT)
+        assert float(found.norm(dim=0)[3:].max()) == 0
+    for found in leading_subspaces(torch.zeros(9, 3), torch.zeros(3, 8), 2):
+        assert float(found.abs().max()) == 0

@@ -1,129 +1,216 @@
-"""Bounds on memory: what does not fit is refused before any work, and a bound changes nothing in the bytes."""
+"""Bounds on memory: how work is cut to fit, what is refused before anything is read or written, and the same bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import random_adapters as ra
 import torch
+import typer
 
 from lorazip_cli.main import main
-from lorazip_core import batch, memory
+from lorazip_cli.options import bytes_of, size
+from lorazip_core import memory
 from lorazip_core.adapter import Collection, open_collection
-from lorazip_core.batch import Batch
-from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.errors import LocalError
-from lorazip_core.files import tree
-from lorazip_core.memory import Bounds, Task, room
-from lorazip_core.stack import Stack
+from lorazip_core.memory import Bounds, Room, Task, agreed
+from lorazip_core.memory import room as room_for
+from lorazip_core.packs import CPU_BUDGET
+from lorazip_core.reading import HOST
 
-CPU = torch.device("cpu")
-ONE = Task("joint", 4, 1, False)
+MIB, GIB = 2**20, 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("8GiB", 8 * GIB),
+        ("500 MB", 500_000_000),
+        ("1000000", 1_000_000),
+        ("1.5GiB", 3 * GIB // 2),
+        ("7B", 7),
+        ("2KB", 2000),
+        ("2KiB", 2048),
+        ("1TB", 10**12),
+        ("0.5TiB", 2**39),
+    ],
+)
+def test_sizes_are_read(value: str, expected: int) -> None:
+    assert bytes_of(value) == expected
+    assert size(value) == value
+
+
+@pytest.mark.parametrize("value", ["0", "0GiB", "0.1", "-1", "-1GiB", "lots", "", "GiB", "8 G", "8gib", "1e9", "8GiB "])
+def test_what_is_no_size_is_refused(value: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        size(value)
+
+
+def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
+    """For joint at rank 16 in one cluster."""
+    return room_for(device, collection, Task("joint", 16, 1, False), bounds)
+
+
+def a_collection(modules: Sequence[int], adapters: int = 1000, size_bytes: int = 20 * MIB) -> Collection:
+    """Adapters that are all alike, with so many numbers in the factors of each of the modules."""
+    parts = {f"m{number}": SimpleNamespace(parameters=count) for number, count in enumerate(modules)}
+    one = SimpleNamespace(parts=parts, layout=SimpleNamespace(size=size_bytes))
+    shapes = [SimpleNamespace(name=name, d_out=4096, d_in=4096) for name in parts]
+    return cast(Collection, SimpleNamespace(adapters=[one] * adapters, modules=shapes))
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 cores, a process that holds 200 MiB, and 80 GiB free on the GPU."""
+    monkeypatch.setattr(memory, "cores", lambda: 16)
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 200 * MIB)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 80 * GIB)
+
+
+class TestOnTheCpu:
+    def test_without_a_bound_all_cores_work(self) -> None:
+        assert room(CPU, a_collection([1000]), Bounds()) == Room(16, CPU_BUDGET, HOST)
+
+    def test_fewer_work_within_less(self) -> None:
+        collection = a_collection([1000])
+        workers = [room(CPU, collection, Bounds(bound * MIB)).workers for bound in (65536, 4096, 2048, 1024, 512)]
+        assert workers == sorted(workers, reverse=True)
+        assert workers[0] == 16
+        assert workers[-1] == 1
+        assert len(set(workers)) > 3
+        assert all(room(CPU, collection, Bounds(bound * MIB)).budget == CPU_BUDGET for bound in (512, 65536))
+
+    def test_the_largest_module_of_all_adapters_decides(self) -> None:
+        """It is one pack, however small the others are."""
+        small, large = a_collection([1000, 1000]), a_collection([1000, 40_000])
+        bound = Bounds(2 * GIB)
+        assert room(CPU, large, bound).workers < room(CPU, small, bound).workers
+        assert room(CPU, a_collection([40_000] * 96), bound) == room(CPU, large, bound)
+
+    def test_what_does_not_fit_is_refused_with_what_it_needs(self) -> None:
+        collection = a_collection([100_000])
+        with pytest.raises(LocalError, match="--memory: 1024 MiB is too little, ") as refused:
+            room(CPU, collection, Bounds(1 * GIB))
+        needed = int(str(refused.value).split("too little, ")[1].split()[0])
+        assert needed > 1024
+        assert room(CPU, collection, Bounds(needed * MIB)).workers == 1
+        with pytest.raises(LocalError):
+            room(CPU, collection, Bounds((needed - 1) * MIB))
+
+    def test_other_kinds_of_adapters_count_as_often_as_they_are(self) -> None:
+        mixed = a_collection([1000], 300)
+        mixed.adapters.extend(a_collection([1000, 50], 200).adapters)  # type: ignore[attr-defined]
+        numbers, updates = memory._counts(mixed)
+        assert dict(numbers) == {"m0": 500 * 1000, "m1": 200 * 50}
+        assert dict(updates) == {"m0": 500, "m1": 200}
+
+    def test_the_bound_on_a_gpu_says_nothing_here(self) -> None:
+        assert room(CPU, a_collection([1000]), Bounds(None, 1)) == Room(16, CPU_BUDGET, HOST)
+
+
+class TestOnAGpu:
+    def test_what_fits_stays_there(self) -> None:
+        assert room(GPU, a_collection([100_000]), Bounds()).placement.kind == "resident"
+
+    def test_what_does_not_is_streamed_in_smaller_blocks_and_packs(self) -> None:
+        collection = a_collection([100_000])
+        bounds = [80, 40, 24, 8]
+        found = [room(GPU, collection, Bounds(None, bound * GIB)) for bound in bounds]
+        assert [each.placement.kind for each in found] == ["resident", "resident", "streamed", "streamed"]
+        assert found[2].placement.block_bytes > found[3].placement.block_bytes
+        for bound, each in zip(bounds, found, strict=True):
+            resident = 1000 * 20 * MIB if each.placement.kind == "resident" else 0
+            assert resident + each.budget.numbers * memory._GPU_BYTES <= bound * GIB
+        assert room(GPU, collection, Bounds(None, 80 * GIB)).budget == found[0].budget
+
+    def test_no_more_than_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        collection = a_collection([100_000])
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * GIB)
+        assert room(GPU, collection, Bounds(None, 80 * GIB)) == room(GPU, collection, Bounds(None, 8 * GIB))
+        assert room(GPU, collection, Bounds()) == room(GPU, collection, Bounds(None, 8 * GIB))
+
+    def test_packs_depend_on_the_bound_by_steps(self) -> None:
+        """The bytes depend on the packs, so that a few bytes more or less that are free must not decide."""
+        collection = a_collection([100_000], size_bytes=200 * MIB)
+        budgets = {room(GPU, collection, Bounds(None, 20 * GIB + step * 10 * MIB)).budget for step in range(100)}
+        assert len(budgets) <= 2
+        for budget in budgets:
+            assert budget.numbers.bit_count() == 1
+
+    def test_several_processes_take_the_least_budget_of_theirs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else each would cut other packs, where not all GPUs have as much memory free."""
+        collection = a_collection([100_000])
+        less, more = (room(GPU, collection, Bounds(None, bound * GIB)) for bound in (8, 80))
+        assert less.budget != more.budget
+        for own in (less, more):
+            monkeypatch.setattr(memory.team, "gathered", lambda budget: [less.budget, more.budget])
+            assert agreed(own) == own._replace(budget=less.budget)
+        monkeypatch.undo()
+        assert agreed(more) == more
+
+    def test_one_large_adapter_is_read_by_way_of_the_host(self) -> None:
+        collection = a_collection([100_000], 10, 4 * GIB)
+        assert room(GPU, collection, Bounds(None, 16 * GIB)).placement == HOST
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        collection = a_collection([100_000])
+        with pytest.raises(LocalError, match=r"--device-memory: 1024 MiB is too little, \d+ MiB is the least"):
+            room(GPU, collection, Bounds(None, 1 * GIB))
+        with pytest.raises(LocalError, match=r"--memory: 2048 MiB is too little, \d+ MiB is the least"):
+            room(GPU, collection, Bounds(2 * GIB))
+        room(GPU, collection, Bounds(3 * GIB))
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ra.write_collection(tmp_path_factory.mktemp("adapters"), ra.plain(8, groups=2))
+    return ra.write_collection(tmp_path_factory.mktemp("adapters"), ra.MIXED)
 
 
-@pytest.fixture
-def collection(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
-    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
-    monkeypatch.setattr(memory, "cores", lambda: 4)
-    return open_collection(adapters)
+class TestTheCommands:
+    @pytest.mark.parametrize("verb", ["compress", "cluster"])
+    def test_too_little_is_told_before_anything_is_written(
+        self, verb: str, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([verb, str(adapters), "-o", str(tmp_path / "out"), "--memory", "1MB"]) == 8
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("lorazip: error: --memory: 1 MiB is too little, ")
+        assert err.endswith("takes (allow more, or compress fewer adapters at a time)\n")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("option", ["--memory", "--device-memory"])
+    @pytest.mark.parametrize("verb", ["compress", "cluster"])
+    def test_no_size_is_a_mistake_of_usage(
+        self, verb: str, option: str, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([verb, str(adapters), "-o", str(tmp_path / "out"), option, "lots"]) == 2
+        err = capsys.readouterr().err
+        assert option in err
+        assert "'lots' is no size: give bytes, or MB, GB, MiB, GiB, like 8GiB" in err
+
+    def test_one_worker_and_many_make_the_same_bytes(
+        self, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert room(CPU, open_collection(adapters), Bounds(400 * MIB)).workers == 1
+        options = ["--rank", "4", "--clusters", "2", "--max-error", "0.02", "-q", "--device", "cpu"]
+        for name, bound in (("free", []), ("bounded", ["--memory", "400MiB"])):
+            assert main(["compress", str(adapters), "-o", str(tmp_path / name), *options, *bound]) == 0
+            assert main(["cluster", str(adapters), "-o", str(tmp_path / name / "clusters.json"), "-q", *bound]) == 0
+        free, bounded = (
+            {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            for folder in (tmp_path / "free", tmp_path / "bounded")
+        )
+        assert free == bounded
 
 
-def least(collection: Collection, task: Task) -> int:
-    """The smallest bound that is accepted."""
-    refused, accepted = 0, 2**40
-    while accepted - refused > 1:
-        middle = (refused + accepted) // 2
-        try:
-            room(CPU, collection, task, Bounds(middle))
-            accepted = middle
-        except LocalError:
-            refused = middle
-    return accepted
-
-
-def test_the_bound_decides_how_many_work_at_a_time(collection: Collection) -> None:
-    bound = least(collection, ONE)
-    assert bound > 100_000_000
-    assert room(CPU, collection, ONE, Bounds(bound)).workers == 1
-    assert room(CPU, collection, ONE, Bounds(10 * bound)).workers == room(CPU, collection, ONE, Bounds()).workers == 4
-    budgets = {room(CPU, collection, ONE, Bounds(bytes_)).budget for bytes_ in (None, bound, 10 * bound)}
-    assert len(budgets) == 1  # the cut of the work is the same
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        Task("joint", 16, 1, False),
-        Task("joint", 4, 8, False),
-        Task("joint", 4, 8, True),
-        Task("diag", 16, 1, False),
-    ],
-)
-def test_what_takes_more_needs_more(collection: Collection, more: Task) -> None:
-    assert least(collection, more) > least(collection, ONE._replace(method=more.method))
-
-
-def test_auto_may_find_many_clusters_and_a_file_looks_for_none() -> None:
-    assert Task.of("joint", 16, 3, 80) == Task("joint", 16, 3, True)
-    assert Task.of("joint", 16, 1, 80) == Task("joint", 16, 1, False)
-    assert Task.of("joint", 16, "auto", 80) == Task("joint", 16, 10, True)
-    assert Task.of("joint", 16, Path("clusters.json"), 80) == Task("joint", 16, 80, False)
-
-
-@pytest.mark.parametrize("clusters", ["1", "2"])
-def test_too_little_is_refused_at_once_with_one_line(
-    adapters: Path, tmp_path: Path, clusters: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lorazip_core.compress.run.scan", None)  # no weight is read
-    words = ["compress", str(adapters), "-o", str(tmp_path / "out"), "--clusters", clusters, "--memory", "100MiB"]
-    assert main([*words, "--device", "cpu", "-q"]) == 8
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--memory: 0.10 GiB is too little" in line
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_bound_changes_no_byte(adapters: Path, tmp_path: Path) -> None:
-    compress(adapters, tmp_path / "free", CompressOptions(rank=3, clusters=2))
-    compress(adapters, tmp_path / "bound", CompressOptions(rank=3, clusters=2, memory=2**30))
-    free, bound = ({p: (tmp_path / n / p).read_bytes() for p in tree(tmp_path / n)} for n in ("free", "bound"))
-    assert free == bound
-
-
-def test_slices_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Problems of unequal size, so that these have several chunks each, and two ranks."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    stack = Stack.of([(random(12, rank), random(rank, 10)) for rank in [2] * 9 + [3] * 5], range(14))
-    owners = torch.tensor([0] * 7 + [1, 1] + [0, 1, 2, 2, 2])
-    u, v = random(3, 12, 4), random(3, 10, 4)
-    whole = Batch.of([stack], [owners], 3)
-    cores = whole.chunked_cores(u, v)
-    bases = random(3, 5, 4, 2)
-
-    def results() -> list[torch.Tensor]:
-        return [
-            whole.times_left_gram(u),
-            whole.times_right_gram(v),
-            *whole.gradients(u, v),
-            whole.cores(u, v),
-            cores.left_gram(bases),
-        ]
-
-    expected = results()
-    monkeypatch.setitem(batch._AT_ONCE, "cpu", 1)
-    for found, wanted in zip(results(), expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    dense = torch.zeros(3, 12, 4)
-    for b, a, positions in stack.factors():
-        for i, d in zip(range(positions.start, positions.stop), b @ a, strict=True):
-            dense[owners[i]] += d @ d.mT @ u[owners[i]]
-    assert torch.allclose(whole.times_left_gram(u), dense, rtol=1e-4, atol=1e-3)
+def test_a_process_knows_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    before = memory.anonymous_bytes()
+    held = torch.ones(16 * MIB)
+    assert before + 60 * MIB < memory.anonymous_bytes() < before + 80 * MIB
+    assert held.sum() > 0

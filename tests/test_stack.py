@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorazip_core import stack as module
 from lorazip_core.stack import Stack
 
 D_OUT, D_IN = 7, 5
@@ -115,3 +116,18 @@ def test_to_changes_the_dtype_only(dtype: torch.dtype) -> None:
     other = stack.to(dtype)
     assert (other.bt.dtype, other.a.dtype) == (dtype, dtype)
     assert (other.members, other.groups) == (stack.members, stack.groups)
+
+
+@few
+@given(collections, st.integers(1, 5), st.sampled_from([1, 40, 2**22]))
+def test_captured_is_what_each_basis_captures(collection: tuple[list[int], int], bases: int, at_once: int) -> None:
+    """However many bases are done at a time."""
+    stack, _ = make(*collection)
+    u, v = normal(1, bases, D_OUT, 3), normal(2, bases, D_IN, 4)
+    expected = torch.stack([stack.cores(u[c], v[c]).square().sum((1, 2)) for c in range(bases)], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_AT_ONCE", {"cpu": at_once})
+        torch.testing.assert_close(stack.captured(u, v), expected)
+        single = stack.to(torch.float32).captured(u.float(), v.float())
+    assert single.dtype == torch.float64
+    torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-4)

@@ -44,6 +44,7 @@ _CODES = {
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(_CODES)}
 _ALIGNMENT = 8
+_TOGETHER = 2**25  # bytes
 
 
 class TensorLayout(NamedTuple):
@@ -104,7 +105,21 @@ class TensorFileWriter:
         """The next tensor, as a whole."""
         if layout_of(tensor) != self._layouts[name]:
             raise ValueError(f"{self._path}: {name} is not as its header says")
-        self.append_bytes(name, _bytes(tensor))
+        self.append_bytes(name, _bytes(tensor).numpy().data)
+
+    def append_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """All tensors. Small ones are hashed and written together, so that other threads are seldom in the way."""
+        together: list[Tensor] = []
+        size = 0
+        for name in self.order:
+            together.append(_bytes(tensors[name]))
+            size += len(together[-1])
+            if size >= _TOGETHER:
+                self._write(torch.cat(together).numpy().data)
+                together, size = [], 0
+        if together:
+            self._write(torch.cat(together).numpy().data)
+        self._at, self._missing = len(self.order) - 1, 0
 
     def append_bytes(self, name: str, data: bytes | memoryview) -> None:
         """The next bytes of the tensor ``name``, as the file has them."""
@@ -187,8 +202,7 @@ def write_tensors(
     """A whole file at once; the writer, closed, tells its size and digest."""
     layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
     with TensorFileWriter(path, layouts, metadata=metadata) as writer:
-        for name in writer.order:
-            writer.append(name, tensors[name])
+        writer.append_all(tensors)
     return writer
 
 
@@ -205,6 +219,6 @@ def _header(layouts: Mapping[str, TensorLayout], order: list[str], metadata: Map
     return header + b" " * (-len(header) % _ALIGNMENT)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in C order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

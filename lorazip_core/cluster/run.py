@@ -18,13 +18,13 @@ from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures,
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device
 from ..errors import UsageError
-from ..memory import Bounds, Task, room
+from ..memory import Bounds, Task, agreed, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..similarity import held_out_errors, near_duplicates
 from ..updates import Updates
-from ..workers import at_most
+from ..workers import at_most, threads_for
 from .choose import choose_clusters
 
 _SILENT = Silent()
@@ -96,13 +96,14 @@ def cluster(
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
-    with at_most(within.workers), team.joined():
+    with at_most(within.workers), threads_for(device), team.joined():
+        budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         check_clusters(options.clusters, len(scanned.collection.adapters))
-        updates = scanned.updates(options.weights, device, within.budget)
+        updates = scanned.updates(options.weights, device, budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
     errors = [adapter.squared_error for adapter in assignment.adapters]
     report = ClusterReport(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +22,14 @@ from ..cluster import choose_clusters
 from ..device import find_device
 from ..errors import UsageError
 from ..files import Building, check_output, resumable_directory
-from ..memory import Bounds, Task, room
+from ..memory import Bounds, Task, agreed, room
 from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..summary import Summary, summarise
 from ..updates import Updates
-from ..workers import at_most, in_order
+from ..workers import at_most, in_order, threads_for
 from .assemble import Assembly
 from .individual import Kept, individual_piece, keep_individually, stored
 from .key import work_key
@@ -139,17 +140,19 @@ def compress(
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     with (
         at_most(within.workers),
+        threads_for(device),
         team.joined(),
         _building(output, force) as building,
         _heard(progress),
     ):
+        budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, within.budget)))
-        run = _Run(scanned, options, device, within.budget, pieces, progress)
+        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
+        run = _Run(scanned, options, device, budget, pieces, progress)
         encoded, clusters = run.encode()
 
         def assembled() -> CompressReport:
@@ -266,6 +269,7 @@ class _Run:
             ).store(number, self.pieces)
 
         own = [alone[position] for position in team.dealt(len(alone))]
+        notes: list[tuple[int, str]] = []
         with (
             self.progress.stage("keeping adapters individually", len(own)) as advance,
             closing(in_order(keep, own, self.device)) as results,
@@ -274,9 +278,11 @@ class _Run:
                 if options.method != "svd":
                     how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
                     reason = f"it would exceed --max-error {options.max_error}"
-                    self.progress.note(f"kept {adapters[number].name} {how}: {reason}")
+                    notes.append((number, f"kept {adapters[number].name} {how}: {reason}"))
                 advance(1)
         self.pieces.wait()
+        for _, note in sorted(chain.from_iterable(team.gathered(notes))):
+            self.progress.note(note)
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

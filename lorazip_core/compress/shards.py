@@ -17,6 +17,7 @@ from .pieces import Pieces
 from .shared import Encoded, tensor_name
 
 SHARD_ADAPTERS = 512
+_WRITERS = 4  # more are in each other's way: every other step is one of the interpreter
 
 _SIDES: tuple[Literal["u", "v"], ...] = ("u", "v")
 _CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ class ClusterFiles:
         def cores(shard: tuple[int, ShardEntry]) -> None:
             self._cores(shard[1], problems[clusters[shard[0]]])
 
-        with closing(in_order(bases, range(len(clusters)), _CPU)) as written:
+        with closing(in_order(bases, range(len(clusters)), _CPU, workers=_WRITERS)) as written:
             files = list(written)
         entries = []
         for new, (cluster, file) in enumerate(zip(clusters, files, strict=True)):
@@ -61,23 +62,22 @@ class ClusterFiles:
             ]
             entries.append(ClusterEntry(method, self._rank(problems[cluster]), file.path, shards))
         every = [(new, shard) for new, entry in enumerate(entries) for shard in entry.shards]
-        with closing(in_order(cores, every, _CPU)) as done:
+        with closing(in_order(cores, every, _CPU, workers=_WRITERS)) as done:
             for _ in done:
                 pass
         return entries
 
     def _bases(self, path: str, problems: list[Problem]) -> FileEntry:
         """U and V of all modules of one cluster."""
-        sources = {
-            f"{self.modules[problem.module]}.{field.upper()}": (problem, tensor_name(problem, field))
-            for problem in problems
-            for field in _SIDES
-        }
+        sources = {f"{self.modules[each.module]}.{side.upper()}": (each, side) for each in problems for side in _SIDES}
         layouts = {name: self._layout(*source) for name, source in sources.items()}
         with self.writer.tensors(path, layouts) as file:
             for name in file.order:
-                problem, source = sources[name]
-                file.append_bytes(name, self.pieces.read(self.encoded.places[problem]).data(source))
+                problem, side = sources[name]
+                place = self.encoded.places[problem]
+                one = [(place.number, place.number + 1)]
+                for data in self.pieces.read(place.piece).rows(tensor_name(side, place.alike), one):
+                    file.append_bytes(name, data)
         return FileEntry(path, file.size_bytes, file.sha256)
 
     def _cores(self, shard: ShardEntry, problems: list[Problem]) -> None:
@@ -89,35 +89,30 @@ class ClusterFiles:
             wanted = held[self.has[held, problem.module]]
             if len(wanted):
                 name = f"{self.modules[problem.module]}.core"
-                dtype, shape = self._layout(problem, tensor_name(problem, "cores"))
                 sources[name] = problem, wanted
-                layouts[name] = TensorLayout(dtype, (len(wanted), *shape[1:]))
+                dtype, shape = self._layout(problem, "cores")
+                layouts[name] = TensorLayout(dtype, (len(wanted), *shape))
         with self.writer.tensors(shard.path, layouts, basis_sha256=shard.basis_sha256) as file:
             for name in file.order:
                 problem, wanted = sources[name]
-                piece = self.pieces.read(self.encoded.places[problem])
-                there = self.encoded.rows[problem]
-                all_of_it = len(there) == len(wanted)
-                runs = [(0, len(there))] if all_of_it else _runs(torch.searchsorted(there, wanted).tolist())
-                for data in piece.rows(tensor_name(problem, "cores"), runs):
+                place = self.encoded.places[problem]
+                rows = place.row + torch.searchsorted(place.members, wanted)
+                for data in self.pieces.read(place.piece).rows(tensor_name("cores", place.alike), _runs(rows)):
                     file.append_bytes(name, data)
 
-    def _layout(self, problem: Problem, tensor: str) -> TensorLayout:
-        return self.pieces.read(self.encoded.places[problem]).layouts[tensor]
+    def _layout(self, problem: Problem, field: Literal["u", "v", "cores"]) -> TensorLayout:
+        """Of one basis, or of the core of one adapter."""
+        place = self.encoded.places[problem]
+        dtype, shape = self.pieces.read(place.piece).layouts[tensor_name(field, place.alike)]
+        return TensorLayout(dtype, shape[1:])
 
     def _rank(self, problems: list[Problem]) -> int:
         """The largest number of columns of any basis."""
-        return max(
-            self._layout(problem, tensor_name(problem, side)).shape[1] for problem in problems for side in _SIDES
-        )
+        return max(self._layout(problem, side).shape[1] for problem in problems for side in _SIDES)
 
 
-def _runs(rows: list[int]) -> list[tuple[int, int]]:
+def _runs(rows: Tensor) -> list[tuple[int, int]]:
     """Ascending numbers as (start, stop) of stretches without a gap."""
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = runs[-1][0], row + 1
-        else:
-            runs.append((row, row + 1))
-    return runs
+    ends = (rows[1:] - rows[:-1] > 1).nonzero()[:, 0] + 1
+    stretches = torch.tensor_split(rows, ends)
+    return [(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches if len(stretch)]

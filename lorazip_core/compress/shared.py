@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,25 +67,40 @@ class Generation:
         return f"pack-{self.number}-{pack}"
 
     @property
+    def own(self) -> range:
+        """The numbers of the packs that are this process's work."""
+        return team.dealt(len(self.packs))
+
+    @property
     def problems(self) -> int:
-        return sum(map(len, self.packs))
+        """How many problems these are."""
+        return sum(len(self.packs[number]) for number in self.own)
 
     def places(self) -> dict[Problem, str]:
         """The piece in which every problem's solution is."""
         return {problem: self.piece(number) for number, pack in enumerate(self.packs) for problem in pack}
 
 
+class Place(NamedTuple):
+    """Where a problem's solution is: the piece, the shape of its bases there (a number), which of the bases of that
+    shape, the first of its cores, and the adapters that these belong to, of whom some may have left since."""
+
+    piece: str
+    alike: int
+    number: int
+    row: int
+    members: Tensor
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """What is to be stored: who is in which cluster, and for every problem the piece that has its solution.
+    """What is to be stored: who is in which cluster, and where the solution of every problem is.
 
-    ``rows`` are the adapters that a problem's cores belong to, of which some may have left its cluster since. ``lost``
-    [n, M] is ‖D_im − D̂_im‖² in float64, 0 for adapters that are in no cluster.
+    ``lost`` [n, M] is ‖D_im − D̂_im‖² in float64, 0 for adapters that are in no cluster.
     """
 
     labels: Labels
-    places: dict[Problem, str]
-    rows: dict[Problem, Tensor]
+    places: dict[Problem, Place]
     lost: Tensor
 
 
@@ -100,7 +116,7 @@ def encode_clusters(
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
     with progress.stage("fitting bases", generation.problems) as advance:
-        encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+        encode_packs(job, generation, generation.own, pieces, advance)
     pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
     if max_error is None:
@@ -112,14 +128,14 @@ def encode_clusters(
             break
         changed = {labels[i] for i in failing}
         labels = [None if i in failing else label for i, label in enumerate(labels)]
-        places = encoded.places
+        solved_in = {problem: place.piece for problem, place in encoded.places.items()}
         if refit:
             generation = generation.after(job, labels, changed)
             with progress.stage("fitting bases again", generation.problems) as advance:
-                encode_packs(job, generation, team.dealt(len(generation.packs)), pieces, advance)
+                encode_packs(job, generation, generation.own, pieces, advance)
             pieces.wait()
-            places = places | generation.places()
-        encoded = read_encoded(job, labels, places, pieces)
+            solved_in |= generation.places()
+        encoded = read_encoded(job, labels, solved_in, pieces)
     return encoded
 
 
@@ -196,41 +212,60 @@ def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput) -> dict[Problem, 
     return found
 
 
-def read_encoded(job: SharedJob, labels: Labels, places: dict[Problem, str], pieces: Pieces) -> Encoded:
-    """What the pieces say of adapters with these ``labels``: who lost how much, and which bases are still of use."""
+def read_encoded(job: SharedJob, labels: Labels, names: dict[Problem, str], pieces: Pieces) -> Encoded:
+    """What the pieces say of adapters with these ``labels``: who lost how much, and which bases are still of use.
+
+    ``names`` are the pieces that have the solutions of the problems.
+    """
     lost = torch.zeros(job.updates.ranks.shape, dtype=torch.float64)
     numbered = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
-    kept, rows = {}, {}
-    for name in dict.fromkeys(places.values()):
+    places = {}
+    for name in dict.fromkeys(names.values()):
         reader = pieces.read(name)
-        problems = [(Problem(cluster, module), count) for cluster, module, count in reader.tensor(_PROBLEMS).tolist()]
-        counts = [count for _, count in problems]
+        problems = reader.tensor(_PROBLEMS).tolist()
+        counts = [count for *_, count in problems]
         members, errors = (torch.split(reader.tensor(each), counts) for each in (_MEMBERS, _ERRORS))
-        for (problem, _), held, found in zip(problems, members, errors, strict=True):
-            own = numbered[held] == problem.cluster
-            if places.get(problem) == name and own.any():
-                kept[problem], rows[problem] = name, held
-                lost[held[own], problem.module] = found[own]
-    return Encoded(labels, kept, rows, lost)
+        index: Counter[int] = Counter()
+        row: Counter[int] = Counter()
+        for (cluster, module, alike, count), held, found in zip(problems, members, errors, strict=True):
+            problem = Problem(cluster, module)
+            own = numbered[held] == cluster
+            if names.get(problem) == name and own.any():
+                places[problem] = Place(name, alike, index[alike], row[alike], held)
+                lost[held[own], module] = found[own]
+            index[alike] += 1
+            row[alike] += count
+    return Encoded(labels, places, lost)
 
 
-def tensor_name(problem: Problem, field: Literal["u", "v", "cores"]) -> str:
-    """What a tensor of a problem's solution is called in its piece; the fields are those of `Shared`."""
-    return f"{problem.cluster}.{problem.module}.{field}"
+def tensor_name(field: Literal["u", "v", "cores"], alike: int) -> str:
+    """What a tensor is called in a piece that has this field of all problems of one shape; the fields of `Shared`."""
+    return f"{field}.{alike}"
 
 
 def _to_store(solved: dict[Problem, Shared]) -> dict[str, Tensor]:
-    """The tensors of every problem; and of all together [P, 3] cluster, module and number of adapters, and after each
-    other the adapters and their errors."""
-    tensors: dict[str, Tensor] = {}
+    """The bases and cores of all problems of one shape in one tensor each, so that few things are written.
+
+    And, problem by problem, [P, 4] cluster, module, shape and number of adapters, the adapters, and their errors.
+    """
+    alike: defaultdict[tuple[torch.Size, torch.Size, torch.Size], list[Problem]] = defaultdict(list)
     for problem, shared in solved.items():
-        tensors[tensor_name(problem, "u")] = shared.u
-        tensors[tensor_name(problem, "v")] = shared.v
-        tensors[tensor_name(problem, "cores")] = shared.cores
-    counts = [[*problem, len(shared.members)] for problem, shared in solved.items()]
-    tensors[_PROBLEMS] = torch.tensor(counts, dtype=torch.int64)
-    tensors[_MEMBERS] = torch.tensor([member for shared in solved.values() for member in shared.members])
-    tensors[_ERRORS] = torch.cat([shared.squared_errors for shared in solved.values()])
+        alike[shared.u.shape, shared.v.shape, shared.cores.shape[1:]].append(problem)
+    tensors: dict[str, Tensor] = {}
+    lines: list[list[int]] = []
+    members: list[int] = []
+    errors: list[Tensor] = []
+    for number, problems in enumerate(alike.values()):
+        own = [solved[problem] for problem in problems]
+        tensors[tensor_name("u", number)] = torch.stack([shared.u for shared in own])
+        tensors[tensor_name("v", number)] = torch.stack([shared.v for shared in own])
+        tensors[tensor_name("cores", number)] = torch.cat([shared.cores for shared in own])
+        for problem, shared in zip(problems, own, strict=True):
+            lines.append([*problem, number, len(shared.members)])
+            members += shared.members
+            errors.append(shared.squared_errors)
+    tensors[_PROBLEMS], tensors[_MEMBERS] = torch.tensor(lines), torch.tensor(members)
+    tensors[_ERRORS] = torch.cat(errors)
     return tensors
 
 

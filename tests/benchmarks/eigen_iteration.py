@@ -32,8 +32,9 @@ from compressing import head, row
 from torch import Tensor
 
 from lorazip_core.adapter import Adapter, open_collection
+from lorazip_core.batch import Batch
 from lorazip_core.bundle import Bundle
-from lorazip_core.joint import fit_joint
+from lorazip_core.joint import QUICK, fit_joint_batch
 from lorazip_core.stack import Stack
 
 CONVERGED = 1e-3  # of the authors
@@ -48,6 +49,11 @@ class Problem:
 
     module: str
     clusters: dict[int, list[Bases]]  # B [d_out, r] and A [r, d_in] of every member
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        b, a = self.factors()[0]
+        return b.shape[0], a.shape[1]
 
     def factors(self) -> list[Bases]:
         return [pair for members in self.clusters.values() for pair in members]
@@ -73,15 +79,19 @@ class Row:
 
 
 def solve_joint(problems: Sequence[Problem], rank: int, seed: int) -> list[dict[int, Bases]]:
-    """What `lorazip compress` does for these modules: **the one place to change when its solver does**."""
-    found = []
-    for problem in problems:
-        bases: dict[int, Bases] = {}
-        for cluster, members in problem.clusters.items():
-            u, v = fit_joint(Stack.of(members, range(len(members))), rank, seed=seed)
-            bases[cluster] = u, v
-        found.append(bases)
-    return found
+    """What `lorazip compress` does for these modules: those of one shape are solved together."""
+    found: dict[str, dict[int, Bases]] = {problem.module: {} for problem in problems}
+    for shape in sorted({problem.shape for problem in problems}):
+        stacks, owners, keys = [], [], []
+        for problem in (each for each in problems if each.shape == shape):
+            numbered = [len(keys) + i for i, members in enumerate(problem.clusters.values()) for _ in members]
+            stacks.append(Stack.of(problem.factors(), range(len(numbered))))
+            owners.append(torch.tensor(numbered)[list(stacks[-1].members)])
+            keys += [(problem.module, cluster) for cluster in problem.clusters]
+        u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed, effort=QUICK)
+        for number, (module, cluster) in enumerate(keys):
+            found[module][cluster] = u[number], v[number]
+    return [found[problem.module] for problem in problems]
 
 
 def eigen_iteration(
