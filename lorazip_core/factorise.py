@@ -16,7 +16,7 @@ from .batch import Batch
 from .cp import solve_diag
 from .diag import fit_diag
 from .errors import LocalError
-from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless
+from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
 from .linalg import Factors, squared_distance, truncated_svd
 from .stack import Stack
 
@@ -65,10 +65,11 @@ def encode_joint(
     d_out, d_in = stacks[0].bt.shape[1], stacks[0].a.shape[1]
     plain = torch.tensor([is_lossless(count, d_out, d_in, rank) for count in rows.tolist()])
     encoded: dict[int, Shared] = {}
-    if not plain.all():
-        chosen = (~plain).nonzero()[:, 0]
+    scales = [weight.sqrt() for weight in weights]
+    for chosen in torch.split((~plain).nonzero()[:, 0], searched_together(rank, stacks[0].a.device)):
+        if not len(chosen):
+            break
         own = [_renumbered(owner, chosen, problems) for owner in owners]
-        scales = [weight.sqrt() for weight in weights]
         u, v = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort)
         batch = Batch.of(stacks, own, len(chosen))
         encoded |= zip(chosen.tolist(), _encode_batch(batch, Basis(u, v), dtype), strict=True)

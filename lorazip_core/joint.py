@@ -32,6 +32,7 @@ _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the
 _TIE = 1e-6  # of the objective: what decides between two bases is more than rounding
 _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
+_SEARCHED = 2**22  # numbers in the Gram matrices of all starts, of problems that are searched together on a CPU
 _FEW = 0.7  # of the problems that still climb, and the batch goes on with these alone
 
 
@@ -74,6 +75,12 @@ def search_size(rank: int) -> tuple[int, int]:
     """Columns a side of the cores that are searched for bases of ``rank``, and the starts there, at the most."""
     corners = [*THOROUGH.corners, *QUICK.corners]
     return max(corner.width(rank) for corner in corners), 1 + max(_start_count(corner, rank) for corner in corners)
+
+
+def searched_together(rank: int, device: torch.device) -> int:
+    """How many problems to give to `fit_joint_batch` at once: on a CPU a few do, and all would take much memory."""
+    width, starts = search_size(rank)
+    return max(1, _SEARCHED // (starts * width**2)) if device.type == "cpu" else 2**31
 
 
 class Basis(NamedTuple):

@@ -13,7 +13,7 @@ from . import team
 from .adapter import Collection, Part
 from .assign import COMPARED, PROBES
 from .errors import LocalError
-from .joint import search_size
+from .joint import search_size, searched_together
 from .packs import CPU_BUDGET, Budget, Problem, packs
 from .reading import HOST, Placement, place, stays
 from .workers import cores
@@ -29,7 +29,7 @@ _DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: pro
 _COLUMN_BYTES = 32  # per number in a basis: in float32, and on its way to be orthonormal in float64
 _GRAM_BYTES = 5 * 4  # per number in a Gram matrix of cores
 _OVERLAP_BYTES = 3 * 4  # per number in the products of all bases that are compared
-_ALONE_BYTES = 64  # per number in an adapter that is decomposed on its own, in float64
+_ALONE_BYTES = 40  # per number in an adapter that is decomposed on its own, in float64
 _WORKER_BYTES = 96 * 2**20  # of what is made for a slice of a pack at a time
 _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read into, and results on their way to disk
 _ADAPTER_BYTES = 40_000  # names, digests, the lines of a manifest
@@ -136,7 +136,8 @@ def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int]
     width, starts = search_size(task.rank)
     wide = min(width, longest)
     # A problem is searched only if it has more rows than the basis has columns.
-    searched = max(1, min(modules * task.clusters, numbers // ((task.rank + 1) * sum(shape))))
+    problems = min(modules * task.clusters, numbers // ((task.rank + 1) * sum(shape)))
+    searched = max(1, min(problems, searched_together(task.rank, torch.device("cpu"))))
     search = updates * wide**2 * _CORE_BYTES
     compared = (starts * task.rank) ** 2 * _OVERLAP_BYTES
     search += searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)
