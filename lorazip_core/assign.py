@@ -128,7 +128,7 @@ def settle(
     """Alternate bases and assignment from ``labels``, numbered from 0 without a gap, until no adapter moves."""
     current = torch.tensor(labels)
     clusters = int(current.max()) + 1
-    groups = updates.modules_at_once()
+    groups = updates.modules_at_once(clusters * 3 * rank)  # what a round of climbing spans
     own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
     objective: list[float] = []
     for round_ in range(1, rounds + 1):

@@ -66,7 +66,7 @@ def encode_joint(
     plain = torch.tensor([is_lossless(count, d_out, d_in, rank) for count in rows.tolist()])
     encoded: dict[int, Shared] = {}
     scales = [weight.sqrt() for weight in weights]
-    for chosen in torch.split((~plain).nonzero()[:, 0], searched_together(rank, stacks[0].a.device)):
+    for chosen in torch.split((~plain).nonzero()[:, 0], searched_together(rank, max(d_out, d_in), stacks[0].a.device)):
         if not len(chosen):
             break
         own = [_renumbered(owner, chosen, problems) for owner in owners]

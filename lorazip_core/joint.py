@@ -32,7 +32,8 @@ _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the
 _TIE = 1e-6  # of the objective: what decides between two bases is more than rounding
 _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
-_SEARCHED = 2**22  # numbers in the Gram matrices of all starts, of problems that are searched together on a CPU
+# Of problems that are searched together: numbers in the Gram matrices of all starts, and in the bases to search within.
+_SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**22, 2**28
 _FEW = 0.7  # of the problems that still climb, and the batch goes on with these alone
 
 
@@ -77,10 +78,15 @@ def search_size(rank: int) -> tuple[int, int]:
     return max(corner.width(rank) for corner in corners), 1 + max(_start_count(corner, rank) for corner in corners)
 
 
-def searched_together(rank: int, device: torch.device) -> int:
-    """How many problems to give to `fit_joint_batch` at once: on a CPU a few do, and all would take much memory."""
+def searched_together(rank: int, longest: int, device: torch.device) -> int:
+    """How many problems of sides up to ``longest`` to give to `fit_joint_batch` at once: all would take much memory.
+
+    On a CPU a few are enough, and what grows with them are the Gram matrices; on a GPU it is the bases.
+    """
     width, starts = search_size(rank)
-    return max(1, _SEARCHED // (starts * width**2)) if device.type == "cpu" else 2**31
+    if device.type == "cpu":
+        return max(1, _SEARCHED_ON_CPU // (starts * width**2))
+    return max(1, _SEARCHED_ON_GPU // (width * longest))
 
 
 class Basis(NamedTuple):

@@ -137,7 +137,7 @@ def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int]
     wide = min(width, longest)
     # A problem is searched only if it has more rows than the basis has columns.
     problems = min(modules * task.clusters, numbers // ((task.rank + 1) * sum(shape)))
-    searched = max(1, min(problems, searched_together(task.rank, torch.device("cpu"))))
+    searched = max(1, min(problems, searched_together(task.rank, longest, torch.device("cpu"))))
     search = updates * wide**2 * _CORE_BYTES
     compared = (starts * task.rank) ** 2 * _OVERLAP_BYTES
     search += searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)

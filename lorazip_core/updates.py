@@ -43,9 +43,15 @@ class Updates:
         stack = self.load(module)
         return stack.scaled(self.weights[list(stack.members), module].sqrt())
 
-    def modules_at_once(self) -> list[list[int]]:
-        """All modules, those together that have one shape and fit the budget together."""
-        sizes = self.sizes([0] * len(self.ranks))
+    def modules_at_once(self, columns: int) -> list[list[int]]:
+        """All modules, those together that have one shape and fit the budget together.
+
+        Each with bases of so many ``columns`` besides, on both sides.
+        """
+        sizes = {
+            problem: size + columns * sum(self.shapes[problem.module])
+            for problem, size in self.sizes([0] * len(self.ranks)).items()
+        }
         return [[module for _, module in pack] for pack in packs(sizes, self.shapes, self.budget)]
 
     def sizes(self, labels: Sequence[int | None]) -> dict[Problem, int]:
