@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from .errors import AdapterErrors
 from .files import sha256_file
 from .measure import Measured, Pair, measure
 from .progress import Progress
+from .workers import in_order
 
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
 RELATIVE_TOLERANCE = 1e-4
@@ -35,19 +37,32 @@ def compare(
         )
         return {}, [Finding("source-missing", None, message, damage=False)]
     broken = list(_not_in_bundle(bundle, originals, bad))
+    there = [Pair(entry, originals[entry.name]) for entry in bundle.manifest.adapters if entry.name in originals]
+
+    def differences(pair: Pair) -> tuple[list[Finding], bool]:
+        """What of a pair differs, and whether its errors can be measured all the same."""
+        found = [*_source_files(pair), *_modules(bundle, pair)]
+        comparable = all(finding.kind != "modules-differ" for finding in found)
+        if MANIFEST_NAME in damaged:
+            return found, False
+        found += _carried(bundle, pair, damaged)
+        return found, comparable and not damaged & _needed(bundle, pair.entry)
+
     pairs = []
-    for entry in bundle.manifest.adapters:
-        if entry.name not in originals:
-            reason = bad.get(entry.name, "it is not there")
-            broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
-            continue
-        pair = Pair(entry, originals[entry.name])
-        differences = [*_source_files(pair), *_modules(bundle, pair)]
-        broken += differences
-        if MANIFEST_NAME not in damaged:
-            broken += _carried(bundle, pair, damaged)
-            if not damaged & _needed(bundle, entry) and all(found.kind != "modules-differ" for found in differences):
-                pairs.append(pair)
+    with (
+        progress.stage("checking originals", len(there)) as advance,
+        closing(in_order(differences, there, torch.device("cpu"))) as results,
+    ):
+        checked = iter(zip(there, results, strict=True))
+        for entry in bundle.manifest.adapters:
+            if entry.name not in originals:
+                reason = bad.get(entry.name, "it is not there")
+                broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
+                continue
+            pair, (found, measurable) = next(checked)
+            broken += found
+            pairs += [pair] * measurable
+            advance(1)
     total = sum(len(bundle.modules(pair.entry)) for pair in pairs)
     with progress.stage("measuring errors", total) as advance:
         measured, unusable = measure(bundle, pairs, advance)
