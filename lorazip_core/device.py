@@ -23,3 +23,10 @@ def find_device(name: str) -> torch.device:
         # Of the processes of one host each takes its own GPU, and some share one where there are too few.
         name = f"cuda:{team.local_rank() % torch.cuda.device_count()}"
     return torch.device(name)
+
+
+def hold_to(device: torch.device, most: int | None) -> None:
+    """Have PyTorch refuse memory of a GPU beyond ``most`` bytes; it gives back what it only keeps before it does."""
+    if device.type == "cuda" and most is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)

@@ -24,6 +24,7 @@ _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly
 # Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
 # order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
 _CPU_BYTES, _DIAG_BYTES, _GPU_BYTES = 16, 48, 20
+_AHEAD_BYTES = 4  # of the next pack, which is loaded meanwhile where tensors do not stay on the GPU
 _CORE_BYTES = 2 * 4  # per number in the core of an update on which the search runs: with its transpose
 _DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: products with a population of bases
 _COLUMN_BYTES = 32  # per number in a basis: in float32, and on its way to be orthonormal in float64
@@ -84,12 +85,14 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
         raise _too_little("--memory", bounds.host, base + _HOST_BYTES_OF_GPU)
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
-    left = bound - (sum(sizes) if stays(sum(sizes), bound) else 0)
+    resident = stays(sum(sizes), bound)
+    left = bound - (sum(sizes) if resident else 0)
+    each_number = _GPU_BYTES if resident else _GPU_BYTES + _AHEAD_BYTES
     numbers, updates = _counts(collection)
-    least = max(numbers.values()) * _GPU_BYTES + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
+    least = max(numbers.values()) * each_number + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
     if left < least:
         raise _too_little("--device-memory", bound, least + bound - left)
-    most = 2 ** ((left // _GPU_BYTES).bit_length() - 1)
+    most = 2 ** ((left // each_number).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.numbers, most), _MOST_ON_GPU.modules)
     return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
 

@@ -16,7 +16,7 @@ from ..adapter import open_collection
 from ..assign import Clustering, Probes, settle
 from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
 from ..bundle import Dtype, SkippedEntry, Weights
-from ..device import find_device
+from ..device import find_device, hold_to
 from ..errors import UsageError
 from ..memory import Bounds, Task, agreed, room
 from ..plan import check_clusters
@@ -96,6 +96,7 @@ def cluster(
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    hold_to(device, options.device_memory)
     with at_most(within.workers), threads_for(device), team.joined():
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:

@@ -19,7 +19,7 @@ from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
 from ..cluster import choose_clusters
-from ..device import find_device
+from ..device import find_device, hold_to
 from ..errors import UsageError
 from ..files import Building, check_output, resumable_directory
 from ..memory import Bounds, Task, agreed, room
@@ -138,6 +138,7 @@ def compress(
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    hold_to(device, options.device_memory)
     with (
         at_most(within.workers),
         threads_for(device),
