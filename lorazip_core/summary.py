@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy
 from msgspec import Struct
@@ -18,6 +19,16 @@ class Summary(Struct, frozen=True):
     bytes_original: int
     bytes_bundle: int
     saved_ratio: float | None
+
+
+def squared_error(lost: Iterable[float], norms: Iterable[float]) -> float:
+    """Σ ‖ΔW−ΔŴ‖² / Σ ‖ΔW‖² over the modules of an adapter, 0 where all of it is zero; rounding makes none negative.
+
+    fsum rounds once, so that sums depend neither on the order nor on the machine: a limit that is the error of another
+    run is met by the same run.
+    """
+    total = math.fsum(norms)
+    return max(math.fsum(lost), 0.0) / total if total > 0 else 0.0
 
 
 def summarise(adapters: int, squared_errors: Sequence[float], bytes_original: int, bytes_bundle: int) -> Summary:

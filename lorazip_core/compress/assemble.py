@@ -22,6 +22,7 @@ from ..bundle import (
 )
 from ..files import safe_name
 from ..scan import Scan
+from ..summary import squared_error
 from .individual import Kept, individual_piece
 from .pieces import Pieces
 from .shards import ClusterFiles
@@ -106,10 +107,8 @@ class Assembly:
             extras = self.writer.add_tensors(f"extras/{name}.safetensors", tensors).path
         config = self.writer.add_bytes(f"configs/{name}.json", adapter.config_text).path
         kept = self._individual.get(number)
-        # fsum rounds once, so that sums depend neither on the order nor on the machine.
         norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()
-        total = math.fsum(norms)
-        shares = list(map(_share, lost, norms))
+        shares = [max(own, 0.0) / norm if norm > 0 else 0.0 for own, norm in zip(lost, norms, strict=True)]
         worst = max(shares)
         return AdapterEntry(
             name=adapter.name,
@@ -122,8 +121,8 @@ class Assembly:
             config=config,
             base_model=adapter.config.base_model,
             files=self.scan.files[number],
-            squared_norm=total,
-            squared_error=_share(math.fsum(lost), total),
+            squared_norm=math.fsum(norms),
+            squared_error=squared_error(lost, norms),
             mean_module_squared_error=math.fsum(shares) / len(shares),
             worst_module=ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst),
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
@@ -136,8 +135,3 @@ class Assembly:
 
 def _as_asked(kept: Kept, parameters: Parameters) -> bool:
     return kept.scheme == parameters.method and kept.rank == parameters.rank
-
-
-def _share(lost: float, total: float) -> float:
-    """lost / total, 0 for an update that is all zero; rounding must not make it negative."""
-    return max(lost, 0.0) / total if total > 0 else 0.0

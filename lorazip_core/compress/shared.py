@@ -18,6 +18,7 @@ from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
 from ..progress import Advance, Progress
 from ..stack import Stack
+from ..summary import squared_error
 from ..updates import Updates
 from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
@@ -122,7 +123,7 @@ def encode_clusters(
     if max_error is None:
         return encoded
     for refit in (True, False):
-        shares = job.updates.shares(encoded.lost.sum(1)).tolist()
+        shares = map(squared_error, encoded.lost.tolist(), job.updates.norms.tolist())  # as the manifest has them
         failing = {i for i, share in enumerate(shares) if max(share, _UNSEEN) > max_error} - _alone(labels)
         if not failing:
             break
