@@ -72,10 +72,13 @@ def _local(number: int | None, reason: str, file: str | bytes | int | None) -> s
     return f"{where}{reason}{hint}"
 
 
+_SIGNS_OF_NO_MEMORY = ("can't allocate memory", "can't start new thread")
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")  # never imported here: a usage error must not cost a second
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)

@@ -66,6 +66,8 @@ class Interruptible:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    """The first request ends the command; further ones would only disturb the clearing away."""
     global _requested
-    _requested = True
-    raise KeyboardInterrupt
+    if not _requested:
+        _requested = True
+        raise KeyboardInterrupt

@@ -12,6 +12,7 @@ never on how B A was written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -135,8 +136,11 @@ def settle(
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
         lost = torch.zeros_like(weighted)
         improve = partial(_Modules.improved, labels=current)
-        with progress.stage(f"clustering, round {round_}", len(updates.shapes)) as advance:
-            for found in team.in_turn(in_order(improve, own, updates.device), len(groups)):
+        with (
+            progress.stage(f"clustering, round {round_}", len(updates.shapes)) as advance,
+            closing(in_order(improve, own, updates.device)) as results,
+        ):
+            for found in team.in_turn(results, len(groups)):
                 for module, errors in found:
                     weights = updates.weights[:, module, None]
                     weighted += errors

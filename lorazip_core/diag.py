@@ -165,7 +165,8 @@ def _starts(stack: Stack, rank: int, count: int, generator: torch.Generator) -> 
     cores where one pair of rotations makes all of them diagonal.
     """
     u, v = (_random(side, count, rank, generator) for side in (stack.bt, stack.a))
-    u[0], v[0] = own_components(stack, rank)
+    own = own_components(stack, rank)  # fewer than the rank where adapters have a higher one than a side has dimensions
+    u[0, :, : own.u.shape[1]], v[0, :, : own.v.shape[1]] = own
     joint = climb(stack, hosvd(stack, rank), rounds=_JOINT_ROUNDS)
     cores = stack.cores(*joint)
     mixtures = torch.randn(_WARM, len(cores), generator=generator).to(cores)

@@ -97,6 +97,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"{message} ({hint})")
 
 
+class PeerEnded(LocalError):
+    """Another process of the same run has ended: what this one has finished is still of use to a later run."""
+
+
 def _as_it_was(kind: type[LorazipError], args: tuple[object, ...], state: dict[str, object]) -> LorazipError:
     """An error that came from another process; its own constructor takes other arguments than it keeps."""
     error = kind.__new__(kind, *args)

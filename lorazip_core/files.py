@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Interrupted, LocalError, OutputExists
+from .errors import Interrupted, LocalError, OutputExists, PeerEnded
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -154,7 +154,7 @@ def resumable_directory(target: Path, *, force: bool, replaceable: Callable[[Pat
     """As `atomic_directory`, but what is finished in the folder of `Building.work` outlives an interruption.
 
     It stays in ``.NAME.partial`` when the process is killed, or when KeyboardInterrupt ends the block, which is then
-    raised as Interrupted. Any other failure removes it.
+    raised as Interrupted, or PeerEnded does. Any other failure removes it.
     """
     with _built(target, force=force, replaceable=replaceable, resumable=True) as partial:
         yield Building(partial)
@@ -191,6 +191,12 @@ def _built(target: Path, *, force: bool, replaceable: Callable[[Path], bool], re
             ) from interruption
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    except PeerEnded:
+        if resumable and _finished_work(partial):
+            _clear(partial, keep_work=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -201,11 +207,15 @@ def _built(target: Path, *, force: bool, replaceable: Callable[[Path], bool], re
 def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool], keep_work: bool) -> int:
     """Make ``partial``, or take it over from a dead builder and clear it; a descriptor that locks it."""
     while True:
-        partial.mkdir(exist_ok=True)
         try:
-            lock = os.open(partial, os.O_RDONLY)
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # its builder has just finished
             continue
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):  # a file or a link
+                raise OutputExists(f"{partial} exists and was not written by lorazip", "move it away") from None
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(partial) and os.path.samestat(os.fstat(lock), os.stat(partial)):

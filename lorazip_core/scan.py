@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -22,6 +25,7 @@ from .reading import HOST, Files, Intake, Placement, Resident, Stacks, Verify, b
 from .updates import Updates
 
 _CPU = torch.device("cpu")
+Stamps = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Scan:
     device: torch.device
     resident: Resident | None
     """The tensors, where they stayed on the device."""
+    stamps: list[Stamps]
+    """What the weight files of every adapter looked like before they were read."""
 
     def updates(self, per: Weights, device: torch.device, budget: Budget = CPU_BUDGET) -> Updates:
         """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
@@ -54,6 +60,23 @@ class Scan:
             own = torch.tensor([part.rank for part in group.parts])
             ranks[torch.from_numpy(group.adapters)[:, None], torch.from_numpy(group.modules)] = own
         return ranks
+
+    def check_unchanged(self, numbers: Iterable[int] | None = None) -> None:
+        """Raise AdapterErrors for adapters, of all or of those of these ``numbers``, whose files are others by now.
+
+        Tensors may be read again after the scan, and would not be those that it has the digests of.
+        """
+        adapters = self.collection.adapters
+        changed = [
+            adapters[number]
+            for number in (range(len(adapters)) if numbers is None else numbers)
+            if _stamps(adapters[number]) != self.stamps[number]
+        ]
+        if changed:
+            hint = "try again when nobody writes there"
+            raise AdapterErrors(
+                [AdapterError(a.name, "its weights changed while they were being read", hint) for a in changed]
+            )
 
     def digests(self) -> list[str]:
         """One digest of each adapter's files, their names and what is in them."""
@@ -84,6 +107,7 @@ def scan(
         if adapter.name in locked:
             _check_locked(adapter, files, locked[adapter.name])
 
+    stamps = [_stamps(adapter) for adapter in collection.adapters]
     intake = _taken_in(collection, device, placement, verify, advance)
     bad = [error for _, error in sorted(intake.errors.items())]
     if bad and not skip_bad:
@@ -98,6 +122,7 @@ def scan(
         [locked[adapter.name].origin if adapter.name in locked else None for adapter in left.adapters],
         device,
         _still_resident(intake, collection, left),
+        [stamps[number] for number in kept],
     )
 
 
@@ -132,6 +157,16 @@ def _still_resident(intake: Intake, before: Collection, left: Collection) -> Res
     for group in by_layout(before.adapters, before.modules):
         rows[group.layout] = np.flatnonzero([before.adapters[i].name in names for i in group.adapters.tolist()])
     return Resident(intake.resident, rows)
+
+
+def _stamps(adapter: Adapter) -> Stamps:
+    """Device, inode, size and time of change of every weight file; nothing for one that is gone."""
+    found = []
+    for weight in adapter.weights:
+        with suppress(OSError):
+            status = os.stat(weight.path)
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def _check_locked(adapter: Adapter, files: list[SourceEntry], locked: LockedAdapter) -> None:

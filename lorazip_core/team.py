@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from .errors import LocalError
+from .errors import LocalError, PeerEnded
 
 T = TypeVar("T")
 
@@ -22,8 +22,8 @@ _PATIENCE = timedelta(hours=12)  # one process may work on while the others have
 
 
 def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """How many processes there are. RANK and WORLD_SIZE alone may be those of whatever job this runs in."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
@@ -47,7 +47,11 @@ def joined() -> Iterator[None]:
     if size() == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise LocalError(f"the processes of this run do not find each other: {reason}", "start it again") from error
     try:
         yield
     finally:
@@ -103,4 +107,4 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LocalError("another process of this run has ended", "it said why, or torchrun does") from error
+        raise PeerEnded("another process of this run has ended", "it said why, or torchrun does") from error

@@ -22,6 +22,7 @@ import lorazip_core.info
 from lorazip_cli import console, table
 from lorazip_cli import main as main_module
 from lorazip_cli.exit_codes import exit_codes, markdown_table
+from lorazip_cli.interrupt import interruptible
 from lorazip_cli.main import app, main
 from lorazip_cli.progress import Lines, progress
 from lorazip_core.errors import AdapterError, AdapterErrors, BundleDamaged, LorazipError, Unsupported
@@ -525,6 +526,13 @@ class TestInterrupt:
         assert said.splitlines()[-1].startswith("lorazip: error: interrupted")
         kept = [".bundle.partial"] if "what was finished is kept" in said else []
         assert [path.name for path in tmp_path.iterdir()] == kept
+
+    def test_a_second_request_does_not_disturb_the_clearing_away(self) -> None:
+        with interruptible():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
     def test_is_heard_although_a_library_loses_it(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -605,3 +605,11 @@ def test_individual_files_are_named_after_their_adapters(mixed: Path, tmp_path: 
     compress(mixed, tmp_path / "out", CompressOptions(method="svd", rank=1))
     expected = {f"individual/{safe_name(name)}.safetensors" for name in NAMES}
     assert {entry.individual for entry in Bundle(tmp_path / "out").manifest.adapters} == expected
+
+
+@pytest.mark.parametrize("rank", [35, 64])
+def test_adapters_of_a_higher_rank_than_a_side_has_dimensions(tmp_path: Path, rank: int) -> None:
+    """Fewer components than rows, for some modules also fewer than the rank of the bundle."""
+    recipes = tuple(ra.Recipe(f"r{own:02}", own, ra.EVERY_KIND, group=own % 3) for own in (1, 2, 3, 64, 32, 7, 5))
+    root = ra.write_collection(tmp_path / "in", recipes)
+    checked(root, tmp_path / "out", CompressOptions(method="diag", rank=rank))

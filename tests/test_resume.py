@@ -383,3 +383,24 @@ class TestTheCommand:
         assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "-q"]) == 130
         assert capsys.readouterr().err == "lorazip: error: interrupted; nothing was left half-written\n"
         assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_change_after_the_scan_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place and of one size, so that no read fails."""
+    root = ra.write_collection(tmp_path / "in", ra.MIXED)
+    weights = root / "e/adapter_model.safetensors"
+    encode_pack, done = lorazip_core.compress.shared.encode_pack, 0
+
+    def third(*arguments: object) -> object:
+        nonlocal done
+        done += 1
+        if done == 3:
+            data = weights.read_bytes()
+            weights.write_bytes(data[:-2] + b"\x01\x02")
+        return encode_pack(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lorazip_core.compress.shared, "encode_pack", third)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(AdapterErrors, match="'e': its weights changed while they were being read"):
+        compress(root, tmp_path / "here/out", OPTIONS)
+    assert os.listdir(tmp_path / "here") == []

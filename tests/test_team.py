@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
+from lorazip_core import team
 
 PROCESS = Path(__file__).with_name("team_process.py")
 VARIANTS = {
@@ -163,3 +164,13 @@ def test_the_command_under_torchrun(adapters: Path, spoilt: Path, tmp_path: Path
     assert "lorazip: error: adapter 'b/d': " in ended.stderr
     assert "exitcode  : 3" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pair"]
+
+
+def test_variables_of_another_job_are_not_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK and WORLD_SIZE are set for every process of many a cluster; those of torchrun come with a run."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert (team.size(), team.rank(), team.is_first()) == (1, 0, True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    assert (team.size(), team.rank(), team.is_first()) == (4, 1, False)

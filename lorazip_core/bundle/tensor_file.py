@@ -190,9 +190,13 @@ class TensorFileReader:
             os.close(handle)
 
     def _read(self, handle: int, name: str, offset: int, size: int) -> bytes:
-        data = os.pread(handle, size, self._start + self._offsets[name] + offset)
-        if len(data) != size:
-            raise LocalError(f"{self._path}: it is shorter than it was", "did somebody change it? run again")
+        start = self._start + self._offsets[name] + offset
+        data = os.pread(handle, size, start)
+        while len(data) < size:  # the kernel reads at most 2 GiB at a time
+            more = os.pread(handle, size - len(data), start + len(data))
+            if not more:
+                raise LocalError(f"{self._path}: it is shorter than it was", "did somebody change it? run again")
+            data += more
         return data
 
 

@@ -106,6 +106,7 @@ def cluster(
         check_clusters(options.clusters, len(scanned.collection.adapters))
         updates = scanned.updates(options.weights, device, budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
+        scanned.check_unchanged()
     errors = [adapter.squared_error for adapter in assignment.adapters]
     report = ClusterReport(
         output=str(output),

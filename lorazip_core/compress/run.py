@@ -76,6 +76,8 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     summary: Summary
     worst: WorstAdapter
     seconds: float
+    device_peak_bytes: int | None
+    """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
 
 
 def plan(
@@ -159,7 +161,7 @@ def compress(
         def assembled() -> CompressReport:
             assert building is not None
             manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-            return _report(output, manifest, size, time.monotonic() - started)
+            return _report(output, manifest, size, time.monotonic() - started, device)
 
         report = team.from_first(assembled)
     return report
@@ -212,7 +214,9 @@ class _Run:
             labels = self._labels(updates, options.kept_rank)
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
-            job = SharedJob(updates, options.method, options.kept_rank, dtype, options.seed)
+            job = SharedJob(
+                updates, self.scanned.check_unchanged, options.method, options.kept_rank, dtype, options.seed
+            )
             encoded = encode_clusters(job, list(labels), options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
         self._keep_individually(alone)
@@ -246,6 +250,7 @@ class _Run:
             return _assigned(self.scanned, updates, self.options, rank, self.progress)
         if LABELS not in self.pieces:
             found = _assigned(self.scanned, updates, self.options, rank, self.progress)
+            self.scanned.check_unchanged()
             if team.is_first():
                 self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
             return found
@@ -258,16 +263,18 @@ class _Run:
             note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
 
         def keep(number: int) -> Kept:
-            if kept := stored(number, self.pieces):
-                return kept
-            return keep_individually(
+            if there := stored(number, self.pieces):
+                return there
+            kept = keep_individually(
                 adapters[number],
                 options.kept_rank if options.method == "svd" else None,
                 options.max_error,
                 squared_norm=float(self.scanned.norms[number].sum()),
                 dtype=DTYPES[options.dtype],
                 device=self.device,
-            ).store(number, self.pieces)
+            )
+            self.scanned.check_unchanged([number])
+            return kept.store(number, self.pieces)
 
         own = [alone[position] for position in team.dealt(len(alone))]
         notes: list[tuple[int, str]] = []
@@ -323,7 +330,7 @@ def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
     return groups
 
 
-def _report(output: Path, manifest: Manifest, size: int, seconds: float) -> CompressReport:
+def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)
     original = sum(file.size_bytes for adapter in adapters for file in adapter.files)
@@ -339,4 +346,5 @@ def _report(output: Path, manifest: Manifest, size: int, seconds: float) -> Comp
         summary=summarise(len(adapters), [adapter.squared_error for adapter in adapters], original, size),
         worst=WorstAdapter(worst.name, worst.squared_error),
         seconds=seconds,
+        device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
     )

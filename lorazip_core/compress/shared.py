@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,9 +36,10 @@ LABELS = "labels"  # the piece that holds those that took long to find
 
 @dataclass(frozen=True)
 class SharedJob:
-    """What encoding needs to know."""
+    """What encoding needs to know. ``check`` raises for adapters that are not those any more that were scanned."""
 
     updates: Updates
+    check: Callable[[Iterable[int]], None]
     method: Literal["joint", "diag"]
     rank: int
     dtype: torch.dtype
@@ -157,6 +158,7 @@ def encode_packs(
 
     def store(solved: tuple[int, dict[Problem, Shared]]) -> int:
         number, of = solved
+        job.check({member for shared in of.values() for member in shared.members})
         pieces.write(generation.piece(number), _to_store(of))
         return len(of)
 

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -88,13 +89,14 @@ def _on_host(
             return error
         return files, norms
 
-    for number, result in enumerate(in_order(read, range(len(adapters)), torch.device("cpu"))):
-        if isinstance(result, AdapterError):
-            intake.errors[number] = result
-        else:
-            intake.files[number], norms = result
-            intake.norms[number, modules[number]] = torch.tensor(norms, dtype=torch.float64)
-        advance(1)
+    with closing(in_order(read, range(len(adapters)), torch.device("cpu"))) as results:
+        for number, result in enumerate(results):
+            if isinstance(result, AdapterError):
+                intake.errors[number] = result
+            else:
+                intake.files[number], norms = result
+                intake.norms[number, modules[number]] = torch.tensor(norms, dtype=torch.float64)
+            advance(1)
 
 
 class _Block(NamedTuple):
