@@ -57,11 +57,6 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
     return q_b @ (u * s.unsqueeze(-2)) * sign, (v * sign).mT
 
 
-def orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis [..., d, k] of the columns of ``x`` [..., d, k], k ≤ d, by Householder QR."""
-    return torch.linalg.qr(x).Q
-
-
 def leading_subspaces(b: Tensor, a: Tensor, rank: int) -> Factors:
     """Orthonormal bases [..., d_out, k] and [..., d_in, k] of the leading singular vectors of B A, k = ``rank`` or r.
 
