@@ -27,7 +27,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
-    bytes_of,
+    bound,
 )
 from .progress import progress
 from .report_file import check_report_files, write_data
@@ -97,8 +97,8 @@ def cluster(
             seed=seed,
             weights=weights,
             device=device,
-            memory=bytes_of(memory) if memory else None,
-            device_memory=bytes_of(device_memory) if device_memory else None,
+            memory=bound(memory),
+            device_memory=bound(device_memory),
         ),
         allow_pickle=allow_pickle,
         allow_mixed_base=allow_mixed_base,

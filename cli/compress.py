@@ -24,7 +24,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
-    bytes_of,
+    bound,
     squared_error,
 )
 from .options import clusters as parse_clusters
@@ -90,8 +90,8 @@ def compress(
         weights=weights,
         max_error=max_error,
         device=device,
-        memory=bytes_of(memory) if memory else None,
-        device_memory=bytes_of(device_memory) if device_memory else None,
+        memory=bound(memory),
+        device_memory=bound(device_memory),
     )
     report: PlanReport | CompressReport
     if output is None or dry_run:

@@ -33,6 +33,11 @@ def size(value: str | None) -> str | None:
     return value
 
 
+def bound(value: str | None) -> int | None:
+    """A size that `size` has let pass, in bytes; None where none was given."""
+    return None if value is None else bytes_of(value)
+
+
 def bytes_of(value: str) -> int:
     """8GiB, 500 MB or 1000000 in bytes; 0 for anything else."""
     found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(|B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value)

@@ -246,14 +246,6 @@ class Batch:
         return cls.of([stack], [torch.zeros(count, dtype=torch.int64)], 1)
 
     @property
-    def rows(self) -> Tensor:
-        """The stacked rank Σ r_i of every problem, [P]."""
-        total = torch.zeros(self.problems, dtype=torch.int64)
-        for part, entries in zip(self._parts, self._entries, strict=True):
-            total += part.rank * torch.bincount(self.owners[entries], minlength=self.problems)
-        return total
-
-    @property
     def device(self) -> torch.device:
         return self._parts[0].a.device
 

@@ -33,12 +33,6 @@ class Shared:
     members: tuple[int, ...]
     squared_errors: Tensor  # [n], float64: ‖D_i − D̂_i‖²
 
-    def only(self, wanted: set[int]) -> Shared:
-        """The same for the adapters whose numbers are in ``wanted``."""
-        rows = [row for row, member in enumerate(self.members) if member in wanted]
-        members = tuple(self.members[row] for row in rows)
-        return Shared(self.u, self.v, self.cores[rows], members, self.squared_errors[rows])
-
 
 def encode_joint(
     stacks: Sequence[Stack],

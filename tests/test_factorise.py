@@ -139,15 +139,6 @@ def test_a_core_that_float16_cannot_hold_is_refused(method: Method) -> None:
     assert bool(torch.isfinite(encode(factors, method, 4, torch.bfloat16).cores.float()).all())
 
 
-def test_only_keeps_the_rows_of_the_wanted() -> None:
-    shared = encode(collection(8), "joint", 4, torch.float32)
-    part = shared.only({1, 4, 99})
-    assert part.members == (1, 4)
-    assert torch.equal(part.cores, shared.cores[[1, 4]])
-    assert torch.equal(part.squared_errors, shared.squared_errors[[1, 4]])
-    assert torch.equal(part.u, shared.u)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 3, 4, 9])
 def test_individual_errors_are_those_of_what_is_stored(dtype: torch.dtype, rank: int) -> None:

@@ -145,9 +145,14 @@ def encode_packs(
     job: SharedJob, generation: Generation, numbers: Iterable[int], pieces: Pieces, advance: Advance
 ) -> None:
     """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is called with the problems of each."""
-    numbers = list(numbers)
-    missing = [number for number in numbers if generation.piece(number) not in pieces]
-    if there := sum(len(generation.packs[number]) for number in numbers if number not in missing):
+    missing: list[int] = []
+    there = 0
+    for number in numbers:
+        if generation.piece(number) in pieces:
+            there += len(generation.packs[number])
+        else:
+            missing.append(number)
+    if there:
         advance(there)
 
     def load(number: int) -> PackInput:
