@@ -13,7 +13,7 @@ from lorazip_core.files import canonical_json
 from lorazip_core.report import check_available
 
 from . import console
-from .options import AllowPickle, Bundle, Json, MaxMeanError, Quiet, squared_error
+from .options import AllowPickle, Bundle, Device, Json, MaxMeanError, Quiet, squared_error
 from .progress import progress
 from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, percent, table, times
@@ -47,6 +47,7 @@ def verify(
         Path | None, typer.Option("--summary", metavar="FILE.md", help="Write Markdown, for the summary of a CI job.")
     ] = None,
     allow_pickle: AllowPickle = False,
+    device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -68,6 +69,7 @@ def verify(
         max_error=max_error,
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
+        device=device,
         progress=progress(quiet),
     )
     report = result.report

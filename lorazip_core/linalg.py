@@ -22,23 +22,30 @@ def squared_norm(b: Tensor, a: Tensor) -> Tensor:
 
 
 def squared_distance(x: Factors, y: Factors) -> Tensor:
-    """‖X − Y‖_F² of two factored matrices of equal shape, in float64, of shape [...].
+    """‖X − Y‖_F² of two factored matrices of equal shape, in float64, of shape [...]."""
+    return squared_norm_and_distance(x, y)[1]
 
-    X − Y = [B_x, −B_y] [A_x; A_y], whose norm follows from Gram matrices, and where those cancel from QR of both sides.
-    Equal factors are at distance 0 exactly.
+
+def squared_norm_and_distance(x: Factors, y: Factors) -> tuple[Tensor, Tensor]:
+    """‖X‖_F² and ‖X − Y‖_F² of two factored matrices of equal shape, in float64, each of shape [...].
+
+    ‖X − Y‖² = ‖X‖² − 2 Σ (B_xᵀB_y ∘ A_xA_yᵀ) + ‖Y‖², and where that cancels the norm of [B_x, −B_y] [A_x; A_y] by QR of
+    both sides. Equal factors are at distance 0 exactly. What all of ``y`` share needs no batch dimensions.
     """
-    b = torch.cat([x[0].double(), -y[0].double()], dim=-1)
-    a = torch.cat([x[1].double(), y[1].double()], dim=-2)
-    distance = squared_norm(b, a)
-    close = distance <= _CANCELLED * squared_norm(*x)
+    (b_x, a_x), (b_y, a_y) = ((b.double(), a.double()) for b, a in (x, y))
+    norm = squared_norm(b_x, a_x)
+    inner = ((b_x.mT @ b_y) * (a_x @ a_y.mT)).sum((-2, -1))
+    distance = (norm - 2 * inner + squared_norm(b_y, a_y)).clamp_min(0)
+    close = distance <= _CANCELLED * norm
     if close.any():
-        r_b = torch.linalg.qr(b[close], mode="r").R
-        r_a = torch.linalg.qr(a[close].mT, mode="r").R
+        b_y, a_y = (z.expand(*distance.shape, *z.shape[-2:]) for z in (b_y, a_y))
+        r_b = torch.linalg.qr(torch.cat([b_x[close], -b_y[close]], dim=-1), mode="r").R
+        r_a = torch.linalg.qr(torch.cat([a_x[close], a_y[close]], dim=-2).mT, mode="r").R
         distance[close] = (r_b @ r_a.mT).square().sum((-2, -1))
-        if x[0].shape == y[0].shape:
-            equal = (x[0] == y[0]).all(-1).all(-1) & (x[1] == y[1]).all(-1).all(-1)
+        if b_x.shape == b_y.shape:
+            equal = (b_x == b_y).all(-1).all(-1) & (a_x == a_y).all(-1).all(-1)
             distance.masked_fill_(equal, 0.0)
-    return distance
+    return norm, distance
 
 
 def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:

@@ -18,13 +18,20 @@ from .measure import Measured, Pair, measure
 from .progress import Progress
 from .workers import in_order
 
+_CPU = torch.device("cpu")
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-10
 
 
 def compare(
-    bundle: Bundle, root: Path, damaged: set[str | None], *, allow_pickle: bool, progress: Progress
+    bundle: Bundle,
+    root: Path,
+    damaged: set[str | None],
+    *,
+    allow_pickle: bool,
+    device: torch.device = _CPU,
+    progress: Progress,
 ) -> tuple[dict[str, Measured], list[Finding]]:
     """The true errors by adapter, where they can be known, and all that differs from the originals in ``root``.
 
@@ -51,7 +58,7 @@ def compare(
     pairs = []
     with (
         progress.stage("checking originals", len(there)) as advance,
-        closing(in_order(differences, there, torch.device("cpu"))) as results,
+        closing(in_order(differences, there, _CPU)) as results,
     ):
         checked = iter(zip(there, results, strict=True))
         for entry in bundle.manifest.adapters:
@@ -65,7 +72,7 @@ def compare(
             advance(1)
     total = sum(len(bundle.modules(pair.entry)) for pair in pairs)
     with progress.stage("measuring errors", total) as advance:
-        measured, unusable = measure(bundle, pairs, advance)
+        measured, unusable = measure(bundle, pairs, advance, device)
     broken += [_source("source-unusable", error.adapter, error.reason) for error in unusable]
     for pair in pairs:
         if pair.entry.name in measured:

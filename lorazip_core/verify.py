@@ -12,6 +12,7 @@ from msgspec import Struct
 from .bundle import AdapterEntry, Bundle, ModuleError
 from .bundle.check import Finding, check_bundle, printable
 from .bundle.manifest import MANIFEST_NAME
+from .device import find_device
 from .errors import BundleDamaged, CheckFailed, UsageError
 from .measure import Measured
 from .originals import compare
@@ -90,13 +91,15 @@ def verify(
     max_error: float | None = None,
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
+    device: str = "cpu",
     progress: Progress = _SILENT,
 ) -> VerifyReport:
     """Check the bundle at ``path``, with ``against`` also every claim of its manifest against the original adapters.
 
     ``max_error`` bounds the squared error of the worst adapter and ``max_mean_error`` the mean, as measured if there
     are originals, else as claimed. Whatever does not hold is a finding of the report, and so is any damage. Raises
-    UsageError for a path that is no directory or a limit that is no number ≥ 0, Unsupported for another format.
+    UsageError for a path that is no directory or a limit that is no number ≥ 0, Unsupported for another format,
+    LocalError for a ``device`` that is not there; errors are measured on it.
     """
     return verify_by_module(
         path,
@@ -104,6 +107,7 @@ def verify(
         max_error=max_error,
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
+        device=device,
         progress=progress,
     ).report
 
@@ -115,6 +119,7 @@ def verify_by_module(
     max_error: float | None = None,
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
+    device: str = "cpu",
     progress: Progress = _SILENT,
 ) -> Verification:
     """What `verify` does, with the errors of every module beside the report."""
@@ -124,6 +129,7 @@ def verify_by_module(
     if against is not None and not against.is_dir():
         raise UsageError(f"{against} is not a directory")
     gates = Gates(max_error, max_mean_error)
+    where = find_device(device)
     try:
         bundle = Bundle(path)
     except BundleDamaged as error:
@@ -137,7 +143,7 @@ def verify_by_module(
         errors = [report.claimed_squared_error for report in adapters]
     else:
         damaged = {finding.path for finding in findings}
-        measured, broken = compare(bundle, against, damaged, allow_pickle=allow_pickle, progress=progress)
+        measured, broken = compare(bundle, against, damaged, allow_pickle=allow_pickle, device=where, progress=progress)
         findings += broken
         adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
         errors = [report.squared_error for report in adapters if report.squared_error is not None]

@@ -7,12 +7,13 @@ strided view, if all of them fit there; else in turns, and a module is read from
 from .groups import by_layout
 from .intake import Intake, Verify, take_in
 from .placement import HOST, Placement, place, stays
-from .stacks import Files, Resident, Stacks
+from .stacks import Files, Pick, Resident, Stacks
 
 __all__ = [
     "HOST",
     "Files",
     "Intake",
+    "Pick",
     "Placement",
     "Resident",
     "Stacks",
