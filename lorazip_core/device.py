@@ -25,6 +25,11 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 0 of the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
 def hold_to(device: torch.device, most: int | None) -> None:
     """Have PyTorch refuse memory of a GPU beyond ``most`` bytes; it gives back what it only keeps before it does."""
     if device.type == "cuda" and most is not None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
-from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
-from .bundle import AdapterEntry, Bundle, ModuleError
+from .adapter import Adapter, views
+from .bundle import AdapterEntry, Bundle, ModuleError, SourceEntry
 from .errors import AdapterError
-from .linalg import Factors, squared_norm_and_distance
+from .linalg import squared_norm_and_distance
 from .progress import Advance
-from .reading import Files, Pick, by_layout
-from .reconstruct import decode, decode_shared
-from .workers import in_order, threads_for
+from .reading import HOST, Block, Placement, by_layout, in_blocks
+from .reconstruct import Decoder
+from .workers import threads_for
 
 _CPU = torch.device("cpu")
 # Numbers in the factors of one batch: 32 MiB of float64, on a GPU 256 MiB.
@@ -41,6 +38,11 @@ class Measured:
     def __init__(self) -> None:
         self.norms: dict[str, float] = {}
         self.distances: dict[str, float] = {}
+
+    def add(self, module: str, squared_norm: float, squared_distance: float) -> None:
+        """‖ΔW‖² and ‖ΔW−ΔŴ‖² of one module."""
+        self.norms[module] = squared_norm
+        self.distances[module] = squared_distance
 
     @property
     def squared_norm(self) -> float:
@@ -68,157 +70,114 @@ class Measured:
         worst = max(self.norms, key=self.ratio)
         return ModuleError(worst, self.ratio(worst))
 
+    def not_finite(self) -> str | None:
+        """A module whose update has NaN or Inf, if there is one."""
+        return next((module for module, norm in self.norms.items() if not math.isfinite(norm)), None)
+
     def ratio(self, module: str) -> float:
         """‖ΔW−ΔŴ‖² / ‖ΔW‖² of one module; 0 for a zero module."""
         return self.distances[module] / self.norms[module] if self.norms[module] > 0 else 0.0
 
 
-class _Error(NamedTuple):
-    """‖ΔW‖² and ‖ΔW−ΔŴ‖² of one module of one adapter, by its name in the bundle."""
+class Original(NamedTuple):
+    """What reading an original has told: its files, and its errors if they were wanted."""
 
-    adapter: str
-    module: str
-    squared_norm: float
-    squared_distance: float
+    files: list[SourceEntry]
+    measured: Measured | None
+
+
+Seen = Original | AdapterError
+"""An AdapterError for an original that cannot be read."""
 
 
 def measure(
-    bundle: Bundle, pairs: list[Pair], advance: Advance, device: torch.device = _CPU
-) -> tuple[dict[str, Measured], list[AdapterError]]:
-    """The errors of every pair by the adapter's name, in float64, and the originals that turned out unreadable.
+    bundle: Bundle,
+    pairs: Sequence[Pair],
+    advance: Advance,
+    *,
+    measurable: Container[str],
+    device: torch.device = _CPU,
+    placement: Placement = HOST,
+) -> dict[str, Seen]:
+    """Read all originals, every file once: by the adapter's name its files and, of ``measurable`` ones, the errors.
 
-    What shares bases goes module by module on ``device``; adapters kept individually go one by one, on the CPU. Memory
-    does not grow with the collection. ``advance`` is told 1 for each module of each pair.
+    Errors are computed in float64 on ``device``, where ``placement`` brings the originals. Memory does not grow with
+    the collection. ``advance`` is told 1 for each pair.
     """
-    measured = {pair.entry.name: Measured() for pair in pairs}
-    unusable: dict[str, AdapterError] = {}
+    if not pairs:
+        return {}
+    ordered = sorted(pairs, key=lambda pair: _home(bundle, pair.entry))  # those that share bases next to each other
+    originals = [pair.original for pair in ordered]
+    decoder = Decoder(bundle, device, _BATCH_NUMBERS[device.type])
 
-    def take(found: Iterable[_Error | AdapterError]) -> None:
-        for each in found:
-            if isinstance(each, AdapterError):
-                unusable.setdefault(each.adapter, each)
-                continue
-            errors = measured[each.adapter]
-            errors.norms[each.module] = each.squared_norm
-            errors.distances[each.module] = each.squared_distance
-            if not math.isfinite(each.squared_norm):
-                reason = f"module {each.module}: its update has NaN or Inf"
-                unusable.setdefault(each.adapter, AdapterError(each.adapter, reason))
+    def look(block: Block) -> list[tuple[str, Seen]]:
+        own = [ordered[number] for number in block.adapters]
+        try:
+            measured = _errors(block, own, measurable, decoder)
+        except AdapterError as error:  # one too large for memory, alone in its block, that is read piece by piece
+            return [(pair.entry.name, error) for pair in own]
+        return [
+            (pair.entry.name, files if isinstance(files, AdapterError) else Original(files, errors))
+            for pair, files, errors in zip(own, block.files, measured, strict=True)
+        ]
 
-    shared = _Shared(bundle, [pair for pair in pairs if pair.entry.cluster is not None], device)
-    with threads_for(device), closing(in_order(shared.module, shared.modules, device)) as results:
-        for module, found in zip(shared.modules, results, strict=True):
-            take(found)
-            advance(sum(len(pick.chosen) for pick in shared.modules[module]))
-    alone = [pair for pair in pairs if pair.entry.cluster is None]
-    with closing(in_order(partial(_measure_alone, bundle), alone, _CPU)) as results:
-        for pair, found in zip(alone, results, strict=True):
-            take(found)
-            advance(len(pair.original.parts))
-    return {name: errors for name, errors in measured.items() if name not in unusable}, list(unusable.values())
+    kinds = {id(original.parts): original.parts for original in originals}.values()
+    modules = {name: part.module for parts in kinds for name, part in parts.items()}
+    groups = by_layout(originals, list(modules.values()))
+    with threads_for(device), closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
+        return dict(chain.from_iterable(results))
 
 
-class _Shared:
-    """Adapters in clusters, those of one shard next to each other, so that their cores are decoded together."""
+def _home(bundle: Bundle, entry: AdapterEntry) -> str:
+    """The file of the bundle that has what only this adapter, or only its shard, is decoded from."""
+    return entry.individual or bundle.shard(entry).path
 
-    def __init__(self, bundle: Bundle, pairs: list[Pair], device: torch.device) -> None:
-        self._bundle = bundle
-        self._device = device
-        self._pairs = sorted(pairs, key=lambda pair: bundle.shard(pair.entry).path)
-        originals = [pair.original for pair in self._pairs]
-        self._files = Files(originals, device)
-        kinds = {id(original.parts): original.parts for original in originals}.values()
-        modules = {name: part.module for parts in kinds for name, part in parts.items()}
-        self.modules: defaultdict[str, list[Pick]] = defaultdict(list)
-        """For each module, of every layout that has it, all adapters."""
-        for group in by_layout(originals, list(modules.values())):
-            for column, part in enumerate(group.parts):
-                everyone = np.arange(len(group.adapters))
-                self.modules[part.module.name].append(Pick(group, column, everyone))
 
-    def module(self, name: str) -> list[_Error | AdapterError]:
-        """The errors of all adapters in one module; an AdapterError for each that cannot be read."""
-        found: list[_Error | AdapterError] = []
-        for pick in self.modules[name]:
-            while True:
-                try:
-                    found += list(self._errors(name, pick))
-                    break
-                except AdapterError as error:  # once more, without this one
-                    others = [self._pairs[number].original.name != error.adapter for number in pick.adapters]
-                    (broken,) = pick.adapters[np.logical_not(others)]
-                    found.append(AdapterError(self._pairs[broken].entry.name, error.reason))
-                    pick = pick._replace(chosen=pick.chosen[others])
-        return found
+def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder) -> list[Measured | None]:
+    """The errors of those of a block that are measurable and could be read."""
+    measured = [
+        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Measured()
+        for pair, files in zip(pairs, block.files, strict=True)
+    ]
+    homes = [
+        None if errors is None else _home(decoder.bundle, pair.entry)
+        for pair, errors in zip(pairs, measured, strict=True)
+    ]
+    parts = block.group.parts
+    for rows in _runs(homes, decoder.most_adapters(parts)):
+        stored = _stored(block, rows, pairs[rows])
+        scales = torch.from_numpy(block.group.scales[block.rows][rows]).to(decoder.device)
+        for columns, y in decoder.batches([pair.entry for pair in pairs[rows]], parts):
+            first = parts[columns[0]]
+            b, a = (
+                torch.stack([stored[2 * column + side] for column in columns], 1).to(decoder.device).double()
+                for side in (0, 1)
+            )
+            b = b.mul_(scales[:, columns, None]).view(*b.shape[:2], first.module.d_out, first.rank)
+            x = b, a.view(*a.shape[:2], first.rank, first.module.d_in)
+            found = torch.stack(squared_norm_and_distance(x, y), -1).tolist()
+            for errors, of_adapter in zip(measured[rows], found, strict=True):
+                assert errors is not None
+                for column, both in zip(columns, of_adapter, strict=True):
+                    errors.add(parts[column].module.name, *both)
+    return measured
 
-    def _errors(self, module: str, pick: Pick) -> Iterator[_Error]:
-        """Raises AdapterError for an original whose factors cannot be read."""
-        part = pick.group.parts[pick.column]
-        step = max(1, _BATCH_NUMBERS[self._device.type] // (2 * part.parameters))
-        scales = torch.from_numpy(pick.group.scales[pick.chosen, pick.column])[:, None, None].to(self._device)
-        pairs = [self._pairs[number] for number in pick.adapters]
-        bases: dict[str, tuple[Tensor, Tensor]] = {}
-        for some, own_b, own_a in self._files.factors(pick):
-            own_b = own_b.reshape(-1, part.module.d_out, part.rank)
-            own_a = own_a.reshape(-1, part.rank, part.module.d_in)
-            for start, stop in self._runs(pairs[some], step):
-                names = [pair.entry.name for pair in pairs[some][start:stop]]
-                decoded = self._decoded(module, [pair.entry for pair in pairs[some][start:stop]], bases)
-                x = own_b[start:stop].double() * scales[some][start:stop], own_a[start:stop].double()
-                norms, distances = torch.stack(squared_norm_and_distance(x, decoded)).tolist()
-                yield from map(_Error, names, [module] * len(names), norms, distances)
 
-    def _runs(self, pairs: list[Pair], most: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of at most so many neighbours of one shard."""
-        stop = 0
-        for _, same in groupby(pairs, key=lambda pair: self._bundle.shard(pair.entry).path):
-            start, stop = stop, stop + len(list(same))
+def _runs(homes: list[str | None], most: int) -> Iterator[slice]:
+    """At most so many neighbours of one home at a time; those without are left out."""
+    stop = 0
+    for home, same in groupby(homes):
+        start, stop = stop, stop + len(list(same))
+        if home is not None:
             for first in range(start, stop, most):
-                yield first, min(first + most, stop)
-
-    def _decoded(self, module: str, entries: list[AdapterEntry], bases: dict[str, tuple[Tensor, Tensor]]) -> Factors:
-        """B̂ [k, d_out, R] and Â [R, d_in] of adapters in one shard; ``bases`` are those that were read before."""
-        assert entries[0].cluster is not None
-        cluster = self._bundle.manifest.clusters[entries[0].cluster]
-        if cluster.basis not in bases:
-            u, v = (basis.to(self._device).double() for basis in self._bundle.basis(cluster, module))
-            bases[cluster.basis] = u, v
-        cores = self._bundle.cores(entries, module).to(self._device).double()
-        return decode_shared(cluster.method, *bases[cluster.basis], cores)
+                yield slice(first, min(first + most, stop))
 
 
-def _measure_alone(bundle: Bundle, pair: Pair) -> list[_Error | AdapterError]:
-    """The errors of an adapter that is kept individually, in batches of modules of equal shapes and ranks."""
-    found: list[_Error | AdapterError] = []
-    try:
-        for modules, x, y in _batches(bundle, pair):
-            norms, distances = torch.stack(squared_norm_and_distance(x, y)).tolist()
-            found += map(_Error, [pair.entry.name] * len(modules), modules, norms, distances)
-    except AdapterError as error:
-        return [AdapterError(pair.entry.name, error.reason)]
-    return found
-
-
-def _batches(bundle: Bundle, pair: Pair) -> Iterator[tuple[list[str], Factors, Factors]]:
-    """(modules, stacked original factors, stacked decoded factors)."""
-    open_batches: defaultdict[tuple[torch.Size, ...], list[tuple[str, Factors, Factors]]] = defaultdict(list)
-    for module in pair.original.parts:
-        x = pair.original.factors(module, torch.float64)
-        y = decode(bundle, pair.entry, module, torch.float64)
-        batch = open_batches[tuple(z.shape for z in (*x, *y))]
-        batch.append((module, x, y))
-        if len(batch) * sum(z.numel() for z in (*x, *y)) > _BATCH_NUMBERS["cpu"]:
-            yield _stack(batch)
-            batch.clear()
-    for batch in open_batches.values():
-        if batch:
-            yield _stack(batch)
-
-
-def _stack(batch: list[tuple[str, Factors, Factors]]) -> tuple[list[str], Factors, Factors]:
-    modules, originals, decoded = zip(*batch, strict=True)
-    return list(modules), _stacked(originals), _stacked(decoded)
-
-
-def _stacked(factors: tuple[Factors, ...]) -> Factors:
-    return torch.stack([b for b, _ in factors]), torch.stack([a for _, a in factors])
+def _stored(block: Block, rows: slice, pairs: list[Pair]) -> list[Tensor]:
+    """For every module B [n, d_out · r] and A [n, r · d_in], one after the other, as they are in the files."""
+    parts = block.group.parts
+    if block.data is None:
+        factors = (pair.original.stored_factors(part.module.name) for pair in pairs for part in parts)
+        return [side.reshape(1, -1) for both in factors for side in both]
+    tensors = block.group.layout.tensors
+    return views(block.data[rows], [tensors[key] for part in parts for key in (part.key_b, part.key_a)])

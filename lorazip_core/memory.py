@@ -12,6 +12,7 @@ import torch
 from . import team
 from .adapter import Collection, Part
 from .assign import COMPARED, PROBES
+from .device import free_bytes
 from .errors import LocalError
 from .joint import search_size, searched_together
 from .packs import CPU_BUDGET, Budget, Problem, packs
@@ -171,11 +172,6 @@ def _too_little(option: str, bound: int | None, least: int) -> LocalError:
         f"{option}: {_size(bound or 0)} is too little, {_size(least)} is the least that this takes",
         "allow more, or compress fewer adapters at a time",
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
-    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def anonymous_bytes() -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from .adapter import Adapter, open_collection
-from .bundle import AdapterEntry, Bundle
+from .bundle import AdapterEntry, Bundle, SourceEntry
 from .bundle.check import Finding, printable
 from .bundle.manifest import MANIFEST_NAME
-from .errors import AdapterErrors
-from .files import sha256_file
+from .device import free_bytes
+from .errors import AdapterError, AdapterErrors
 from .measure import Measured, Pair, measure
 from .progress import Progress
+from .reading import pass_through
 from .workers import in_order
 
 _CPU = torch.device("cpu")
@@ -48,35 +49,46 @@ def compare(
 
     def differences(pair: Pair) -> tuple[list[Finding], bool]:
         """What of a pair differs, and whether its errors can be measured all the same."""
-        found = [*_source_files(pair), *_modules(bundle, pair)]
-        comparable = all(finding.kind != "modules-differ" for finding in found)
+        found = list(_modules(bundle, pair))
+        comparable = not found
         if MANIFEST_NAME in damaged:
             return found, False
         found += _carried(bundle, pair, damaged)
         return found, comparable and not damaged & _needed(bundle, pair.entry)
 
-    pairs = []
     with (
-        progress.stage("checking originals", len(there)) as advance,
+        progress.stage("comparing adapters", len(there)) as advance,
         closing(in_order(differences, there, _CPU)) as results,
     ):
-        checked = iter(zip(there, results, strict=True))
-        for entry in bundle.manifest.adapters:
-            if entry.name not in originals:
-                reason = bad.get(entry.name, "it is not there")
-                broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
-                continue
-            pair, (found, measurable) = next(checked)
-            broken += found
-            pairs += [pair] * measurable
+        different: dict[str, list[Finding]] = {}
+        measurable: set[str] = set()
+        for (entry, _), (found, comparable) in zip(there, results, strict=True):
+            different[entry.name] = found
+            if comparable:
+                measurable.add(entry.name)
             advance(1)
-    total = sum(len(bundle.modules(pair.entry)) for pair in pairs)
-    with progress.stage("measuring errors", total) as advance:
-        measured, unusable = measure(bundle, pairs, advance, device)
-    broken += [_source("source-unusable", error.adapter, error.reason) for error in unusable]
-    for pair in pairs:
-        if pair.entry.name in measured:
-            broken += _claims(pair.entry, measured[pair.entry.name])
+    with progress.stage("reading originals", len(there)) as advance:
+        largest = max((pair.original.layout.size for pair in there), default=0)
+        placement = pass_through(device, largest, free_bytes(device))
+        seen = measure(bundle, there, advance, measurable=measurable, device=device, placement=placement)
+    measured: dict[str, Measured] = {}
+    for entry in bundle.manifest.adapters:
+        if entry.name not in originals:
+            reason = bad.get(entry.name, "it is not there")
+            broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
+            continue
+        original = seen[entry.name]
+        if isinstance(original, AdapterError):
+            broken += [_source("source-unusable", entry.name, original.reason), *different[entry.name]]
+            continue
+        broken += [*_source_files(entry, original.files), *different[entry.name]]
+        if (errors := original.measured) is None:
+            continue
+        if (module := errors.not_finite()) is not None:
+            broken.append(_source("source-unusable", entry.name, f"module {module}: its update has NaN or Inf"))
+            continue
+        measured[entry.name] = errors
+        broken += _claims(entry, errors)
     return measured, broken
 
 
@@ -96,10 +108,9 @@ def _not_in_bundle(bundle: Bundle, originals: dict[str, Adapter], bad: dict[str,
         yield _source("source-unlisted", name, "the bundle neither has it nor says that it was skipped")
 
 
-def _source_files(pair: Pair) -> Iterator[Finding]:
+def _source_files(entry: AdapterEntry, read: list[SourceEntry]) -> Iterator[Finding]:
     """The original's files are those that the bundle was made from."""
-    entry, original = pair
-    files = {path.relative_to(original.folder).as_posix(): path for path in original.files}
+    files = {source.path: source for source in read}
     listed = {source.path: source for source in entry.files}
     for name in sorted(files.keys() | listed.keys()):
         path = name if entry.name == "." else f"{entry.name}/{name}"
@@ -107,10 +118,10 @@ def _source_files(pair: Pair) -> Iterator[Finding]:
             message = "the bundle was made without this file"
         elif name not in files:
             message = "the bundle was made from this file, which is not there or not used now"
-        elif (size := files[name].stat().st_size) != listed[name].size_bytes:
-            message = f"{size} bytes, but the bundle was made from {listed[name].size_bytes}"
-        elif (digest := sha256_file(files[name])) != listed[name].sha256:
-            message = f"sha256 {digest}, but the bundle was made from {listed[name].sha256}"
+        elif files[name].size_bytes != listed[name].size_bytes:
+            message = f"{files[name].size_bytes} bytes, but the bundle was made from {listed[name].size_bytes}"
+        elif files[name].sha256 != listed[name].sha256:
+            message = f"sha256 {files[name].sha256}, but the bundle was made from {listed[name].sha256}"
         else:
             continue
         yield Finding("source-differs", path, message, damage=False, adapter=entry.name)

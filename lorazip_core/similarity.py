@@ -112,12 +112,15 @@ def _captured_by_others(batch: Batch, rank: int, seed: int) -> Tensor:
     # The columns of the basis come first, so that in these coordinates they are the first unit vectors.
     u, v = (span(*pair) for pair in zip(basis, wide, strict=True))
     sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
-    return torch.cat(
-        [
-            _captured_without(cores, basis.u.shape[2], basis.v.shape[2])
-            for cores in torch.split(batch.cores(u, v), sizes)
-        ]
-    )
+    cores = torch.split(batch.cores(u, v), sizes)
+
+    def captured(own: Tensor) -> Tensor:
+        return _captured_without(own, basis.u.shape[2], basis.v.shape[2])
+
+    if u.device.type == "cpu":
+        return torch.cat(list(map(captured, cores)))
+    # A GPU decomposes small matrices one after another, slower than a core of the CPU does.
+    return torch.cat(list(in_order(captured, [own.cpu() for own in cores], torch.device("cpu"))))
 
 
 def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:

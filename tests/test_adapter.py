@@ -15,7 +15,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from lorazip_core.adapter import open_adapter, write_adapter
+from lorazip_core.adapter import TensorInfo, aligned, open_adapter, view, views, write_adapter
 from lorazip_core.adapter.config import parse_config
 from lorazip_core.errors import AdapterError
 
@@ -449,3 +449,19 @@ def test_odd_adapters(name: str, allow_pickle: bool) -> None:
 
 def test_odd_table_is_complete() -> None:
     assert {path.name for path in wild("odd").iterdir()} == set(ODD)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2, 8])
+@pytest.mark.parametrize("dtypes", [["BF16"], ["F32"], ["F16", "F32"]])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_several_tensors_at_once_are_those_of_one_by_one(gap: int, dtypes: list[str], start: int) -> None:
+    infos, end = [], gap
+    for number, shape in enumerate([(3, 4), (1,), (2, 2, 2), (5, 1)]):
+        info = TensorInfo(dtypes[number % len(dtypes)], shape, 0, end)
+        infos.append(info)
+        end = info.end + gap
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 60, (3, aligned(end) + start), dtype=torch.uint8, generator=generator)[:, start:]
+    for some in (infos, infos[::-1], infos[1:3]):
+        for own, info in zip(views(data, some), some, strict=True):
+            assert torch.equal(own, view(data, info).flatten(1))

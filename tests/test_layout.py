@@ -16,10 +16,23 @@ ROWS = [
     {"errors", "progress", "files", "text", "workers", "team", "device", "sample"},
     {"adapter", "bundle", "assignment", "lock"},
     {
-        *{"linalg", "stack", "batch", "packs", "updates", "measure", "summary", "plan"},
+        *{"linalg", "stack", "batch", "packs", "updates", "summary", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
-    {"reading", "memory", "scan", "originals", "fetch", "cluster", "compress", "verify", "export", "info", "report"},
+    {
+        "reading",
+        "memory",
+        "scan",
+        "measure",
+        "originals",
+        "fetch",
+        "cluster",
+        "compress",
+        "verify",
+        "export",
+        "info",
+        "report",
+    },
 ]
 ENCODER = {"batch", "joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
 DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}

@@ -1,17 +1,25 @@
-"""The errors of a bundle, measured: in any batches the same, and without what cannot be read."""
+"""The errors of a bundle, measured: the same wherever the originals go, and without those that cannot be read."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from random_bundle import SKETCHES, make_bundle
 
 from lorazip_core import measure as measuring
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter import Adapter, open_collection
 from lorazip_core.bundle import Bundle
-from lorazip_core.measure import Measured, Pair, measure
+from lorazip_core.errors import AdapterError
+from lorazip_core.files import sha256_file
+from lorazip_core.measure import Measured, Original, Pair, measure
+from lorazip_core.reading import HOST, Placement, blocks, contents
+
+# The last two are meant for a GPU, here in ordinary memory: all adapters of a layout together, and one by one.
+PLACEMENTS = {"host": HOST, "streamed": Placement("streamed", 2**30), "streamed one by one": Placement("streamed", 1)}
+NAMES = [sketch.name for sketch in SKETCHES]
 
 
 @pytest.fixture(scope="module")
@@ -19,48 +27,124 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("sound"))
 
 
-def pairs_of(bundle: Bundle, originals: Path) -> list[Pair]:
-    adapters = {adapter.name: adapter for adapter in open_collection(originals, allow_mixed_base=True).adapters}
-    return [Pair(entry, adapters[entry.name]) for entry in bundle.manifest.adapters]
+def pairs_of(bundle: Bundle) -> list[Pair]:
+    adapters = open_collection(bundle.path.parent / "originals", allow_mixed_base=True).adapters
+    by_name = {adapter.name: adapter for adapter in adapters}
+    return [Pair(entry, by_name[entry.name]) for entry in bundle.manifest.adapters]
 
 
-def figures(measured: dict[str, Measured]) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    return {name: (errors.norms, errors.distances) for name, errors in measured.items()}
-
-
-def test_every_module_of_every_pair_is_told(sound: Path) -> None:
-    bundle = Bundle(sound)
-    pairs = pairs_of(bundle, sound.parent / "originals")
+def measured(bundle: Bundle, pairs: list[Pair], placement: Placement = HOST) -> dict[str, Measured | str]:
+    """By name the errors, or why there are none."""
     told: list[int] = []
-    measured, broken = measure(bundle, pairs, told.append)
-    assert not broken
-    assert sum(told) == sum(len(pair.original.parts) for pair in pairs)
-    for pair in pairs:
-        assert measured[pair.entry.name].norms.keys() == pair.original.parts.keys()
+    seen = measure(bundle, pairs, told.append, measurable=set(NAMES), placement=placement)
+    assert told == [1] * len(pairs)
+    found: dict[str, Measured | str] = {}
+    for name, each in seen.items():
+        if isinstance(each, Original):
+            assert each.measured is not None
+            found[name] = each.measured
+        else:
+            found[name] = each.reason
+    return found
 
 
-def test_neither_the_batches_nor_the_order_show_in_the_errors(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def same(errors: Measured | str, others: Measured | str) -> bool:
+    assert isinstance(errors, Measured)
+    assert isinstance(others, Measured)
+    norms = errors.norms == pytest.approx(others.norms, rel=1e-12)
+    return bool(norms and errors.distances == pytest.approx(others.distances, rel=1e-9, abs=1e-20))
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+@pytest.mark.parametrize("most", [1, 2**22])
+def test_neither_batches_nor_order_show_in_the_errors(
+    sound: Path, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = Bundle(sound)
-    pairs = pairs_of(bundle, sound.parent / "originals")
-    together, _ = measure(bundle, pairs, lambda _: None)
-    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": 1})
-    each, _ = measure(bundle, pairs[::-1], lambda _: None)
-    assert each.keys() == together.keys()
-    for name, (norms, distances) in figures(together).items():
-        assert each[name].norms == pytest.approx(norms, rel=1e-12)
-        assert each[name].distances == pytest.approx(distances, rel=1e-9, abs=1e-20)
+    pairs = pairs_of(bundle)
+    usual = measured(bundle, pairs)
+    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": most})
+    found = measured(bundle, pairs[::-1], PLACEMENTS[kind])
+    assert found.keys() == usual.keys() == set(NAMES)
+    for pair in pairs:
+        errors = found[pair.entry.name]
+        assert isinstance(errors, Measured)
+        assert errors.norms.keys() == pair.original.parts.keys()
+        assert same(errors, usual[pair.entry.name])
 
 
-@pytest.mark.parametrize("name", [sketch.name for sketch in SKETCHES])
-def test_an_original_cut_short_on_the_way_leaves_the_others(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_every_file_is_read_once(sound: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(sound)
+    read: Counter[str] = Counter()
+    usual = contents.read_contents
+
+    def counted(adapter: Adapter, destination: contents.Destination) -> object:
+        read[adapter.name] += 1
+        return usual(adapter, destination)
+
+    monkeypatch.setattr(blocks, "read_contents", counted)
+    monkeypatch.setattr(Adapter, "tensor", lambda *_: pytest.fail("a tensor is read on its own"))
+    seen = measure(bundle, pairs_of(bundle), lambda _: None, measurable=set(NAMES), placement=PLACEMENTS[kind])
+    assert read == dict.fromkeys(NAMES, 1)
+    for name, each in seen.items():
+        assert isinstance(each, Original)
+        folder = sound.parent / "originals" / name
+        assert {file.path: file.sha256 for file in each.files} == {
+            path.name: sha256_file(path) for path in folder.glob("adapter_*")
+        }
+
+
+def test_an_original_too_large_for_the_buffers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(sound)
+    usual = measured(bundle, pairs_of(bundle))
+    monkeypatch.setattr(blocks, "_HOST_BYTES", 64)
+    monkeypatch.setattr(blocks, "PIECE", 64)
+    found = measured(bundle, pairs_of(bundle))
+    assert all(same(found[name], usual[name]) for name in NAMES)
+
+
+def test_only_what_is_wanted_is_measured(sound: Path) -> None:
+    bundle = Bundle(sound)
+    seen = measure(bundle, pairs_of(bundle), lambda _: None, measurable={NAMES[0]})
+    has = {name: isinstance(each, Original) and each.measured is not None for name, each in seen.items()}
+    assert has == {name: name == NAMES[0] for name in NAMES}
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_no_originals_at_all(sound: Path, kind: str) -> None:
+    assert measured(Bundle(sound), [], PLACEMENTS[kind]) == {}
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_original_cut_short_on_the_way_leaves_the_others(tmp_path: Path, name: str, kind: str) -> None:
     bundle = Bundle(make_bundle(tmp_path))
-    pairs = pairs_of(bundle, tmp_path / "originals")
-    whole, _ = measure(bundle, pairs, lambda _: None)
+    pairs = pairs_of(bundle)
+    usual = measured(bundle, pairs)
     (weights,) = next(pair.original.weights for pair in pairs if pair.entry.name == name)
     assert weights.header is not None
     os.truncate(weights.path, weights.header.size + 8)
-    left, broken = measure(bundle, pairs, lambda _: None)
-    assert [(error.adapter, "is truncated" in error.reason) for error in broken] == [(name, True)]
-    assert left.keys() == whole.keys() - {name}
-    for other, errors in left.items():
-        assert errors.squared_error == pytest.approx(whole[other].squared_error, rel=1e-9, abs=1e-20)
+    found = measured(bundle, pairs, PLACEMENTS[kind])
+    reason = found.pop(name)
+    assert isinstance(reason, str)
+    assert "is truncated" in reason
+    assert all(same(errors, usual[other]) for other, errors in found.items())
+
+
+def test_an_original_cut_short_between_two_reads_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(make_bundle(tmp_path))
+    pairs = pairs_of(bundle)
+    monkeypatch.setattr(blocks, "_HOST_BYTES", 64)
+    monkeypatch.setattr(blocks, "PIECE", 64)
+    bad = pairs[0].original
+
+    def stored_factors(adapter: Adapter, module: str) -> object:
+        if adapter is bad:
+            raise AdapterError(adapter.name, "it is truncated")
+        return usual(adapter, module)
+
+    usual = Adapter.stored_factors
+    monkeypatch.setattr(Adapter, "stored_factors", stored_factors)
+    found = measured(bundle, pairs)
+    assert {name for name, errors in found.items() if isinstance(errors, str)} == {bad.name}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from lorazip_core.adapter import Adapter, Collection, open_collection, weights
 from lorazip_core.errors import AdapterError, AdapterErrors
 from lorazip_core.files import sha256_file
-from lorazip_core.reading import Files, Placement, Stacks, buffers, contents, intake, place, stacks
+from lorazip_core.reading import Files, Placement, Stacks, blocks, buffers, contents, place, stacks
 from lorazip_core.reading.buffers import Buffers
 from lorazip_core.scan import Scan, scan
 from lorazip_core.stack import Stack
@@ -115,7 +115,7 @@ def test_norms_do_not_depend_on_how_a_collection_is_cut(mixed: Path) -> None:
 @pytest.mark.parametrize("kind", PLACEMENTS)
 def test_small_pieces_give_the_same(mixed: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scanned(mixed, kind, allow_pickle=True)
-    monkeypatch.setattr(intake, "PIECE", 1000)
+    monkeypatch.setattr(blocks, "PIECE", 1000)
     monkeypatch.setattr(buffers.InMemory, "piece", 1000)
     pieces = scanned(mixed, kind, allow_pickle=True)
     assert pieces.files == whole.files
@@ -145,8 +145,8 @@ def test_every_file_is_read_once(tmp_path: Path, kind: str, monkeypatch: pytest.
 
 def test_an_adapter_too_large_for_the_buffers(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scanned(mixed, allow_pickle=True)
-    monkeypatch.setattr(intake, "_HOST_BYTES", 4096)
-    monkeypatch.setattr(intake, "PIECE", 1000)
+    monkeypatch.setattr(blocks, "_HOST_BYTES", 4096)
+    monkeypatch.setattr(blocks, "PIECE", 1000)
     monkeypatch.setattr(buffers.InMemory, "piece", 1000)
     small = scanned(mixed, allow_pickle=True)
     assert small.files == whole.files

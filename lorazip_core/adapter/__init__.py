@@ -6,7 +6,7 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 
 from .collection import Collection, Skipped, find_adapters, inside, open_collection
 from .config import LoraConfig, NotLora, parse_config
-from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view
+from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view, views
 from .module import Kind, Module
 from .reader import Adapter, Part, open_adapter
 from .weights import Descriptor, read_fully
@@ -33,5 +33,6 @@ __all__ = [
     "parse_config",
     "read_fully",
     "view",
+    "views",
     "write_adapter",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -119,3 +120,21 @@ def view(data: Tensor, info: TensorInfo) -> Tensor:
     if own.storage_offset() % dtype.itemsize or any(stride % dtype.itemsize for stride in own.stride()[:-1]):
         own = own.clone(memory_format=torch.contiguous_format)
     return own.view(dtype).view(*data.shape[:-1], *info.shape)
+
+
+def views(data: Tensor, infos: Sequence[TensorInfo]) -> list[Tensor]:
+    """`view` of several tensors within ``data`` [k, size], each as rows [k, numbers].
+
+    In one step where it can be done: threads that do many small ones wait for each other.
+    """
+    dtype = TORCH_DTYPES[infos[0].dtype]
+    unaligned = any(number % dtype.itemsize for number in (data.storage_offset(), data.shape[1], data.stride(0)))
+    if unaligned or any(info.dtype != infos[0].dtype or info.begin % dtype.itemsize for info in infos):
+        return [view(data, info).flatten(1) for info in infos]
+    order = sorted(range(len(infos)), key=lambda place: infos[place].begin)
+    ends = [end // dtype.itemsize for place in order for end in (infos[place].begin, infos[place].end)]
+    numbers = data.view(dtype)
+    # Every second piece is what lies between two of them.
+    pieces = numbers.split_with_sizes([stop - start for start, stop in pairwise([0, *ends, numbers.shape[1]])], 1)
+    found = dict(zip(order, pieces[1::2], strict=True))
+    return [found[place] for place in range(len(infos))]

@@ -10,7 +10,9 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import TypeVar
 
 import torch
 from msgspec import Struct
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..errors import BundleDamaged
 from ..files import sha256_file, tree
 from ..progress import Advance
+from ..workers import in_order
 from .manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -31,6 +34,7 @@ from .manifest import (
 )
 from .reader import Bundle
 
+Part = TypeVar("Part")
 # A dimension is a number, or the range it may lie in.
 _Shape = tuple[int | range, ...]
 _ANY = range(1, 2**63)
@@ -69,24 +73,45 @@ def orthonormality_tolerance(dtype: torch.dtype) -> float:
 
 def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
     """All damage to a bundle whose manifest could be read; ``advance`` is told the bytes of each file once read."""
-    check = _Check(bundle)
-    check.manifest()
-    check.entries()
-    for entry in bundle.manifest.files:
-        check.bytes_of(entry)
+    whole = _Check(bundle, set())
+    whole.manifest()
+    plain = whole.entries()
+    sound = set()
+    files = bundle.manifest.files
+    for entry, check in zip(files, _each(bundle, plain, _Check.bytes_of, files), strict=True):
+        whole.findings += check.findings
+        if entry.path in plain and not check.findings:
+            sound.add(entry.path)
         advance(entry.size_bytes)
     if next(contradictions(bundle.manifest), None) is None:
-        check.contents()
-    return check.findings
+        for check in _each(bundle, sound, _Check.cluster, bundle.manifest.clusters):
+            whole.findings += check.findings
+        for check in _each(bundle, sound, _Check.adapter, bundle.manifest.adapters):
+            whole.findings += check.findings
+    return whole.findings
+
+
+def _each(
+    bundle: Bundle, files: set[str], step: Callable[[_Check, Part], None], parts: Sequence[Part]
+) -> Iterator[_Check]:
+    """A check of its own for each of ``parts``, in their order, several at a time."""
+
+    def checked(part: Part) -> _Check:
+        check = _Check(bundle, files)
+        step(check, part)
+        return check
+
+    with closing(in_order(checked, parts, torch.device("cpu"))) as results:
+        yield from results
 
 
 class _Check:
-    """The findings so far, and the files that may be parsed."""
+    """The findings so far, of those ``files`` that may be read."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, files: set[str]) -> None:
         self.bundle = bundle
         self.findings: list[Finding] = []
-        self._sound: set[str] = set()
+        self._files = files
         self._dtype = DTYPES[bundle.manifest.parameters.dtype]
 
     def _found(self, kind: str, path: str, message: str) -> None:
@@ -97,8 +122,8 @@ class _Check:
         for message in contradictions(self.bundle.manifest):
             self._found("contradiction", MANIFEST_NAME, message)
 
-    def entries(self) -> None:
-        """Every entry of the folder is a plain file that the manifest lists (or is)."""
+    def entries(self) -> set[str]:
+        """Every entry of the folder is a plain file that the manifest lists (or is); those that are there."""
         listed = {entry.path for entry in self.bundle.manifest.files} | {MANIFEST_NAME}
         plain, odd = set(), set()
         for path in tree(self.bundle.path):
@@ -111,14 +136,13 @@ class _Check:
                 plain.add(path)
         for path in sorted(listed - plain - odd):
             self._found("missing-file", path, "the manifest lists it, but it is not there")
-        self._sound = plain
+        return plain
 
     def bytes_of(self, entry: FileEntry) -> None:
         """Size and digest of a file that is there are those of the manifest."""
         path = self.bundle.path / entry.path
-        if entry.path not in self._sound:
+        if entry.path not in self._files:
             return
-        self._sound.discard(entry.path)
         size = path.stat().st_size
         if size != entry.size_bytes:
             self._found("wrong-size", entry.path, f"{size} bytes, but the manifest says {entry.size_bytes}")
@@ -130,22 +154,17 @@ class _Check:
             return
         if digest != entry.sha256:
             self._found("wrong-digest", entry.path, f"sha256 {digest}, but the manifest says {entry.sha256}")
-            return
-        self._sound.add(entry.path)
 
-    def contents(self) -> None:
-        """What is in the sound files is what the manifest says, which must not contradict itself."""
-        for cluster in self.bundle.manifest.clusters:
-            ranks = self._basis(cluster)
-            for shard in cluster.shards:
-                if shard.path in self._sound:
-                    self._shard(cluster, shard, ranks)
-        for adapter in self.bundle.manifest.adapters:
-            self._adapter(adapter)
+    def cluster(self, cluster: ClusterEntry) -> None:
+        """Its bases and cores are what the manifest says, which must not contradict itself."""
+        ranks = self._basis(cluster)
+        for shard in cluster.shards:
+            if shard.path in self._files:
+                self._shard(cluster, shard, ranks)
 
     def _basis(self, cluster: ClusterEntry) -> dict[str, tuple[int, int]]:
         """Check U and V; the columns (R_U, R_V) of each module that has both in order."""
-        if cluster.basis not in self._sound:
+        if cluster.basis not in self._files:
             return {}
         expected: dict[str, _Shape] = {}
         for module in self._modules(cluster):
@@ -201,16 +220,16 @@ class _Check:
         sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
         return [manifest.modules[index] for index in sorted({i for each in sets for i in manifest.module_sets[each]})]
 
-    def _adapter(self, adapter: AdapterEntry) -> None:
+    def adapter(self, adapter: AdapterEntry) -> None:
         """The files of one adapter: its factors if it is kept individually, its extras, its configuration."""
-        if adapter.individual in self._sound:
+        if adapter.individual in self._files:
             self._individual(adapter, adapter.individual)
-        if adapter.extras in self._sound:
+        if adapter.extras in self._files:
             try:
                 self.bundle.names(adapter.extras)
             except BundleDamaged as error:
                 self._found("unreadable", adapter.extras, str(error))
-        if adapter.config in self._sound:
+        if adapter.config in self._files:
             try:
                 self.bundle.config(adapter)
             except (BundleDamaged, TypeError, ValueError, RecursionError) as error:

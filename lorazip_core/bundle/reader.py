@@ -6,7 +6,6 @@ import json
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -68,13 +67,9 @@ class Bundle:
         shard = self.shard(adapter)
         return self.tensor(shard.path, f"{module}.core", row=self.rows(shard, module)[self.index(adapter)])
 
-    def cores(self, adapters: Sequence[AdapterEntry], module: str) -> Tensor:
-        """Σ of adapters in one shard, stacked: [k, R_U, R_V], or their diagonals [k, R]."""
-        shard = self.shard(adapters[0])
-        rows = [self.rows(shard, module)[self.index(adapter)] for adapter in adapters]
-        first = min(rows)
-        near = self.tensor(shard.path, f"{module}.core", row=slice(first, max(rows) + 1))
-        return near[[row - first for row in rows]]
+    def cores(self, shard: ShardEntry, module: str) -> Tensor:
+        """All Σ of a shard, stacked by `rows`: [n, R_U, R_V], or their diagonals [n, R]; mapped, not in memory."""
+        return self.tensor(shard.path, f"{module}.core")
 
     def individual(self, adapter: AdapterEntry, module: str) -> tuple[Tensor, Tensor, float]:
         """B [d_out, r], A [r, d_in] and the scale of an adapter kept on its own: ΔŴ = scale · B A."""
@@ -107,8 +102,8 @@ class Bundle:
         """The metadata in the header of a file of the bundle."""
         return self._handle(file).metadata() or {}
 
-    def tensor(self, file: str, name: str, row: int | slice | None = None) -> Tensor:
-        """One tensor of a file of the bundle, or one row of it, or some. Raises BundleDamaged when it is not there."""
+    def tensor(self, file: str, name: str, row: int | None = None) -> Tensor:
+        """One tensor of a file of the bundle, or one row of it. Raises BundleDamaged when it is not there."""
         try:
             handle = self._handle(file)
             tensor: Tensor = handle.get_tensor(name) if row is None else handle.get_slice(name)[row]

@@ -4,21 +4,25 @@ Adapters that are laid out alike are handled together. On a GPU their files land
 strided view, if all of them fit there; else in turns, and a module is read from the files when it is wanted.
 """
 
+from .blocks import Block, Contents, in_blocks
 from .groups import by_layout
 from .intake import Intake, Verify, take_in
-from .placement import HOST, Placement, place, stays
-from .stacks import Files, Pick, Resident, Stacks
+from .placement import HOST, Placement, pass_through, place, stays
+from .stacks import Files, Resident, Stacks
 
 __all__ = [
     "HOST",
+    "Block",
+    "Contents",
     "Files",
     "Intake",
-    "Pick",
     "Placement",
     "Resident",
     "Stacks",
     "Verify",
     "by_layout",
+    "in_blocks",
+    "pass_through",
     "place",
     "stays",
     "take_in",

@@ -9,12 +9,14 @@ import torch
 _RESIDENT_SHARE = 0.6  # of the bound: what else is computed with, stacks in float32 above all, needs the rest
 _STAGING_SHARE = 0.125  # of the bound, for each of the two blocks that are on the device at a time
 _MOST_IN_BLOCK = 2**31  # bytes: enough adapters for all readers, and few enough that energies follow on their heels
+_MOST_ON_HOST = 2**26  # bytes: small adapters together, so that threads seldom wait for each other
 
 
 class Placement(NamedTuple):
-    """``resident``: on the device, to stay. ``streamed``: there in turns. ``host``: in memory, one adapter a thread.
+    """``resident``: on the device, to stay. ``streamed``: there in turns. ``host``: in memory, in every thread a
+    block at a time.
 
-    ``block_bytes`` is how much is read before energies are computed from it on the device.
+    ``block_bytes`` is how much is read before it is worked on, a single adapter at least.
     """
 
     kind: Literal["host", "resident", "streamed"]
@@ -26,12 +28,17 @@ HOST = Placement("host", 0)
 
 def place(device: torch.device, total: int, largest: int, device_memory: int) -> Placement:
     """The placement of ``total`` bytes of tensors, at most ``largest`` an adapter, within ``device_memory`` bytes."""
-    if device.type == "cpu":
-        return HOST
-    if stays(total, device_memory):
+    if device.type != "cpu" and stays(total, device_memory):
         return Placement("resident", _MOST_IN_BLOCK)
+    return pass_through(device, largest, device_memory)
+
+
+def pass_through(device: torch.device, largest: int, device_memory: int) -> Placement:
+    """The placement of tensors that are not to stay, at most ``largest`` bytes an adapter."""
     staging = int(_STAGING_SHARE * device_memory)
-    return Placement("streamed", min(_MOST_IN_BLOCK, staging)) if largest <= staging else HOST
+    if device.type == "cpu" or largest > staging:
+        return Placement("host", _MOST_ON_HOST)
+    return Placement("streamed", min(_MOST_IN_BLOCK, staging))
 
 
 def stays(total: int, device_memory: int) -> bool:

@@ -1,0 +1,184 @@
+"""Adapters read whole, every file once: in blocks of one layout, each worked on while the next ones are read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Layout
+from ..bundle import SourceEntry
+from ..errors import AdapterError
+from ..progress import Advance
+from ..workers import cores, in_order
+from .buffers import PIECE, Buffers, InMemory, Nowhere, Slot
+from .contents import Destination, read_contents
+from .groups import LayoutGroup
+from .placement import Placement
+
+R = TypeVar("R")
+Contents = list[SourceEntry] | AdapterError
+
+_HOST_BYTES = 2**30  # in all buffers together
+
+
+class Block(NamedTuple):
+    """k adapters of one layout, when all their files have been read."""
+
+    group: LayoutGroup
+    rows: slice
+    """Their positions in the group."""
+    data: Tensor | None
+    """[k, size] of bytes: their tensors; None for a single adapter too large for that, whose files have them."""
+    files: list[Contents]
+    """What was read of each, or why its row of ``data`` means nothing."""
+
+    @property
+    def adapters(self) -> list[int]:
+        """Their numbers."""
+        numbers: list[int] = self.group.adapters[self.rows].tolist()
+        return numbers
+
+
+def in_blocks(
+    function: Callable[[Block], R],
+    adapters: Sequence[Adapter],
+    groups: Sequence[LayoutGroup],
+    device: torch.device,
+    placement: Placement,
+    advance: Advance,
+    resident: dict[Layout, Tensor] | None = None,
+) -> Generator[R, None, None]:
+    """``function`` of every block, in order, each adapter of ``groups`` being in one.
+
+    On the host several threads work, each on a block. On a device this one does, and nothing uses the data when
+    ``function`` returns, unless it stays in ``resident``: an array [n_l, size] for each layout. ``advance`` is
+    called with 1 for each adapter, by this thread.
+    """
+    if placement.kind == "host":
+        return _on_host(function, adapters, groups, placement, advance)
+    return _on_device(function, adapters, groups, device, placement, advance, resident)
+
+
+def _on_host(
+    function: Callable[[Block], R],
+    adapters: Sequence[Adapter],
+    groups: Sequence[LayoutGroup],
+    placement: Placement,
+    advance: Advance,
+) -> Generator[R, None, None]:
+    buffers = Buffers(_HOST_BYTES)
+
+    def read(place: tuple[LayoutGroup, slice]) -> tuple[R, int]:
+        group, rows = place
+        own = [adapters[number] for number in group.adapters[rows]]
+        size = group.layout.size
+        if size > _HOST_BYTES:
+            with buffers.lend(PIECE) as piece:
+                return function(Block(group, rows, None, [_contents(own[0], Nowhere(piece))])), 1
+        with buffers.lend(len(own) * size) as memory:
+            data = memory.view(len(own), size)
+            files = [_contents(adapter, InMemory(row)) for adapter, row in zip(own, data, strict=True)]
+            return function(Block(group, rows, data, files)), len(own)
+
+    places = ((group, rows) for group in groups for rows in _rows(group, min(placement.block_bytes, _HOST_BYTES)))
+    with closing(in_order(read, places, torch.device("cpu"))) as results:
+        for result, count in results:
+            for _ in range(count):
+                advance(1)
+            yield result
+
+
+def _on_device(
+    function: Callable[[Block], R],
+    adapters: Sequence[Adapter],
+    groups: Sequence[LayoutGroup],
+    device: torch.device,
+    placement: Placement,
+    advance: Advance,
+    resident: dict[Layout, Tensor] | None,
+) -> Generator[R, None, None]:
+    readers = min(cores(), len(adapters))
+    size = min(PIECE, max(group.layout.size for group in groups))
+    slots: SimpleQueue[Slot] = SimpleQueue()
+    for _ in range(readers):
+        slots.put(Slot(max(size, 1), device))
+
+    def read(number: int, row: Tensor) -> Contents:
+        slot = slots.get()
+        try:
+            return _contents(adapters[number], slot.towards(row))
+        finally:
+            slots.put(slot)
+
+    def done(block: Block, reading: list[Future[Contents]]) -> R:
+        for future in reading:
+            block.files.append(future.result())
+            advance(1)
+        return function(block)
+
+    ahead = len(adapters) if placement.kind == "resident" else 1
+    waiting: deque[tuple[Block, list[Future[Contents]]]] = deque()
+    pool = ThreadPoolExecutor(readers)
+    try:
+        for block in _blocks(groups, device, placement, resident):
+            assert block.data is not None
+            waiting.append((block, [pool.submit(read, *each) for each in zip(block.adapters, block.data, strict=True)]))
+            if len(waiting) > ahead:
+                yield done(*waiting.popleft())
+        while waiting:
+            yield done(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _contents(adapter: Adapter, destination: Destination) -> Contents:
+    try:
+        return read_contents(adapter, destination)
+    except AdapterError as error:
+        return error
+
+
+def _blocks(
+    groups: Sequence[LayoutGroup], device: torch.device, placement: Placement, resident: dict[Layout, Tensor] | None
+) -> Iterator[Block]:
+    """All adapters in blocks, each in memory that nothing on the device is using any more, and yet to be read.
+
+    Resident data stays in one array a layout. Streamed blocks take turns in two arrays: the one before the last has
+    been dealt with when the next one is asked for.
+    """
+    staging: list[Tensor] = []
+    if resident is None:
+        sizes = [group.layout.size * _rows_of_block(group, placement.block_bytes) for group in groups]
+        staging = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+    else:
+        for group in groups:
+            shape = (len(group.adapters), group.layout.size)
+            resident[group.layout] = torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # readers write on streams of their own
+    places = ((group, rows) for group in groups for rows in _rows(group, placement.block_bytes))
+    for turn, (group, rows) in enumerate(places):
+        if resident is None:
+            count, size = rows.stop - rows.start, group.layout.size
+            data = staging[turn % 2][: count * size].view(count, size)
+        else:
+            data = resident[group.layout][rows]
+        yield Block(group, rows, data, [])
+
+
+def _rows(group: LayoutGroup, most: int) -> Iterator[slice]:
+    """The rows of each block, of at most so many bytes or a single adapter."""
+    step = _rows_of_block(group, most)
+    for start in range(0, len(group.adapters), step):
+        yield slice(start, min(start + step, len(group.adapters)))
+
+
+def _rows_of_block(group: LayoutGroup, most: int) -> int:
+    return max(1, min(len(group.adapters), most // max(1, group.layout.size)))
