@@ -10,9 +10,8 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from typing import TypeVar
 
 import torch
 from msgspec import Struct
@@ -34,7 +33,6 @@ from .manifest import (
 )
 from .reader import Bundle
 
-Part = TypeVar("Part")
 # A dimension is a number, or the range it may lie in.
 _Shape = tuple[int | range, ...]
 _ANY = range(1, 2**63)
@@ -73,45 +71,26 @@ def orthonormality_tolerance(dtype: torch.dtype) -> float:
 
 def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
     """All damage to a bundle whose manifest could be read; ``advance`` is told the bytes of each file once read."""
-    whole = _Check(bundle, set())
-    whole.manifest()
-    plain = whole.entries()
-    sound = set()
-    files = bundle.manifest.files
-    for entry, check in zip(files, _each(bundle, plain, _Check.bytes_of, files), strict=True):
-        whole.findings += check.findings
-        if entry.path in plain and not check.findings:
-            sound.add(entry.path)
-        advance(entry.size_bytes)
+    check = _Check(bundle)
+    check.manifest()
+    check.entries()
+    with closing(in_order(check.wrong_bytes, bundle.manifest.files, torch.device("cpu"))) as results:
+        for entry, wrong in zip(bundle.manifest.files, results, strict=True):
+            check.bytes_of(entry, wrong)
+            advance(entry.size_bytes)
     if next(contradictions(bundle.manifest), None) is None:
-        for check in _each(bundle, sound, _Check.cluster, bundle.manifest.clusters):
-            whole.findings += check.findings
-        for check in _each(bundle, sound, _Check.adapter, bundle.manifest.adapters):
-            whole.findings += check.findings
-    return whole.findings
-
-
-def _each(
-    bundle: Bundle, files: set[str], step: Callable[[_Check, Part], None], parts: Sequence[Part]
-) -> Iterator[_Check]:
-    """A check of its own for each of ``parts``, in their order, several at a time."""
-
-    def checked(part: Part) -> _Check:
-        check = _Check(bundle, files)
-        step(check, part)
-        return check
-
-    with closing(in_order(checked, parts, torch.device("cpu"))) as results:
-        yield from results
+        check.contents()
+    return check.findings
 
 
 class _Check:
-    """The findings so far, of those ``files`` that may be read."""
+    """The findings so far, and the files that may be parsed."""
 
-    def __init__(self, bundle: Bundle, files: set[str]) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.findings: list[Finding] = []
-        self._files = files
+        self._plain: set[str] = set()
+        self._sound: set[str] = set()
         self._dtype = DTYPES[bundle.manifest.parameters.dtype]
 
     def _found(self, kind: str, path: str, message: str) -> None:
@@ -122,8 +101,8 @@ class _Check:
         for message in contradictions(self.bundle.manifest):
             self._found("contradiction", MANIFEST_NAME, message)
 
-    def entries(self) -> set[str]:
-        """Every entry of the folder is a plain file that the manifest lists (or is); those that are there."""
+    def entries(self) -> None:
+        """Every entry of the folder is a plain file that the manifest lists (or is)."""
         listed = {entry.path for entry in self.bundle.manifest.files} | {MANIFEST_NAME}
         plain, odd = set(), set()
         for path in tree(self.bundle.path):
@@ -136,35 +115,44 @@ class _Check:
                 plain.add(path)
         for path in sorted(listed - plain - odd):
             self._found("missing-file", path, "the manifest lists it, but it is not there")
-        return plain
+        self._plain = plain
 
-    def bytes_of(self, entry: FileEntry) -> None:
-        """Size and digest of a file that is there are those of the manifest."""
+    def wrong_bytes(self, entry: FileEntry) -> tuple[str, str] | None:
+        """Size and digest of a file that is there are those of the manifest; for any thread: the finding, if not."""
         path = self.bundle.path / entry.path
-        if entry.path not in self._files:
-            return
+        if entry.path not in self._plain:
+            return None
         size = path.stat().st_size
         if size != entry.size_bytes:
-            self._found("wrong-size", entry.path, f"{size} bytes, but the manifest says {entry.size_bytes}")
-            return
+            return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
         try:
             digest = sha256_file(path)
         except OSError as error:
-            self._found("unreadable", entry.path, f"cannot be read: {error.strerror}")
-            return
+            return "unreadable", f"cannot be read: {error.strerror}"
         if digest != entry.sha256:
-            self._found("wrong-digest", entry.path, f"sha256 {digest}, but the manifest says {entry.sha256}")
+            return "wrong-digest", f"sha256 {digest}, but the manifest says {entry.sha256}"
+        return None
 
-    def cluster(self, cluster: ClusterEntry) -> None:
-        """Its bases and cores are what the manifest says, which must not contradict itself."""
-        ranks = self._basis(cluster)
-        for shard in cluster.shards:
-            if shard.path in self._files:
-                self._shard(cluster, shard, ranks)
+    def bytes_of(self, entry: FileEntry, wrong: tuple[str, str] | None) -> None:
+        """Take down what `wrong_bytes` has said of a file."""
+        if wrong is not None:
+            self._found(wrong[0], entry.path, wrong[1])
+        elif entry.path in self._plain:
+            self._sound.add(entry.path)
+
+    def contents(self) -> None:
+        """What is in the sound files is what the manifest says, which must not contradict itself."""
+        for cluster in self.bundle.manifest.clusters:
+            ranks = self._basis(cluster)
+            for shard in cluster.shards:
+                if shard.path in self._sound:
+                    self._shard(cluster, shard, ranks)
+        for adapter in self.bundle.manifest.adapters:
+            self._adapter(adapter)
 
     def _basis(self, cluster: ClusterEntry) -> dict[str, tuple[int, int]]:
         """Check U and V; the columns (R_U, R_V) of each module that has both in order."""
-        if cluster.basis not in self._files:
+        if cluster.basis not in self._sound:
             return {}
         expected: dict[str, _Shape] = {}
         for module in self._modules(cluster):
@@ -220,16 +208,16 @@ class _Check:
         sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
         return [manifest.modules[index] for index in sorted({i for each in sets for i in manifest.module_sets[each]})]
 
-    def adapter(self, adapter: AdapterEntry) -> None:
+    def _adapter(self, adapter: AdapterEntry) -> None:
         """The files of one adapter: its factors if it is kept individually, its extras, its configuration."""
-        if adapter.individual in self._files:
+        if adapter.individual in self._sound:
             self._individual(adapter, adapter.individual)
-        if adapter.extras in self._files:
+        if adapter.extras in self._sound:
             try:
                 self.bundle.names(adapter.extras)
             except BundleDamaged as error:
                 self._found("unreadable", adapter.extras, str(error))
-        if adapter.config in self._files:
+        if adapter.config in self._sound:
             try:
                 self.bundle.config(adapter)
             except (BundleDamaged, TypeError, ValueError, RecursionError) as error:
@@ -275,7 +263,7 @@ class _Check:
             elif tensor.dtype not in allowed:
                 message = f"tensor {name} is {tensor.dtype}, not {' or '.join(map(str, allowed))}"
                 self._found("wrong-dtype", path, message)
-            elif not torch.isfinite(tensor).all():
+            elif not _finite(tensor):
                 self._found("not-finite", path, f"tensor {name} has NaN or Inf")
             else:
                 yield name, tensor
@@ -317,6 +305,12 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
     for path, count in paths.items():
         if count > 1:
             yield f"{path} has two owners"
+
+
+def _finite(tensor: Tensor) -> bool:
+    """No NaN or Inf: one pass, and only if the sum is neither a second one, as it can overflow."""
+    total = tensor.sum(dtype=torch.float64)
+    return bool(total.isfinite() or tensor.isfinite().all())
 
 
 def _fits(shape: torch.Size, expected: _Shape) -> bool:
