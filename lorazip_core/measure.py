@@ -9,9 +9,8 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from .adapter import Adapter, views
+from .adapter import Adapter
 from .bundle import AdapterEntry, Bundle, ModuleError, SourceEntry
 from .errors import AdapterError
 from .linalg import squared_norm_and_distance
@@ -145,16 +144,11 @@ def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder
     ]
     parts = block.group.parts
     for rows in _runs(homes, decoder.most_adapters(parts)):
-        stored = _stored(block, rows, pairs[rows])
+        stored = block.stored(rows, [pair.original for pair in pairs[rows]])
         scales = torch.from_numpy(block.group.scales[block.rows][rows]).to(decoder.device)
         for columns, y in decoder.batches([pair.entry for pair in pairs[rows]], parts):
-            first = parts[columns[0]]
-            b, a = (
-                torch.stack([stored[2 * column + side] for column in columns], 1).to(decoder.device).double()
-                for side in (0, 1)
-            )
-            b = b.mul_(scales[:, columns, None]).view(*b.shape[:2], first.module.d_out, first.rank)
-            x = b, a.view(*a.shape[:2], first.rank, first.module.d_in)
+            b, a = (side.to(decoder.device).double() for side in stored(columns))
+            x = b.mul_(scales[:, columns, None, None]), a
             found = torch.stack(squared_norm_and_distance(x, y), -1).tolist()
             for errors, of_adapter in zip(measured[rows], found, strict=True):
                 assert errors is not None
@@ -171,13 +165,3 @@ def _runs(homes: list[str | None], most: int) -> Iterator[slice]:
         if home is not None:
             for first in range(start, stop, most):
                 yield slice(first, min(first + most, stop))
-
-
-def _stored(block: Block, rows: slice, pairs: list[Pair]) -> list[Tensor]:
-    """For every module B [n, d_out · r] and A [n, r · d_in], one after the other, as they are in the files."""
-    parts = block.group.parts
-    if block.data is None:
-        factors = (pair.original.stored_factors(part.module.name) for pair in pairs for part in parts)
-        return [side.reshape(1, -1) for both in factors for side in both]
-    tensors = block.group.layout.tensors
-    return views(block.data[rows], [tensors[key] for part in parts for key in (part.key_b, part.key_a)])

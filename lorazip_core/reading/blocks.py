@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import Adapter, Layout, views
 from ..bundle import SourceEntry
 from ..errors import AdapterError
+from ..linalg import Factors
 from ..progress import Advance
 from ..workers import cores, in_order
 from .buffers import PIECE, Buffers, InMemory, Nowhere, Slot
@@ -24,6 +25,9 @@ from .placement import Placement
 
 R = TypeVar("R")
 Contents = list[SourceEntry] | AdapterError
+Stored = Callable[[Sequence[int]], Factors]
+"""B [n, m, d_out, r] and A [n, m, r, d_in] of m modules of equal shapes and ranks, given by their columns, as they are
+in the files: in their dtype and without the scale."""
 
 _HOST_BYTES = 2**30  # in all buffers together
 
@@ -44,6 +48,28 @@ class Block(NamedTuple):
         """Their numbers."""
         numbers: list[int] = self.group.adapters[self.rows].tolist()
         return numbers
+
+    def stored(self, rows: slice, adapters: Sequence[Adapter]) -> Stored:
+        """The factors of some rows of ``data``, which are those ``adapters``."""
+        parts, tensors = self.group.parts, self.group.layout.tensors
+        if self.data is None:
+            (adapter,) = adapters
+
+            def read(columns: Sequence[int]) -> Factors:
+                factors = [adapter.stored_factors(parts[column].module.name) for column in columns]
+                b, a = (torch.stack(side)[None] for side in zip(*factors, strict=True))
+                return b, a
+
+            return read
+        flat = views(self.data[rows], [tensors[key] for part in parts for key in (part.key_b, part.key_a)])
+
+        def cut(columns: Sequence[int]) -> Factors:
+            first = parts[columns[0]]
+            b, a = (torch.stack([flat[2 * column + side] for column in columns], 1) for side in (0, 1))
+            b = b.view(*b.shape[:2], first.module.d_out, first.rank)
+            return b, a.view(*a.shape[:2], first.rank, first.module.d_in)
+
+        return cut
 
 
 def in_blocks(

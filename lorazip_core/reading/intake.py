@@ -98,7 +98,7 @@ def _on_host(block: Block, adapters: list[Adapter]) -> _Seen:
         if not isinstance(files[row], AdapterError):
             try:
                 tensor_of = adapter.tensor if block.data is None else tensors_of(adapter, block.data[row])
-                found = norms_of_adapter(adapter.parts, tensor_of)
+                found = norms_of_adapter(adapter.parts, block.stored(slice(row, row + 1), [adapter]))
                 check(adapter, found, tensor_of)
                 norms[row] = torch.tensor(found, dtype=torch.float64)
             except AdapterError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import TORCH_DTYPES, Adapter, Part, view
 from ..errors import AdapterError
 from ..linalg import squared_norm
+from .blocks import Stored
 from .groups import LayoutGroup
 
 TensorOf = Callable[[str], Tensor]
@@ -22,17 +23,18 @@ _DEVICE_NUMBERS = 2**26
 _EXTRA_NUMBERS = 2**26  # of extras that are looked at in one go
 
 
-def norms_of_adapter(parts: Mapping[str, Part], tensor_of: TensorOf) -> list[float]:
+def norms_of_adapter(parts: Mapping[str, Part], stored: Stored) -> list[float]:
     """‖ΔW‖² of every module of one adapter, in order, computed in batches of equal shape."""
-    norms: dict[str, float] = {}
-    for names in _batches(parts):
-        first = parts[names[0]]
-        step = max(1, _NUMBERS // first.parameters)
-        for some in (names[start : start + step] for start in range(0, len(names), step)):
-            b = torch.stack([_b(parts[name], tensor_of).float() * parts[name].scale for name in some])
-            a = torch.stack([_a(parts[name], tensor_of).float() for name in some])
-            norms |= dict(zip(some, squared_norm(b, a).tolist(), strict=True))
-    return [norms[name] for name in parts]
+    of = list(parts.values())
+    norms = torch.zeros(len(of), dtype=torch.float64)
+    for alike in _batches(parts).values():
+        step = max(1, _NUMBERS // of[alike[0]].parameters)
+        for columns in (alike[start : start + step] for start in range(0, len(alike), step)):
+            (b,), (a,) = (side.float() for side in stored(columns))
+            scales = torch.tensor([of[column].scale for column in columns])
+            norms[columns] = squared_norm(b * scales[:, None, None], a)
+    found: list[float] = norms.tolist()
+    return found
 
 
 def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
@@ -74,15 +76,15 @@ def finite_extras(data: Tensor, group: LayoutGroup, keys: list[str]) -> Tensor:
 
 def check(adapter: Adapter, norms: list[float], tensor_of: TensorOf) -> None:
     """Raise AdapterError for the first module without a finite norm, naming the tensor, and for extras with NaN."""
-    by_name = dict(zip(adapter.parts, norms, strict=True))
     if not all(map(math.isfinite, norms)):
-        for names in _batches(adapter.parts):
-            bad = [name for name in names if not math.isfinite(by_name[name])]
+        parts = list(adapter.parts.values())
+        for columns in _batches(adapter.parts).values():
+            bad = [column for column in columns if not math.isfinite(norms[column])]
             if bad:
-                for name in names:
-                    for key in (adapter.parts[name].key_a, adapter.parts[name].key_b):
+                for column in columns:
+                    for key in (parts[column].key_a, parts[column].key_b):
                         _check_finite(adapter, key, tensor_of)
-                reason = f"module {bad[0]}: its update overflows float32"
+                reason = f"module {parts[bad[0]].module.name}: its update overflows float32"
                 raise AdapterError(adapter.name, reason, "its training diverged")
     for key in adapter.extras:
         _check_finite(adapter, key, tensor_of)
@@ -98,20 +100,12 @@ def tensors_of(adapter: Adapter, data: Tensor) -> TensorOf:
     return tensor_of
 
 
-def _batches(parts: Mapping[str, Part]) -> list[list[str]]:
-    """The names of the modules of equal shape and rank together."""
-    batches: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
-    for name, part in parts.items():
-        batches[part.module.d_out, part.module.d_in, part.rank].append(name)
-    return list(batches.values())
-
-
-def _b(part: Part, tensor_of: TensorOf) -> Tensor:
-    return tensor_of(part.key_b).reshape(part.module.d_out, part.rank)
-
-
-def _a(part: Part, tensor_of: TensorOf) -> Tensor:
-    return tensor_of(part.key_a).reshape(part.rank, part.module.d_in)
+def _batches(parts: Mapping[str, Part]) -> dict[tuple[int, int, int], list[int]]:
+    """The columns of the modules of equal shape and rank together."""
+    batches: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for column, part in enumerate(parts.values()):
+        batches[part.module.d_out, part.module.d_in, part.rank].append(column)
+    return batches
 
 
 def _check_finite(adapter: Adapter, key: str, tensor_of: TensorOf) -> None:
