@@ -30,7 +30,7 @@ def squared_norm_and_distance(x: Factors, y: Factors) -> tuple[Tensor, Tensor]:
     """‖X‖_F² and ‖X − Y‖_F² of two factored matrices of equal shape, in float64, each of shape [...].
 
     ‖X − Y‖² = ‖X‖² − 2 Σ (B_xᵀB_y ∘ A_xA_yᵀ) + ‖Y‖², and where that cancels the norm of [B_x, −B_y] [A_x; A_y] by QR of
-    both sides. Equal factors are at distance 0 exactly. What all of ``y`` share needs no batch dimensions.
+    both sides. Equal factors are at distance 0 exactly. ``y`` may lack leading dimensions, along which it is the same.
     """
     (b_x, a_x), (b_y, a_y) = ((b.double(), a.double()) for b, a in (x, y))
     norm = squared_norm(b_x, a_x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .reconstruct import Decoder
 from .workers import threads_for
 
 _CPU = torch.device("cpu")
-# Numbers in the factors of one batch: 32 MiB of float64, on a GPU 256 MiB.
+# Numbers in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.
 _BATCH_NUMBERS = {"cpu": 2**22, "cuda": 2**25}
 
 
@@ -32,13 +32,13 @@ class Pair(NamedTuple):
 
 
 class Measured:
-    """The errors of one adapter, from ‖ΔW‖² and ‖ΔW−ΔŴ‖² of each of its modules."""
+    """The errors of one adapter, from ‖ΔW‖² and ‖ΔW−ΔŴ‖² of each of its ``modules``; NaN until they are put in."""
 
-    def __init__(self) -> None:
-        self.norms: dict[str, float] = {}
-        self.distances: dict[str, float] = {}
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.norms = dict.fromkeys(modules, math.nan)
+        self.distances = self.norms.copy()
 
-    def add(self, module: str, squared_norm: float, squared_distance: float) -> None:
+    def put(self, module: str, squared_norm: float, squared_distance: float) -> None:
         """‖ΔW‖² and ‖ΔW−ΔŴ‖² of one module."""
         self.norms[module] = squared_norm
         self.distances[module] = squared_distance
@@ -135,7 +135,7 @@ def _home(bundle: Bundle, entry: AdapterEntry) -> str:
 def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder) -> list[Measured | None]:
     """The errors of those of a block that are measurable and could be read."""
     measured = [
-        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Measured()
+        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Measured(pair.original.parts)
         for pair, files in zip(pairs, block.files, strict=True)
     ]
     homes = [
@@ -143,7 +143,7 @@ def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder
         for pair, errors in zip(pairs, measured, strict=True)
     ]
     parts = block.group.parts
-    for rows in _runs(homes, decoder.most_adapters(parts)):
+    for rows in _runs(homes, lambda row: decoder.most_adapters(pairs[row].entry, parts)):
         stored = block.stored(rows, [pair.original for pair in pairs[rows]])
         scales = torch.from_numpy(block.group.scales[block.rows][rows]).to(decoder.device)
         for columns, y in decoder.batches([pair.entry for pair in pairs[rows]], parts):
@@ -153,15 +153,16 @@ def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder
             for errors, of_adapter in zip(measured[rows], found, strict=True):
                 assert errors is not None
                 for column, both in zip(columns, of_adapter, strict=True):
-                    errors.add(parts[column].module.name, *both)
+                    errors.put(parts[column].module.name, *both)
     return measured
 
 
-def _runs(homes: list[str | None], most: int) -> Iterator[slice]:
-    """At most so many neighbours of one home at a time; those without are left out."""
+def _runs(homes: list[str | None], most: Callable[[int], int]) -> Iterator[slice]:
+    """Neighbours of one home, at most so many at a time as ``most`` says of the first; those without are left out."""
     stop = 0
     for home, same in groupby(homes):
         start, stop = stop, stop + len(list(same))
         if home is not None:
-            for first in range(start, stop, most):
-                yield slice(first, min(first + most, stop))
+            step = most(start)
+            for first in range(start, stop, step):
+                yield slice(first, min(first + step, stop))

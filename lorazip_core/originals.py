@@ -53,7 +53,10 @@ def compare(
         comparable = not found
         if MANIFEST_NAME in damaged:
             return found, False
-        found += _carried(bundle, pair, damaged)
+        try:
+            found += _carried(bundle, pair, damaged)
+        except AdapterError as error:
+            return [*found, _source("source-unusable", pair.entry.name, error.reason)], False
         return found, comparable and not damaged & _needed(bundle, pair.entry)
 
     with (
@@ -68,8 +71,10 @@ def compare(
                 measurable.add(entry.name)
             advance(1)
     with progress.stage("reading originals", len(there)) as advance:
-        largest = max((pair.original.layout.size for pair in there), default=0)
-        placement = pass_through(device, largest, free_bytes(device))
+        sizes = [pair.original.layout.size for pair in there]
+        placement = pass_through(device, sum(sizes), max(sizes, default=0), free_bytes(device))
+        if placement.kind == "host":
+            device = _CPU  # too little of a GPU is free
         seen = measure(bundle, there, advance, measurable=measurable, device=device, placement=placement)
     measured: dict[str, Measured] = {}
     for entry in bundle.manifest.adapters:
@@ -79,7 +84,8 @@ def compare(
             continue
         original = seen[entry.name]
         if isinstance(original, AdapterError):
-            broken += [_source("source-unusable", entry.name, original.reason), *different[entry.name]]
+            broken.append(_source("source-unusable", entry.name, original.reason))
+            broken += (finding for finding in different[entry.name] if finding.kind != "source-unusable")
             continue
         broken += [*_source_files(entry, original.files), *different[entry.name]]
         if (errors := original.measured) is None:

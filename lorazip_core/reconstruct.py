@@ -48,7 +48,10 @@ class _Shared(NamedTuple):
 
 
 class Decoder:
-    """`decode` in float64 for many adapters and modules at once, ``most`` numbers or so in a batch; for any thread."""
+    """`decode` in float64 for many adapters and modules at once; for any thread.
+
+    ``most`` bounds the numbers in one batch: in the factors of the originals and of what is decoded, bases included.
+    """
 
     def __init__(self, bundle: Bundle, device: torch.device, most: int) -> None:
         self.bundle = bundle
@@ -56,9 +59,12 @@ class Decoder:
         self._most = most
         self._shard = lru_cache(_AT_HAND)(self._read_shard)
 
-    def most_adapters(self, parts: Sequence[Part]) -> int:
+    def most_adapters(self, adapter: AdapterEntry, parts: Sequence[Part]) -> int:
         """How many adapters like this to decode at a time."""
-        return max(1, self._most // (2 * max(part.parameters for part in parts)))
+        if adapter.cluster is None:
+            return 1
+        shard = self._shard(self.bundle.shard(adapter).adapters[0], _names(parts))
+        return max(1, self._most // max(_numbers(part, _widths(each)) for part, each in zip(parts, shard, strict=True)))
 
     def batches(self, adapters: Sequence[AdapterEntry], parts: Sequence[Part]) -> Iterator[tuple[list[int], Factors]]:
         """B̂ [n, m, d_out, k] and Â [n, m, k, d_in] of n adapters in one shard, or of one kept individually.
@@ -66,7 +72,7 @@ class Decoder:
         ``parts`` are the modules that the originals have. Each batch is of m of them, given by position, that have
         equal shapes and ranks, also of the originals. What all n have in common has no dimension for them.
         """
-        names = tuple(part.module.name for part in parts)
+        names = _names(parts)
         if adapters[0].cluster is None:
             return self._individual(adapters[0], names, parts)
         return self._in_shard(adapters, names, parts)
@@ -75,7 +81,7 @@ class Decoder:
         self, adapter: AdapterEntry, names: tuple[str, ...], parts: Sequence[Part]
     ) -> Iterator[tuple[list[int], Factors]]:
         kept = [self.bundle.individual(adapter, name) for name in names]
-        for columns in self._alike(parts, [(b.shape, a.shape) for b, a, _ in kept], 1):
+        for columns in self._alike(parts, [(b.shape[1], b.shape[1]) for b, _, _ in kept], 1):
             own_b, own_a, own_scales = zip(*(kept[column] for column in columns), strict=True)
             b, a = self._stacked(own_b), self._stacked(own_a)
             scales = torch.tensor(own_scales, dtype=b.dtype, device=b.device)
@@ -88,7 +94,7 @@ class Decoder:
         method = self.bundle.manifest.clusters[adapters[0].cluster].method
         shard = self._shard(self.bundle.shard(adapters[0]).adapters[0], names)
         indices = [self.bundle.index(adapter) for adapter in adapters]
-        for columns in self._alike(parts, [(each.u.shape, each.v.shape) for each in shard], len(adapters)):
+        for columns in self._alike(parts, list(map(_widths, shard)), len(adapters)):
             own = [shard[column] for column in columns]
             u, v = self._stacked([each.u for each in own]), self._stacked([each.v for each in own])
             cores = [_taken(each.cores, [each.rows[index] for index in indices]) for each in own]
@@ -104,20 +110,33 @@ class Decoder:
             for name in names
         ]
 
-    def _alike(
-        self, parts: Sequence[Part], shapes: Sequence[tuple[torch.Size, ...]], adapters: int
-    ) -> Iterator[list[int]]:
+    def _alike(self, parts: Sequence[Part], widths: Sequence[tuple[int, int]], adapters: int) -> Iterator[list[int]]:
         """The positions of parts that are alike, as many as fit into a batch with so many adapters."""
         alike: defaultdict[object, list[int]] = defaultdict(list)
-        for column, (part, decoded) in enumerate(zip(parts, shapes, strict=True)):
-            alike[part.rank, decoded].append(column)
+        for column, (part, of_bases) in enumerate(zip(parts, widths, strict=True)):
+            alike[part.module.d_out, part.module.d_in, part.rank, of_bases].append(column)
         for columns in alike.values():
-            step = max(1, self._most // (2 * adapters * parts[columns[0]].parameters))
+            step = max(1, self._most // (adapters * _numbers(parts[columns[0]], widths[columns[0]])))
             for start in range(0, len(columns), step):
                 yield columns[start : start + step]
 
     def _stacked(self, tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
         return torch.stack(tensors, dim).to(self.device).double()
+
+
+def _names(parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple(part.module.name for part in parts)
+
+
+def _widths(of: _Shared) -> tuple[int, int]:
+    """R_U and R_V."""
+    return of.u.shape[1], of.v.shape[1]
+
+
+def _numbers(part: Part, widths: tuple[int, int]) -> int:
+    """In the factors of an original, in decoded ones, and in the bases, which a product copies for each adapter."""
+    d_out, d_in = part.module.d_out, part.module.d_in
+    return part.parameters + (widths[0] + widths[1]) * d_out + widths[1] * d_in
 
 
 def _taken(stacked: Tensor, rows: list[int]) -> Tensor:

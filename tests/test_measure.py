@@ -6,19 +6,31 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import random_adapters as ra
+import torch
 from random_bundle import SKETCHES, make_bundle
 
+from lorazip_cli.main import main
 from lorazip_core import measure as measuring
-from lorazip_core.adapter import Adapter, open_collection
+from lorazip_core.adapter import Adapter, Module, open_collection
 from lorazip_core.bundle import Bundle
 from lorazip_core.errors import AdapterError
 from lorazip_core.files import sha256_file
+from lorazip_core.linalg import Factors
 from lorazip_core.measure import Measured, Original, Pair, measure
-from lorazip_core.reading import HOST, Placement, blocks, contents
+from lorazip_core.reading import HOST, Placement, blocks, buffers, contents
+from lorazip_core.reconstruct import decode
+from lorazip_core.verify import verify
 
-# The last two are meant for a GPU, here in ordinary memory: all adapters of a layout together, and one by one.
-PLACEMENTS = {"host": HOST, "streamed": Placement("streamed", 2**30), "streamed one by one": Placement("streamed", 1)}
+# Blocks of one adapter, of some and of all of a layout. The last two are meant for a GPU, here in ordinary memory.
+PLACEMENTS = {
+    "host": HOST,
+    "host, in blocks": Placement("host", 2**26),
+    "streamed": Placement("streamed", 2**30),
+    "streamed one by one": Placement("streamed", 1),
+}
 NAMES = [sketch.name for sketch in SKETCHES]
 
 
@@ -95,13 +107,84 @@ def test_every_file_is_read_once(sound: Path, kind: str, monkeypatch: pytest.Mon
         }
 
 
-def test_an_original_too_large_for_the_buffers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle(sound)
-    usual = measured(bundle, pairs_of(bundle))
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_HOST_BYTES", 64)
     monkeypatch.setattr(blocks, "PIECE", 64)
+    monkeypatch.setattr(buffers.InMemory, "piece", 64)
+
+
+def test_an_original_too_large_for_the_buffers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its digest comes from pieces, and its tensors are read once more, no more than a batch at a time."""
+    bundle, originals = Bundle(sound), sound.parent / "originals"
+    usual = measured(bundle, pairs_of(bundle))
+    small_buffers(monkeypatch)
     found = measured(bundle, pairs_of(bundle))
     assert all(same(found[name], usual[name]) for name in NAMES)
+    assert verify(sound, against=originals).findings == []
+    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": 1})
+    stacked: list[int] = []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors, *rest: stacked.append(len(tensors)) or stack(tensors, *rest))
+    measured(bundle, pairs_of(bundle))
+    assert set(stacked) <= {1, 2}  # a module at a time, and norms beside distances
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of adapters of two layouts that take turns, so that rows of their cores do not follow each other."""
+    root = tmp_path_factory.mktemp("twins")
+    twin = Module("layers.9.q_proj", "linear", ra.Q.d_out, ra.Q.d_in)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(7):
+        rank = 4 if number % 2 else 3
+        factors = {
+            module: (
+                torch.randn(module.d_out, r, generator=generator),
+                torch.randn(r, module.d_in, generator=generator),
+            )
+            for module, r in ((ra.Q, rank), (twin, 2), (ra.V, rank))  # two of one shape, and of two ranks
+        }
+        ra.write_factors(root / "originals" / f"a{number}", factors, scale=1 + number)
+    options = ["--rank", "5", "--dtype", "f32", "-q"]
+    assert main(["compress", str(root / "originals"), "-o", str(root / "bundle"), *options]) == 0
+    return root / "bundle"
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_errors_are_those_of_dense_updates(twins: Path, kind: str) -> None:
+    bundle = Bundle(twins)
+    names = {entry.name for entry in bundle.manifest.adapters}
+    seen = measure(bundle, pairs_of(bundle), lambda _: None, measurable=names, placement=PLACEMENTS[kind])
+    for entry in bundle.manifest.adapters:
+        truth = ra.dense_updates(twins.parent / "originals" / entry.name)
+        original = seen[entry.name]
+        assert isinstance(original, Original)
+        assert original.measured is not None
+        assert list(original.measured.norms) == sorted(truth)
+        for module, update in truth.items():
+            b, a = decode(bundle, entry, module, torch.float64)
+            lost = float(np.square(update - (b @ a).numpy()).sum())
+            assert original.measured.distances[module] == pytest.approx(lost, rel=1e-9)
+            assert original.measured.norms[module] == pytest.approx(float(np.square(update).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("most", [1, 600, 20_000])
+def test_a_batch_has_no_more_numbers_than_it_may(twins: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    compared = measuring.squared_norm_and_distance
+
+    def noted(x: Factors, y: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        updates, modules = x[0].shape[:2]
+        sizes.append((updates * modules, sum(side.numel() for side in (*x, y[0]))))
+        return compared(x, y)
+
+    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": most})
+    monkeypatch.setattr(measuring, "squared_norm_and_distance", noted)
+    bundle = Bundle(twins)
+    names = {entry.name for entry in bundle.manifest.adapters}
+    measure(bundle, pairs_of(bundle), lambda _: None, measurable=names, placement=PLACEMENTS["streamed"])
+    assert all(updates == 1 or numbers <= most for updates, numbers in sizes)
+    assert (max(updates for updates, _ in sizes) > 1) == (most == 20_000)
 
 
 def test_only_what_is_wanted_is_measured(sound: Path) -> None:
@@ -135,8 +218,7 @@ def test_an_original_cut_short_on_the_way_leaves_the_others(tmp_path: Path, name
 def test_an_original_cut_short_between_two_reads_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle(make_bundle(tmp_path))
     pairs = pairs_of(bundle)
-    monkeypatch.setattr(blocks, "_HOST_BYTES", 64)
-    monkeypatch.setattr(blocks, "PIECE", 64)
+    small_buffers(monkeypatch)
     bad = pairs[0].original
 
     def stored_factors(adapter: Adapter, module: str) -> object:

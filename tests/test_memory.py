@@ -155,7 +155,7 @@ class TestOnAGpu:
 
     def test_one_large_adapter_is_read_by_way_of_the_host(self) -> None:
         collection = a_collection([100_000], 10, 4 * GIB)
-        assert room(GPU, collection, Bounds(None, 16 * GIB)).placement.kind == "host"
+        assert room(GPU, collection, Bounds(None, 16 * GIB)).placement == HOST
 
     def test_what_does_not_fit_is_refused(self) -> None:
         collection = a_collection([100_000])

@@ -6,9 +6,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..workers import cores
+
 _RESIDENT_SHARE = 0.6  # of the bound: what else is computed with, stacks in float32 above all, needs the rest
 _STAGING_SHARE = 0.125  # of the bound, for each of the two blocks that are on the device at a time
-_MOST_IN_BLOCK = 2**31  # bytes: enough adapters for all readers, and few enough that energies follow on their heels
+_MOST_IN_BLOCK = (
+    2**31
+)  # bytes: enough adapters for all readers, and few enough that what is computed follows on their heels
 _MOST_ON_HOST = 2**26  # bytes: small adapters together, so that threads seldom wait for each other
 
 
@@ -28,16 +32,19 @@ HOST = Placement("host", 0)
 
 def place(device: torch.device, total: int, largest: int, device_memory: int) -> Placement:
     """The placement of ``total`` bytes of tensors, at most ``largest`` an adapter, within ``device_memory`` bytes."""
-    if device.type != "cpu" and stays(total, device_memory):
+    if device.type == "cpu":
+        return HOST
+    if stays(total, device_memory):
         return Placement("resident", _MOST_IN_BLOCK)
-    return pass_through(device, largest, device_memory)
+    passing = pass_through(device, total, largest, device_memory)
+    return passing if passing.kind == "streamed" else HOST
 
 
-def pass_through(device: torch.device, largest: int, device_memory: int) -> Placement:
-    """The placement of tensors that are not to stay, at most ``largest`` bytes an adapter."""
+def pass_through(device: torch.device, total: int, largest: int, device_memory: int) -> Placement:
+    """The same for tensors that are read once and not to stay; on the host, small adapters are together in blocks."""
     staging = int(_STAGING_SHARE * device_memory)
     if device.type == "cpu" or largest > staging:
-        return Placement("host", _MOST_ON_HOST)
+        return Placement("host", min(_MOST_ON_HOST, total // (4 * cores())))
     return Placement("streamed", min(_MOST_IN_BLOCK, staging))
 
 
