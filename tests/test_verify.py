@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from msgspec.structs import astuple
 from random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 from safetensors.torch import load_file, save_file
 
-from lorazip_core.errors import Unsupported, UsageError
+from lorazip_core import originals
+from lorazip_core.errors import LocalError, Unsupported, UsageError
 from lorazip_core.verify import VerifyReport, verify, verify_by_module
 
 
@@ -221,6 +223,24 @@ def test_originals_that_are_not_what_they_were(root: Path, change: object, expec
     assert report.exit_code == (1 if expected else 0)
 
 
+@pytest.mark.parametrize("name", ["a", "g"])  # one has tensors that are no LoRA factors, which are read first
+def test_an_original_cut_short_on_the_way_leaves_the_others(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = originals.open_collection
+
+    def opened(folder: Path, **options: Any) -> object:
+        collection = usual(folder, **options)
+        os.truncate(folder / name / "adapter_model.safetensors", 1000)
+        return collection
+
+    monkeypatch.setattr(originals, "open_collection", opened)
+    report = verify(root / "bundle", against=root / "originals")
+    assert [(each.kind, each.adapter) for each in report.findings] == [("source-unusable", name)]
+    assert "truncated" in report.findings[0].message
+    assert {each.name for each in report.adapters if each.squared_error is None} == {name}
+
+
 def test_a_folder_without_any_of_the_originals_is_one_finding(root: Path) -> None:
     (root / "empty").mkdir()
     report = verify(root / "bundle", against=root / "empty")
@@ -274,6 +294,10 @@ def test_what_is_refused(root: Path) -> None:
         verify(root / "bundle", against=root / "nowhere")
     with pytest.raises(UsageError, match="not a directory"):
         verify(root / "nowhere")
+    with pytest.raises(UsageError, match="--device tpu"):
+        verify(root / "bundle", device="tpu")
+    with pytest.raises(LocalError, match="--device cuda:99: not there"):
+        verify(root / "bundle", device="cuda:99")
     edit_manifest(root / "bundle", lambda m: m["requires"]["read"].append("quaternions"))
     with pytest.raises(Unsupported, match="quaternions"):
         verify(root / "bundle")
