@@ -4,7 +4,7 @@ Adapters that are laid out alike are handled together. On a GPU their files land
 strided view, if all of them fit there; else in turns, and a module is read from the files when it is wanted.
 """
 
-from .blocks import Block, Contents, in_blocks
+from .blocks import Block, in_blocks
 from .groups import by_layout
 from .intake import Intake, Verify, take_in
 from .placement import HOST, Placement, pass_through, place, stays
@@ -13,7 +13,6 @@ from .stacks import Files, Resident, Stacks
 __all__ = [
     "HOST",
     "Block",
-    "Contents",
     "Files",
     "Intake",
     "Placement",
