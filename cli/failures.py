@@ -72,7 +72,8 @@ def _local(number: int | None, reason: str, file: str | bytes | int | None) -> s
     return f"{where}{reason}{hint}"
 
 
-_SIGNS_OF_NO_MEMORY = ("can't allocate memory", "can't start new thread")
+# The last one comes from a GPU that others have filled, on which CUDA cannot even start.
+_SIGNS_OF_NO_MEMORY = ("can't allocate memory", "can't start new thread", "CUDA error: out of memory")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from random_bundle import EXTRA, HUB, LOCAL, SKETCHES, as_json, make_bundle
 from reference_reader import DamagedError, ReferenceReader
 
 from lorazip_core.bundle import DTYPES, Bundle
-from lorazip_core.bundle.check import orthonormality_tolerance
+from lorazip_core.bundle.check import finite, orthonormality_tolerance
 from lorazip_core.errors import BundleDamaged
 from lorazip_core.info import info
 from lorazip_core.reconstruct import decode
@@ -188,3 +188,13 @@ def test_extras_keep_their_dtype(path: Path) -> None:
     bundle = Bundle(path)
     extra = bundle.extras(bundle.manifest.adapters[6])[EXTRA]
     assert extra.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_large_numbers_are_finite_and_what_cancels_is_not(dtype: torch.dtype) -> None:
+    largest = torch.full((3, 2), torch.finfo(dtype).max, dtype=dtype)  # of float64, the sum overflows
+    assert finite(largest)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        largest[1, 1] = bad
+        assert not finite(largest)
+    assert not finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))

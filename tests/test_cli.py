@@ -167,8 +167,13 @@ class TestExitCodes:
         from safetensors import SafetensorError
 
         gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nlong story")
+        full = torch.AcceleratorError("CUDA error: out of memory\nlong story")
         disk = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        for error, line in ((gpu, "not enough memory: CUDA out of memory."), (disk, "No space left on device (free")):
+        for error, line in (
+            (gpu, "not enough memory: CUDA out of memory."),
+            (full, "not enough memory: CUDA error: out of memory (close other programs, or"),
+            (disk, "No space left on device (free"),
+        ):
             monkeypatch.setattr(lorazip_core.info, "info", _raiser(error))
             assert main(["info", "B"]) == 8
             assert capsys.readouterr().err.startswith(f"lorazip: error: {line}")

@@ -263,7 +263,7 @@ class _Check:
             elif tensor.dtype not in allowed:
                 message = f"tensor {name} is {tensor.dtype}, not {' or '.join(map(str, allowed))}"
                 self._found("wrong-dtype", path, message)
-            elif not _finite(tensor):
+            elif not finite(tensor):
                 self._found("not-finite", path, f"tensor {name} has NaN or Inf")
             else:
                 yield name, tensor
@@ -307,7 +307,7 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"{path} has two owners"
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
     """No NaN or Inf: one pass, and only if the sum is neither a second one, as it can overflow."""
     total = tensor.sum(dtype=torch.float64)
     return bool(total.isfinite() or tensor.isfinite().all())
