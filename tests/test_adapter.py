@@ -191,7 +191,7 @@ def refused(folder: Path, *words: str, name: str = "some/name", **options: Any) 
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
         ({"use_qalora": True}, "QALoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
         ({"kasa_config": {"beta": 1}}, "KaSA"),
@@ -242,6 +242,9 @@ def put(key: str, tensor: Tensor) -> Any:
         (put(f"{Q}.lora_B.weight", torch.ones(0, 4)), ["layers.0.q", "zero"]),
         (put(f"{Q}.lora_A.weight", torch.ones(4, 12, dtype=torch.int8)), [f"{Q}.lora_A.weight", "I8"]),
         (put(f"{Q}.lora_magnitude_vector.weight", torch.ones(12)), ["DoRA", "lora_magnitude_vector"]),
+        (put(f"{Q}.lora_A.weight", torch.ones(0)), [f"{Q}.lora_A.weight", "[0]", "ZeRO-3"]),
+        (put("base_model.model.head.weight", torch.ones(0)), ["head.weight", "[0]", "ZeRO-3"]),
+        (put(f"{Q}.lora_B.bias", torch.ones(12, dtype=torch.float8_e5m2)), [f"{Q}.lora_B.bias", "F8_E5M2"]),
         (put(f"{Q}.lora_A.default.weight", torch.ones(4, 12)), ["lora_A.default.weight"]),
         (put("layers.5.q.lora_A.weight", torch.ones(4, 12)), ["layers.5.q.lora_A.weight"]),
         (put("base_model.model.x.lora_B.bias", torch.ones(12)), ["x.lora_B.bias"]),
@@ -251,13 +254,6 @@ def test_refused_weights(linear: tuple[Path, Any], change: Any, words: list[str]
     folder, _ = linear
     fixtures.edit_weights(folder, change)
     refused(folder, *words)
-
-
-def test_dora_of_peft(tmp_path: Path) -> None:
-    fixtures.save_adapter(tmp_path, fixtures.tokens(), **LINEAR, use_dora=True)
-    refused(tmp_path, "DoRA")
-    fixtures.edit_config(tmp_path, use_dora=False)
-    refused(tmp_path, "DoRA", "lora_magnitude_vector")
 
 
 def test_grouped_convolution_of_peft(tmp_path: Path) -> None:
@@ -377,14 +373,14 @@ def wild(name: str) -> Path:
 
 
 WILD = {
-    "accepted": 222,
+    "accepted": 242,
     "PEFT type": 308,
-    "DoRA": 20,
     "init_lora_weights": 8,
     "BD-LoRA": 3,
     "KaSA": 2,
     "enable_lora": 1,
-    "no peft_type": 3,
+    "no peft_type": 1,
+    "MLX (mlx-lm)": 2,
     "Git LFS pointer": 2,
 }
 

@@ -19,7 +19,8 @@ from lorazip_core.files import sha256_file
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64, torch.complex64),
-    *(torch.float8_e5m2, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.float8_e5m2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 ]
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 names = texts.filter(lambda name: name != "__metadata__")

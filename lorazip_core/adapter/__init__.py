@@ -8,7 +8,9 @@ from .collection import Collection, Skipped, find_adapters, inside, open_collect
 from .config import LoraConfig, NotLora, parse_config
 from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view, views
 from .module import Kind, Module
+from .notes import notes
 from .reader import Adapter, Part, open_adapter
+from .unreadable import unreadable
 from .weights import Descriptor, read_fully
 from .writer import write_adapter
 
@@ -28,10 +30,12 @@ __all__ = [
     "aligned",
     "find_adapters",
     "inside",
+    "notes",
     "open_adapter",
     "open_collection",
     "parse_config",
     "read_fully",
+    "unreadable",
     "view",
     "views",
     "write_adapter",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..errors import AdapterError, AdapterErrors, UsageError
 from .config import CONFIG_NAME
+from .foreign import foreign_adapters, foreign_format
 from .module import Module
 from .reader import Adapter, Alike, Part, open_adapter
 
@@ -52,8 +53,14 @@ def find_adapters(root: Path) -> Iterator[tuple[str, Path]]:
     def walk(folder: str, real: str, name: str, above: frozenset[str]) -> Iterator[str]:
         if real in above:
             return
-        with os.scandir(folder) as listed:
-            entries = list(listed)
+        try:
+            with os.scandir(folder) as listed:
+                entries = list(listed)
+        except OSError:
+            if not name:
+                raise
+            yield name  # there may be adapters: opening it says why nobody knows
+            return
         for entry in entries:
             if entry.name == CONFIG_NAME and entry.is_file() and is_inside(entry):
                 yield name
@@ -80,6 +87,8 @@ def open_collection(
     ``skipped``, and the errors are raised only when nothing is left.
     """
     if not root.is_dir():
+        if form := foreign_format(root):
+            raise AdapterErrors([AdapterError(str(root), f"it is a LoRA of {form.owner}, not of PEFT", form.hint)])
         raise UsageError(f"{root} is not a directory")
     real_root = Path(os.path.realpath(root))
 
@@ -87,19 +96,21 @@ def open_collection(
         """Whether it is a file, and inside: its folder is, so that only a link has to be followed."""
         try:
             mode = os.lstat(path).st_mode
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return False
         return stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and path.is_file() and inside(real_root, path))
 
     alike = Alike()
     adapters: list[Adapter] = []
     bad: list[AdapterError] = []
-    for name, folder in find_adapters(root):
+    folders = dict(find_adapters(root))
+    for name, folder in folders.items():
         try:
             _refuse_unprintable(name)
             adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
         except AdapterError as error:
             bad.append(error)
+    bad += foreign_adapters(root, set(folders.values()))
     if not adapters and not bad:
         raise AdapterErrors([AdapterError(str(root), f"no {CONFIG_NAME} at or below it: no adapters here")])
     for misfits in (_other_base(adapters, allow_mixed_base), _other_shape(adapters)):

@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 
 from ..errors import AdapterError
+from .foreign import MLX
 
 CONFIG_NAME = "adapter_config.json"
 LFS_MAGIC = b"version https://git-lfs"
 
 # A set field of the left makes B A something else than the update; the right is the name of that method.
 _VARIANTS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA",
@@ -25,6 +25,13 @@ _VARIANTS = {
     "arrow_config": "Arrow routing",
     "enable_lora": "the merged linear layout of PEFT before 0.3 (enable_lora)",
 }
+# What PEFT itself turns into a LoRA.
+_CONVERTIBLE = {
+    *("ADALORA", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "SHIRA"),
+    *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+}
+_CONVERSION = "convert it: load it with PEFT, then peft.save_as_lora(PATH, model, rank=R)"
+_MLX_FIELDS = {"fine_tune_type", "lora_parameters", "lora_layers"}
 # These initialisations subtract the initial B A from the base weights, so the saved factors are no update of the base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -40,6 +47,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
     lora_alpha: float
     base_model: str | None
     use_rslora: bool
+    use_dora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     raw: dict[str, Any]
@@ -60,6 +68,7 @@ class _Fields(msgspec.Struct):
     lora_alpha: float = 8
     base_model_name_or_path: str | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = None
@@ -74,9 +83,12 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
     except (ValueError, RecursionError) as error:
         raise AdapterError(adapter, f"{CONFIG_NAME} is not JSON: {error}") from None
     if not isinstance(raw, dict) or "peft_type" not in raw:
+        if isinstance(raw, dict) and _MLX_FIELDS & raw.keys():
+            raise NotLora(adapter, f"{CONFIG_NAME} is of {MLX.owner}, not of PEFT", MLX.hint)
         raise NotLora(adapter, f"{CONFIG_NAME} has no peft_type: not a PEFT adapter")
     if raw["peft_type"] != "LORA":
-        raise NotLora(adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA")
+        hint = _CONVERSION if str(raw["peft_type"]) in _CONVERTIBLE else None
+        raise NotLora(adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA", hint)
     for field, method in _VARIANTS.items():
         if raw.get(field):
             raise AdapterError(adapter, f"{method} is not supported: its update is not B A")
@@ -100,6 +112,7 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
         lora_alpha=fields.lora_alpha,
         base_model=fields.base_model_name_or_path,
         use_rslora=bool(fields.use_rslora),
+        use_dora=bool(fields.use_dora),
         rank_pattern=_compiled(adapter, ranks),
         alpha_pattern=_compiled(adapter, alphas),
         raw=raw,

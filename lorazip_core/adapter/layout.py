@@ -5,31 +5,40 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .names import Names
+
 ALIGNMENT = 64  # bytes; where files and rows begin in the data of an adapter, so that any dtype can be viewed there
 
-# The dtypes of safetensors that torch has under one name. Others are read by safetensors itself.
+# The dtypes of safetensors that torch has, with at least a byte for each number (F4 and F6 have less).
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 class TensorInfo(NamedTuple):
@@ -70,10 +79,16 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tensors of an adapter by name, and what each file contributes to its data. Equal layouts are one object."""
+    """The tensors of an adapter by the names that PEFT gives them, and what each file contributes to its data.
+
+    ``stored`` has the names in the files of those that are named otherwise there, and ``removed`` says what these have
+    too many (`ordinary_names`). Equal layouts are one object.
+    """
 
     tensors: dict[str, TensorInfo]
     regions: tuple[Region, ...]
+    stored: dict[str, str] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -93,16 +108,17 @@ FileTensors = tuple[int, dict[str, HeaderTensor]]
 """The bytes of all tensors of a file, and each by its name."""
 
 
-def lay_out(files: Iterable[FileTensors]) -> Layout:
-    """The layout of the files of one adapter, whose names differ."""
+def lay_out(files: Iterable[FileTensors], names: Names) -> Layout:
+    """The layout of the files of one adapter, whose names differ; ``names`` are the ordinary ones."""
     tensors: dict[str, TensorInfo] = {}
     regions: list[Region] = []
     for number, (size, own) in enumerate(files):
         start = aligned(regions[-1].end) if regions else 0
         regions.append(Region(start, size))
         for name, (dtype, shape, begin) in own.items():
-            tensors[name] = TensorInfo(dtype, shape, number, start + begin)
-    return Layout(tensors, tuple(regions))
+            tensors[names.ordinary.get(name, name)] = TensorInfo(dtype, shape, number, start + begin)
+    stored = {ordinary: name for name, ordinary in names.ordinary.items()}
+    return Layout(tensors, tuple(regions), stored, names.removed)
 
 
 def aligned(size: int) -> int:
@@ -119,7 +135,7 @@ def view(data: Tensor, info: TensorInfo) -> Tensor:
     own = data[..., info.begin : info.end]
     if own.storage_offset() % dtype.itemsize or any(stride % dtype.itemsize for stride in own.stride()[:-1]):
         own = own.clone(memory_format=torch.contiguous_format)
-    return own.view(dtype).view(*data.shape[:-1], *info.shape)
+    return own.view(dtype).view((*data.shape[:-1], *info.shape))  # of a scalar the shape is (), not nothing
 
 
 def views(data: Tensor, infos: Sequence[TensorInfo]) -> list[Tensor]:

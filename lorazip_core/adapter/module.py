@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from .names import PREFIX
+
 Kind = Literal["linear", "conv", "embedding"]
 
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])(?:\.weight)?)")
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])(?:\.weight)?)")
 
 
 class Module(NamedTuple):
@@ -32,8 +33,8 @@ class Module(NamedTuple):
     def keys(self) -> tuple[str, str]:
         """The names of B and A in a PEFT weights file."""
         if self.kind == "embedding":
-            return f"{_PREFIX}{self.name}.lora_embedding_B", f"{_PREFIX}{self.name}.lora_embedding_A"
-        return f"{_PREFIX}{self.name}.lora_B.weight", f"{_PREFIX}{self.name}.lora_A.weight"
+            return f"{PREFIX}{self.name}.lora_embedding_B", f"{PREFIX}{self.name}.lora_embedding_A"
+        return f"{PREFIX}{self.name}.lora_B.weight", f"{PREFIX}{self.name}.lora_A.weight"
 
     @property
     def shape(self) -> str:
@@ -55,6 +56,12 @@ def split_key(key: str) -> tuple[str, str, bool] | None:
         return None
     name, linear, embedding = match.groups()
     return name, linear or embedding, embedding is not None
+
+
+def module_name(stored: str) -> str | None:
+    """The module of a factor's tensor in its name as a file has it, training wrappers included."""
+    _, prefix, inner = stored.partition(PREFIX)
+    return inner.rpartition(".lora_")[0] if prefix else None
 
 
 def module_of(name: str, embedding: bool, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> Module:

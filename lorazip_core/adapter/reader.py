@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .config import CONFIG_NAME, LoraConfig, parse_config
+from .dora import check_magnitudes, is_magnitude
+from .foreign import format_of, refuse_foreign
 from .layout import TORCH_DTYPES, Layout, TensorInfo, view
-from .module import Module, module_of, split_key
+from .module import Module, module_name, module_of, split_key
+from .unreadable import unreadable
 from .weights import (
     FLOATS,
     HandlePool,
@@ -22,7 +25,6 @@ from .weights import (
     copy_tensor,
     opener,
     read_fully,
-    read_unknown,
     weight_files,
 )
 
@@ -83,10 +85,8 @@ class Adapter:
         info = self.layout.tensors[key]
         weight = self.weights[info.file]
         if weight.header is None:
-            stored: Tensor = self._handle(weight)[key]
+            stored: Tensor = self._handle(weight)[self.layout.stored.get(key, key)]
             return stored
-        if info.dtype not in TORCH_DTYPES:
-            return read_unknown(self.name, weight.path, key)
         data = torch.empty(info.size_bytes, dtype=torch.uint8)
         self.read_into([key], data.numpy().data)
         return view(data, info._replace(begin=0))
@@ -99,7 +99,7 @@ class Adapter:
         if weight.header is None:
             for key, info in zip(keys, infos, strict=True):
                 begin = info.begin - infos[0].begin
-                copy_tensor(handle[key], buffer[begin : begin + info.size_bytes])
+                copy_tensor(handle[self.layout.stored.get(key, key)], buffer[begin : begin + info.size_bytes])
             return
         position = weight.header.size + infos[0].begin - self.layout.regions[infos[0].file].begin
         count = read_fully(handle.number, [buffer], position)
@@ -141,10 +141,10 @@ class Alike:
     ) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
         """Parts and extras, once for each layout and whatever of the configuration decides ranks and scales."""
         patterns = (tuple(config.rank_pattern.items()), tuple(config.alpha_pattern.items()))
-        key = (layout, config.r, config.lora_alpha, config.use_rslora, patterns)
+        key = (layout, config.r, config.lora_alpha, config.use_rslora, config.use_dora, patterns)
         found = self._tensors.get(key)
         if found is None:
-            found = self._tensors[key] = _sorted_out(adapter, config, layout.tensors)
+            found = self._tensors[key] = _sorted_out(adapter, config, layout)
         return found
 
 
@@ -163,28 +163,48 @@ def open_adapter(
     """
     alike = alike or Alike()
     config_file = folder / CONFIG_NAME
-    if not present(config_file):
-        raise AdapterError(name, f"no {CONFIG_NAME}: not an adapter")
-    config_text = config_file.read_bytes()
-    config = alike.config(name, config_text)
-    files = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
-    layout, weights = alike.layouts.read(name, files)
+    with unreadable(name):
+        if not present(config_file):
+            refuse_foreign(name, folder)
+            raise AdapterError(name, f"no {CONFIG_NAME}: not an adapter")
+        config_text = config_file.read_bytes()
+        config = alike.config(name, config_text)
+        files = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
+        layout, weights = alike.layouts.read(name, files)
     parts, extras = alike.tensors(name, config, layout)
     return Adapter(name, folder, config, config_text, parts, extras, (config_file, *files), layout, weights, alike.pool)
 
 
-def _sorted_out(
-    adapter: str, config: LoraConfig, tensors: dict[str, TensorInfo]
-) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
-    parts = _parts(adapter, config, tensors)
+def _sorted_out(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
+    tensors = layout.tensors
+    for key, info in tensors.items():
+        _refuse_empty(adapter, key, info)
+    parts = _parts(adapter, config, layout)
     taken = {key for part in parts.values() for key in (part.key_a, part.key_b)}
     extras = {key: tensors[key] for key in sorted(tensors) if key not in taken}
     for key in extras:
-        _check_extra(adapter, key, parts)
+        _check_extra(adapter, key, extras[key].dtype, parts)
+    check_magnitudes(
+        adapter,
+        config.use_dora,
+        {name: part.module for name, part in parts.items()},
+        {key: info.shape for key, info in extras.items()},
+    )
     return parts, extras
 
 
-def _parts(adapter: str, config: LoraConfig, tensors: dict[str, TensorInfo]) -> dict[str, Part]:
+def _refuse_empty(adapter: str, key: str, info: TensorInfo) -> None:
+    """DeepSpeed ZeRO-3 spreads parameters over all processes, and what it has not gathered is saved as shape [0]."""
+    if info.shape == (0,) and info.dtype in FLOATS:
+        raise AdapterError(
+            adapter,
+            f"tensor {key} is empty, of shape [0]: DeepSpeed ZeRO-3 saved it without gathering the parameters",
+            "save it again with zero3_save_16bit_model (Accelerate) or stage3_gather_16bit_weights_on_model_save",
+        )
+
+
+def _parts(adapter: str, config: LoraConfig, layout: Layout) -> dict[str, Part]:
+    tensors = layout.tensors
     keys: dict[str, dict[str, str]] = {}
     embeddings = set()
     for key in tensors:
@@ -194,12 +214,14 @@ def _parts(adapter: str, config: LoraConfig, tensors: dict[str, TensorInfo]) -> 
             if embedding:
                 embeddings.add(module)
     if not keys:
+        if form := format_of(tensors):
+            raise AdapterError(adapter, f"its tensors are those of {form.owner}, not of PEFT", form.hint)
         some = next(iter(tensors), "none at all")
         raise AdapterError(
             adapter, f"no tensor is named base_model.model.….lora_A.weight (first: {some}): not a PEFT LoRA adapter"
         )
     return {
-        module: _part(adapter, config, module, keys[module], module in embeddings, tensors) for module in sorted(keys)
+        module: _part(adapter, config, module, keys[module], module in embeddings, layout) for module in sorted(keys)
     }
 
 
@@ -209,8 +231,9 @@ def _part(
     name: str,
     keys: dict[str, str],
     embedding: bool,
-    tensors: dict[str, TensorInfo],
+    layout: Layout,
 ) -> Part:
+    tensors = layout.tensors
     for side in "AB":
         if side not in keys:
             raise AdapterError(adapter, f"module {name} has lora_{'AB'.replace(side, '')} but no lora_{side}")
@@ -222,18 +245,28 @@ def _part(
     except ValueError as error:
         raise AdapterError(adapter, f"module {name}: {error}") from None
     rank = a.shape[0]
-    if rank != config.rank(name):
+    # Patterns may be meant for the name within a training wrapper, or without it.
+    names = {name, module_name(layout.stored.get(keys["A"], keys["A"])) or name}
+    scales = {config.scale(each, rank) for each in names if config.rank(each) == rank}
+    if not scales:
         raise AdapterError(
             adapter, f"module {name} has rank {rank} in the weights and {config.rank(name)} in {CONFIG_NAME}"
         )
-    return Part(module, rank, config.scale(name, rank), keys["B"], keys["A"])
+    if len(scales) > 1:
+        both = " or ".join(sorted(names))
+        raise AdapterError(adapter, f"{CONFIG_NAME}: alpha_pattern does not tell the scale of {both}", "save it again")
+    return Part(module, rank, scales.pop(), keys["B"], keys["A"])
 
 
-def _check_extra(adapter: str, key: str, parts: dict[str, Part]) -> None:
+def _check_extra(adapter: str, key: str, dtype: str, parts: dict[str, Part]) -> None:
     """An extra must not be a LoRA factor in disguise: it would be carried along unused and the update lost."""
-    if ".lora_magnitude_vector" in key:
-        raise AdapterError(adapter, f"DoRA is not supported: its update is not B A (tensor {key})")
+    if dtype not in TORCH_DTYPES:
+        raise AdapterError(adapter, f"tensor {key} is {dtype}, which is not supported", "leave the adapter out")
+    if is_magnitude(key):
+        return
     if key.endswith(".lora_B.bias"):
+        if dtype not in FLOATS:
+            raise AdapterError(adapter, f"tensor {key} is {dtype}, not a float of 16+ bits")
         module = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
         if module in parts:
             return

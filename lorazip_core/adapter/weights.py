@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .config import LFS_MAGIC
+from .foreign import refuse_foreign
 from .layout import TORCH_DTYPES, FileTensors, HeaderTensor, Layout, lay_out
+from .names import ordinary_names
 
 SAFETENSORS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
@@ -111,7 +113,10 @@ class Layouts:
         if layout is None:
             _check_names(adapter, [weight.path.name for weight in weights], tensors)
             content = tuple((size, tuple(own.items())) for size, own in tensors)
-            layout = self._by_content.setdefault(content, lay_out(tensors))
+            layout = self._by_content.get(content)
+            if layout is None:
+                names = ordinary_names(adapter, [key for _, own in tensors for key in own])
+                layout = self._by_content[content] = lay_out(tensors, names)
             if None not in headers:
                 self._by_headers[headers] = layout
         for path in files:
@@ -180,6 +185,7 @@ def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Cal
             f"{PICKLE} is pickled, and a pickle can run code",
             "save it again as safetensors, or --allow-pickle to read it with weights_only=True",
         )
+    refuse_foreign(adapter, folder)
     raise AdapterError(adapter, f"no weights: neither {SAFETENSORS} nor {INDEX}", "is the download complete?")
 
 
@@ -218,16 +224,6 @@ def copy_tensor(tensor: Tensor, buffer: memoryview) -> None:
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
 
-def read_unknown(adapter: str, path: Path, key: str) -> Tensor:
-    """A tensor of a dtype that only safetensors knows how to read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(adapter, f"{path.name}: tensor {key}: {error}") from None
-
-
 def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
     _refuse_pointer(adapter, path)
     try:
@@ -236,8 +232,11 @@ def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # what a pickle raises depends on what is in it
         reason = (str(error).splitlines() or [""])[0]
         raise AdapterError(adapter, f"{path.name} cannot be read with weights_only=True: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(adapter, f"{path.name} holds other things than named tensors")
+    dense = isinstance(state, dict) and all(
+        isinstance(value, Tensor) and value.layout == torch.strided for value in state.values()
+    )
+    if not dense:
+        raise AdapterError(adapter, f"{path.name} holds other things than named, dense tensors")
     return state
 
 
@@ -275,6 +274,7 @@ def _check_names(adapter: str, names: Sequence[str], tensors: Sequence[FileTenso
 
 
 def _check_index(adapter: str, index: Path, layout: Layout, weights: Sequence[WeightFile]) -> None:
+    there = {layout.stored.get(key, key): weights[info.file].path.name for key, info in layout.tensors.items()}
     for key, name in _weight_map(adapter, index).items():
-        if key not in layout.tensors or weights[layout.tensors[key].file].path.name != name:
+        if there.get(key) != name:
             raise AdapterError(adapter, f"tensor {key} is not in {name}, where {index.name} says it is")

@@ -20,27 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapter import TORCH_DTYPES
 from ..errors import LocalError
 
 # In the order in which safetensors puts them into a file, from the last to the first.
-_CODES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.complex64: "C64",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
+_ORDER = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
+_CODES = {TORCH_DTYPES[code]: code for code in _ORDER if code in TORCH_DTYPES}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(_CODES)}
 _ALIGNMENT = 8

@@ -12,7 +12,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from .. import team
-from ..adapter import open_collection
+from ..adapter import notes, open_collection
 from ..assign import Clustering, Probes, settle
 from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
 from ..bundle import Dtype, SkippedEntry, Weights
@@ -93,6 +93,8 @@ def cluster(
     if options.rank < 1:
         raise UsageError(f"--rank {options.rank}: must be at least 1")
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
+    for note in notes(collection):
+        progress.note(note)
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))

@@ -14,7 +14,7 @@ import torch
 from msgspec import Struct
 
 from .. import team
-from ..adapter import Collection, open_collection
+from ..adapter import Collection, notes, open_collection
 from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
@@ -135,6 +135,8 @@ def compress(
     check_output(output, force=force, replaceable=is_bundle)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
+    for note in notes(collection):
+        progress.note(note)
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         _read_clusters(options.clusters, collection, may_lack=skip_bad)

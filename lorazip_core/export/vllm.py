@@ -46,6 +46,8 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 def _reason(bundle: Bundle, adapter: AdapterEntry) -> str | None:
     config = bundle.config(adapter)
+    if config.get("use_dora"):
+        return "it is DoRA, which needs its magnitudes"
     if adapter.extras is not None:
         names = bundle.names(adapter.extras)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

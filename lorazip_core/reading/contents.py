@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ..adapter import TORCH_DTYPES, Adapter, Descriptor, read_fully
+from ..adapter import Adapter, Descriptor, read_fully, unreadable
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..files import sha256_bytes, sha256_file
@@ -37,8 +37,13 @@ def read_contents(adapter: Adapter, destination: Destination) -> list[SourceEntr
     """Read all files of an adapter, their tensors into ``destination``; the files as the bundle lists them.
 
     A configuration is what was read of it when the adapter was opened. Raises AdapterError for a file that is not the
-    one that was opened then: cut short, or written anew.
+    one that was opened then: cut short, or written anew, or for one that cannot be read.
     """
+    with unreadable(adapter.name):
+        return _read_contents(adapter, destination)
+
+
+def _read_contents(adapter: Adapter, destination: Destination) -> list[SourceEntry]:
     config, *others = adapter.files
     files = [SourceEntry(config.name, len(adapter.config_text), sha256_bytes(adapter.config_text))]
     for number, weight in enumerate(adapter.weights):
@@ -82,7 +87,7 @@ def _read_tensors(adapter: Adapter, number: int, destination: Destination) -> st
 
 def _unpickle(adapter: Adapter, number: int, destination: Destination) -> None:
     for key, info in adapter.layout.tensors.items():
-        if info.file != number or info.dtype not in TORCH_DTYPES:
+        if info.file != number:
             continue
         data = adapter.tensor(key).detach().contiguous().view(-1).view(torch.uint8)
         for begin, size in _pieces(info.size_bytes, destination.piece):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import TORCH_DTYPES, Adapter, Collection, Layout
+from ..adapter import Adapter, Collection, Layout
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..progress import Advance
@@ -109,13 +109,12 @@ def _on_host(block: Block, adapters: list[Adapter]) -> _Seen:
 def _on_device(block: Block, adapters: list[Adapter]) -> _Seen:
     """All adapters at once; what is wrong with one is found out on its own."""
     assert block.data is not None
-    layout, keys = block.group.layout, list(adapters[0].extras)
     norms = norms_of_rows(block.data, block.group, block.rows).cpu()
-    unseen = [key for key in keys if layout.tensors[key].dtype not in TORCH_DTYPES]
-    sound = (finite_extras(block.data, block.group, keys).cpu() & norms.isfinite().all(1)).tolist()
+    finite = finite_extras(block.data, block.group, list(adapters[0].extras))
+    sound = (finite.cpu() & norms.isfinite().all(1)).tolist()
     files = list(block.files)
     for row, adapter in enumerate(adapters):
-        if not isinstance(files[row], AdapterError) and (unseen or not sound[row]):
+        if not isinstance(files[row], AdapterError) and not sound[row]:
             try:
                 check(adapter, norms[row].tolist(), tensors_of(adapter, block.data[row]))
             except AdapterError as error:

@@ -65,7 +65,7 @@ def finite_extras(data: Tensor, group: LayoutGroup, keys: list[str]) -> Tensor:
     finite = torch.ones(len(data), dtype=torch.bool, device=data.device)
     for key in keys:
         info = group.layout.tensors[key]
-        if info.dtype in TORCH_DTYPES and TORCH_DTYPES[info.dtype].is_floating_point:
+        if TORCH_DTYPES[info.dtype].is_floating_point:
             own = view(data, info)
             step = max(1, _EXTRA_NUMBERS // max(1, math.prod(info.shape)))
             for start in range(0, len(data), step):
@@ -94,8 +94,7 @@ def tensors_of(adapter: Adapter, data: Tensor) -> TensorOf:
     """The tensors of an adapter, by name, from its bytes ``data`` [size]."""
 
     def tensor_of(key: str) -> Tensor:
-        info = adapter.layout.tensors[key]
-        return view(data, info) if info.dtype in TORCH_DTYPES else adapter.tensor(key)
+        return view(data, adapter.layout.tensors[key])
 
     return tensor_of
 

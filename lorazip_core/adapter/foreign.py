@@ -1,0 +1,116 @@
+"""LoRA files that other tools than PEFT write, recognised so that each is refused by its own name.
+
+Their file names and tensor names are those of kohya's sd-scripts, diffusers, mlx-lm and torchtune.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import AdapterError
+
+
+class Format(NamedTuple):
+    """How another tool stores LoRA: whose it is, what makes a PEFT adapter of it, and what tells it."""
+
+    owner: str
+    hint: str
+    tensor: re.Pattern[str]
+    """The names of its tensors."""
+    file: re.Pattern[str]
+    """The names of its files, as far as no other tool uses them."""
+
+
+KOHYA = Format(
+    "kohya's sd-scripts",
+    "convert it with examples/lora_dreambooth/convert_kohya_ss_sd_lora_to_peft.py of the PEFT repository",
+    re.compile(r"lora_(?:unet|te\d?|transformer|prior)_[^.]+\.(?:lora_(?:down|up|mid)\.weight|alpha|hada_.*|lokr_.*)"),
+    re.compile(r"(?!)"),
+)
+DIFFUSERS = Format(
+    "diffusers",
+    "convert it with convert_state_dict_to_peft of diffusers.utils, to one adapter for each model of the pipeline",
+    re.compile(
+        r"(?:unet|text_encoder(?:_\d)?|transformer\.\w*transformer_blocks|diffusion_model)"
+        r"\..*(?:\.lora(?:_[AB]|\.down|\.up)\.weight|lora_linear_layer\..*)"
+        r"|.*\.processor\..*_lora\.(?:down|up)\.weight"
+    ),
+    re.compile(r"pytorch_lora_weights\.(?:safetensors|bin)"),
+)
+MLX = Format(
+    "MLX (mlx-lm)",
+    "convert it: lora_a and lora_b transposed are lora_A.weight and lora_B.weight, and lora_alpha is scale times rank",
+    re.compile(r".+\.lora_[ab]"),
+    re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)"),
+)
+TORCHTUNE = Format(
+    "torchtune",
+    "convert it with tune_to_peft_adapter_weights of torchtune.models.convert_weights",
+    re.compile(r".+\.lora_[ab]\.weight"),
+    re.compile(r"adapter_(?:\d+|model)\.pt"),
+)
+_FORMATS = (KOHYA, DIFFUSERS, MLX, TORCHTUNE)
+
+
+def format_of(tensors: Iterable[str]) -> Format | None:
+    """The format that has a tensor of one of these names, or None."""
+    for name in tensors:
+        for each in _FORMATS:
+            if each.tensor.fullmatch(name):
+                return each
+    return None
+
+
+def foreign_format(path: Path) -> Format | None:
+    """The format of a file that another tool wrote, told by its name or those of its tensors; else None."""
+    if not path.is_file():
+        return None
+    for each in _FORMATS:
+        if each.file.fullmatch(path.name):
+            return each
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return format_of(file.keys())
+    except (SafetensorError, OSError):
+        return None  # nothing that lorazip would have read
+
+
+def foreign_files(folder: Path) -> list[tuple[str, Format]]:
+    """The files in ``folder`` that another tool wrote, by name, told by their names or those of their tensors."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if form := foreign_format(path):
+            found.append((path.name, form))
+    return found
+
+
+def refuse_foreign(adapter: str, folder: Path) -> None:
+    """Raise AdapterError when another tool wrote a file in ``folder``, which has no PEFT adapter."""
+    if files := foreign_files(folder):
+        raise _error(adapter, files)
+
+
+def foreign_adapters(root: Path, adapters: Container[Path]) -> Iterator[AdapterError]:
+    """An error for every folder at or below ``root`` with files of another tool, but for the folders in ``adapters``.
+
+    Hidden folders are skipped and links are not followed.
+    """
+    for place, folders, _ in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folder = Path(place)
+        if folder not in adapters and (files := foreign_files(folder)):
+            yield _error(folder.relative_to(root).as_posix(), files)
+
+
+def _error(adapter: str, files: list[tuple[str, Format]]) -> AdapterError:
+    name, form = files[0]
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    return AdapterError(adapter, f"{name} is a LoRA of {form.owner}, not of PEFT{more}", form.hint)
