@@ -14,6 +14,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
+from .unreadable import unreadable
 
 
 class Format(NamedTuple):
@@ -101,13 +102,19 @@ def refuse_foreign(adapter: str, folder: Path) -> None:
 def foreign_adapters(root: Path, adapters: Container[Path]) -> Iterator[AdapterError]:
     """An error for every folder at or below ``root`` with files of another tool, but for the folders in ``adapters``.
 
-    Hidden folders are skipped and links are not followed.
+    Or with files of which nobody can tell. Hidden folders are skipped and links are not followed.
     """
     for place, folders, _ in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folder = Path(place)
-        if folder not in adapters and (files := foreign_files(folder)):
-            yield _error(folder.relative_to(root).as_posix(), files)
+        if folder in adapters:
+            continue
+        name = folder.relative_to(root).as_posix()
+        try:
+            with unreadable(name):
+                refuse_foreign(name, folder)
+        except AdapterError as error:
+            yield error
 
 
 def _error(adapter: str, files: list[tuple[str, Format]]) -> AdapterError:
