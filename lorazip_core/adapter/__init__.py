@@ -6,8 +6,9 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 
 from .collection import Collection, Skipped, find_adapters, inside, open_collection
 from .config import LoraConfig, NotLora, parse_config
-from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view, views
-from .module import Kind, Module
+from .experts import apart, fuse
+from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, deinterleave, view, views
+from .module import Kind, Module, Parameter
 from .reader import Adapter, Part, open_adapter
 from .weights import Descriptor, read_fully
 from .writer import write_adapter
@@ -22,11 +23,15 @@ __all__ = [
     "LoraConfig",
     "Module",
     "NotLora",
+    "Parameter",
     "Part",
     "Skipped",
     "TensorInfo",
     "aligned",
+    "apart",
+    "deinterleave",
     "find_adapters",
+    "fuse",
     "inside",
     "open_adapter",
     "open_collection",

@@ -14,7 +14,7 @@ import torch
 from msgspec import Struct
 
 from .. import team
-from ..adapter import Collection, open_collection
+from ..adapter import Collection, apart, open_collection
 from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
@@ -153,6 +153,8 @@ def compress(
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
+        if note := apart(scanned.collection.modules):
+            progress.note(note)
         options.check(len(scanned.collection.adapters))
         pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
         run = _Run(scanned, options, device, budget, pieces, progress)
