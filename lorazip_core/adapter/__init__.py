@@ -6,8 +6,9 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 
 from .collection import Collection, Skipped, find_adapters, inside, open_collection
 from .config import LoraConfig, NotLora, parse_config
-from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view, views
-from .module import Kind, Module
+from .experts import fuse
+from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, deinterleave, view, views
+from .module import Kind, Module, Parameter
 from .notes import notes
 from .reader import Adapter, Part, open_adapter
 from .unreadable import unreadable
@@ -24,11 +25,14 @@ __all__ = [
     "LoraConfig",
     "Module",
     "NotLora",
+    "Parameter",
     "Part",
     "Skipped",
     "TensorInfo",
     "aligned",
+    "deinterleave",
     "find_adapters",
+    "fuse",
     "inside",
     "notes",
     "open_adapter",

@@ -21,7 +21,6 @@ _VARIANTS = {
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
     "arrow_config": "Arrow routing",
     "enable_lora": "the merged linear layout of PEFT before 0.3 (enable_lora)",
 }
@@ -50,6 +49,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
     use_dora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    target_parameters: tuple[str, ...]
     raw: dict[str, Any]
 
     def rank(self, module: str) -> int:
@@ -71,6 +71,7 @@ class _Fields(msgspec.Struct):
     use_dora: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    target_parameters: tuple[str, ...] | None = None
     init_lora_weights: bool | str | None = None
 
 
@@ -115,6 +116,7 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
         use_dora=bool(fields.use_dora),
         rank_pattern=_compiled(adapter, ranks),
         alpha_pattern=_compiled(adapter, alphas),
+        target_parameters=fields.target_parameters or (),
         raw=raw,
     )
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,6 +66,22 @@ class TensorInfo(NamedTuple):
         return self.begin + self.size_bytes
 
 
+class Cut(NamedTuple):
+    """One of E equal parts of the tensor ``source``: r of the rows of A [E·r, d_in], or, ``interleaved``, every E-th
+    of the columns of B [d_out, r·E]."""
+
+    source: str
+    expert: int
+    experts: int
+    interleaved: bool
+
+    def all_of(self, source: Tensor) -> Tensor:
+        """All parts of the source, [E, …], each in one piece."""
+        if self.interleaved:
+            return deinterleaved(source, self.experts)
+        return source.reshape(self.experts, -1, source.shape[-1])
+
+
 class Region(NamedTuple):
     """The bytes of one file in the data of an adapter."""
 
@@ -82,13 +99,21 @@ class Layout:
     """The tensors of an adapter by the names that PEFT gives them, and what each file contributes to its data.
 
     ``stored`` has the names in the files of those that are named otherwise there, and ``removed`` says what these have
-    too many (`ordinary_names`). Equal layouts are one object.
+    too many (`ordinary_names`). ``cuts`` has those of the tensors that are parts of others: each is in the place of its
+    source, the parts one after another, when interleaved ones are as `deinterleave` brings them. Equal layouts are one
+    object.
     """
 
     tensors: dict[str, TensorInfo]
     regions: tuple[Region, ...]
     stored: dict[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    cuts: dict[str, Cut] = field(default_factory=dict)
+
+    @cached_property
+    def interleaved(self) -> list[Cut]:
+        """The first part of every tensor whose parts are interleaved."""
+        return [cut for cut in self.cuts.values() if cut.interleaved and cut.expert == 0]
 
     @property
     def size(self) -> int:
@@ -124,6 +149,23 @@ def lay_out(files: Iterable[FileTensors], names: Names) -> Layout:
 def aligned(size: int) -> int:
     """The next multiple of 64."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def deinterleaved(tensor: Tensor, experts: int) -> Tensor:
+    """Every E-th of the columns of [..., d_out, r·E] together: [..., E, d_out, r], in one piece."""
+    *lead, d_out, columns = tensor.shape
+    return tensor.reshape(*lead, -1, experts).mT.contiguous().view(*lead, experts, d_out, columns // experts)
+
+
+def deinterleave(data: Tensor, layout: Layout) -> None:
+    """Give the parts of tensors their places in the bytes ``data`` [..., size] of adapters, as they are in the files.
+
+    Memory for the largest of these tensors is needed besides, of all adapters at once.
+    """
+    for cut in layout.interleaved:
+        info = layout.tensors[cut.source]
+        parts = deinterleaved(view(data, info), cut.experts)
+        data[..., info.begin : info.end].copy_(parts.view(*data.shape[:-1], -1).view(torch.uint8))
 
 
 def view(data: Tensor, info: TensorInfo) -> Tensor:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from .collection import Collection
+from .experts import apart
 from .names import PARALLEL
 from .reader import Part
 
@@ -16,7 +17,8 @@ _MOVED = ("model", "language_model")
 def notes(collection: Collection) -> list[str]:
     """Lines for people: what was left out of tensor names, and names that may not be what they seem."""
     distinct = list({id(adapter.parts): adapter.parts for adapter in collection.adapters}.values())
-    return [*_removed(collection), *_kept(distinct), *_unshared(distinct)]
+    experts = apart(collection.modules)
+    return [*_removed(collection), *_kept(distinct), *_unshared(distinct), *([experts] if experts else [])]
 
 
 def _removed(collection: Collection) -> Iterator[str]:

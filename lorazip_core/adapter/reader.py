@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..errors import AdapterError
 from .config import CONFIG_NAME, LoraConfig, parse_config
 from .dora import check_magnitudes, is_magnitude
+from .experts import Whole, cut_experts, find_targets
 from .foreign import format_of, refuse_foreign
-from .layout import TORCH_DTYPES, Layout, TensorInfo, view
+from .layout import TORCH_DTYPES, Cut, Layout, TensorInfo, view
 from .module import Module, module_name, module_of, split_key
 from .unreadable import unreadable
 from .weights import (
@@ -64,15 +65,32 @@ class Adapter:
 
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """B [d_out, r], the scale folded in, and A [r, d_in], so that ΔW = B A."""
-        part = self.parts[module]
         b, a = self.stored_factors(module)
-        return b.to(dtype) * part.scale, a.to(dtype)
+        return b.to(dtype) * self.parts[module].scale, a.to(dtype)
 
     def stored_factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B [d_out, r] and A [r, d_in] as they are in the file: its dtype, without the scale."""
-        part = self.parts[module]
-        b, a = self.tensor(part.key_b), self.tensor(part.key_a)
-        return b.reshape(part.module.d_out, part.rank), a.reshape(part.rank, part.module.d_in)
+        (factors,) = self.each_stored([module])
+        return factors
+
+    def each_stored(self, modules: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`stored_factors` of several modules, in their order; experts that follow each other are read together."""
+        parted: dict[str, Tensor] = {}
+        for module in modules:
+            part = self.parts[module]
+            b, a = (self._factor(key, parted) for key in (part.key_b, part.key_a))
+            yield b.reshape(part.module.d_out, part.rank), a.reshape(part.rank, part.module.d_in)
+
+    def _factor(self, key: str, parted: dict[str, Tensor]) -> Tensor:
+        """A factor; ``parted`` holds the parts of the tensors that the last one was cut from."""
+        cut = self.layout.cuts.get(key)
+        if cut is None:
+            return self.tensor(key)
+        if cut.source not in parted:
+            if len(parted) > 1:  # B and A of another parameter
+                parted.clear()
+            parted[cut.source] = cut.all_of(self.tensor(cut.source))
+        return parted[cut.source][cut.expert]
 
     def extra(self, key: str) -> Tensor:
         """A tensor that is no LoRA factor. A bias of lora_B comes with the scale folded in, like B itself."""
@@ -81,7 +99,9 @@ class Adapter:
         return tensor * self.parts[module].scale if key.endswith(".lora_B.bias") else tensor
 
     def tensor(self, key: str) -> Tensor:
-        """Any tensor of the file, by its name there, read into memory of its own."""
+        """Any tensor of the layout, by its name there, read into memory of its own."""
+        if cut := self.layout.cuts.get(key):
+            return cut.all_of(self.tensor(cut.source))[cut.expert]
         info = self.layout.tensors[key]
         weight = self.weights[info.file]
         if weight.header is None:
@@ -96,10 +116,11 @@ class Adapter:
         infos = [self.layout.tensors[key] for key in keys]
         weight = self.weights[infos[0].file]
         handle = self._handle(weight)
-        if weight.header is None:
+        scattered = any(key in self.layout.cuts and self.layout.cuts[key].interleaved for key in keys)
+        if weight.header is None or scattered:
             for key, info in zip(keys, infos, strict=True):
                 begin = info.begin - infos[0].begin
-                copy_tensor(handle[self.layout.stored.get(key, key)], buffer[begin : begin + info.size_bytes])
+                copy_tensor(self.tensor(key), buffer[begin : begin + info.size_bytes])
             return
         position = weight.header.size + infos[0].begin - self.layout.regions[infos[0].file].begin
         count = read_fully(handle.number, [buffer], position)
@@ -127,7 +148,8 @@ class Alike:
         self.pool = HandlePool()
         self.layouts = Layouts(self.pool)
         self._configs: dict[bytes, LoraConfig] = {}
-        self._tensors: dict[Any, tuple[dict[str, Part], dict[str, TensorInfo]]] = {}
+        self._tensors: dict[Any, tuple[dict[str, Part], dict[str, TensorInfo], Layout]] = {}
+        self._cut: dict[Any, Layout] = {}
 
     def config(self, adapter: str, text: bytes) -> LoraConfig:
         """`parse_config`, once for equal texts."""
@@ -138,13 +160,18 @@ class Alike:
 
     def tensors(
         self, adapter: str, config: LoraConfig, layout: Layout
-    ) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
-        """Parts and extras, once for each layout and whatever of the configuration decides ranks and scales."""
+    ) -> tuple[dict[str, Part], dict[str, TensorInfo], Layout]:
+        """Parts, extras and the layout with what tensors are cut into.
+
+        Once for each layout and whatever of the configuration decides ranks, scales and experts.
+        """
         patterns = (tuple(config.rank_pattern.items()), tuple(config.alpha_pattern.items()))
-        key = (layout, config.r, config.lora_alpha, config.use_rslora, config.use_dora, patterns)
+        key = (layout, config.r, config.lora_alpha, config.use_rslora, config.use_dora, patterns, _deciding(config))
         found = self._tensors.get(key)
         if found is None:
-            found = self._tensors[key] = _sorted_out(adapter, config, layout)
+            parts, extras, own = _sorted_out(adapter, config, layout)
+            own = self._cut.setdefault((layout, tuple(own.cuts.items())), own)
+            found = self._tensors[key] = parts, extras, own
         return found
 
 
@@ -171,17 +198,26 @@ def open_adapter(
         config = alike.config(name, config_text)
         files = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
         layout, weights = alike.layouts.read(name, files)
-    parts, extras = alike.tensors(name, config, layout)
+    parts, extras, layout = alike.tensors(name, config, layout)
     return Adapter(name, folder, config, config_text, parts, extras, (config_file, *files), layout, weights, alike.pool)
 
 
-def _sorted_out(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[str, Part], dict[str, TensorInfo]]:
-    tensors = layout.tensors
-    for key, info in tensors.items():
+def _deciding(config: LoraConfig) -> object:
+    """What of a configuration with target parameters decides what is one, and whether it can be used."""
+    if not config.target_parameters:
+        return None
+    return config.target_parameters, str(config.raw.get("target_modules"))
+
+
+def _sorted_out(
+    adapter: str, config: LoraConfig, layout: Layout
+) -> tuple[dict[str, Part], dict[str, TensorInfo], Layout]:
+    for key, info in layout.tensors.items():
         _refuse_empty(adapter, key, info)
-    parts = _parts(adapter, config, layout)
+    parts, layout = _parts(adapter, config, layout)
     taken = {key for part in parts.values() for key in (part.key_a, part.key_b)}
-    extras = {key: tensors[key] for key in sorted(tensors) if key not in taken}
+    taken |= {cut.source for cut in layout.cuts.values()}
+    extras = {key: layout.tensors[key] for key in sorted(layout.tensors) if key not in taken}
     for key in extras:
         _check_extra(adapter, key, extras[key].dtype, parts)
     check_magnitudes(
@@ -190,7 +226,7 @@ def _sorted_out(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[
         {name: part.module for name, part in parts.items()},
         {key: info.shape for key, info in extras.items()},
     )
-    return parts, extras
+    return parts, extras, layout
 
 
 def _refuse_empty(adapter: str, key: str, info: TensorInfo) -> None:
@@ -203,7 +239,8 @@ def _refuse_empty(adapter: str, key: str, info: TensorInfo) -> None:
         )
 
 
-def _parts(adapter: str, config: LoraConfig, layout: Layout) -> dict[str, Part]:
+def _parts(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[str, Part], Layout]:
+    """The parts by module, and the layout with the experts that tensors are cut into."""
     tensors = layout.tensors
     keys: dict[str, dict[str, str]] = {}
     embeddings = set()
@@ -220,20 +257,27 @@ def _parts(adapter: str, config: LoraConfig, layout: Layout) -> dict[str, Part]:
         raise AdapterError(
             adapter, f"no tensor is named base_model.model.….lora_A.weight (first: {some}): not a PEFT LoRA adapter"
         )
-    return {
-        module: _part(adapter, config, module, keys[module], module in embeddings, layout) for module in sorted(keys)
-    }
+    wholes = {name: _whole(adapter, name, keys[name], name in embeddings, tensors) for name in sorted(keys)}
+    targets = find_targets(adapter, config, wholes)
+    parts: dict[str, Part] = {}
+    infos: dict[str, TensorInfo] = {}
+    cuts: dict[str, Cut] = {}
+    for name, whole in wholes.items():
+        key_b, key_a = keys[name]["B"], keys[name]["A"]
+        if (target := targets.get(name)) is None:
+            parts[name] = _part(adapter, config, whole, key_b, key_a, layout)
+            continue
+        experts, own_infos, own_cuts = cut_experts(target, key_b, key_a, tensors)
+        scale = config.scale(target.name, target.rank)
+        parts |= {expert.module.name: Part(expert.module, target.rank, scale, *expert[1:]) for expert in experts}
+        infos |= own_infos
+        cuts |= own_cuts
+    if targets:
+        parts = dict(sorted(parts.items()))
+    return parts, replace(layout, tensors=tensors | infos, cuts=cuts) if cuts else layout
 
 
-def _part(
-    adapter: str,
-    config: LoraConfig,
-    name: str,
-    keys: dict[str, str],
-    embedding: bool,
-    layout: Layout,
-) -> Part:
-    tensors = layout.tensors
+def _whole(adapter: str, name: str, keys: dict[str, str], embedding: bool, tensors: dict[str, TensorInfo]) -> Whole:
     for side in "AB":
         if side not in keys:
             raise AdapterError(adapter, f"module {name} has lora_{'AB'.replace(side, '')} but no lora_{side}")
@@ -241,21 +285,25 @@ def _part(
             raise AdapterError(adapter, f"tensor {keys[side]} is {tensors[keys[side]].dtype}, not a float of 16+ bits")
     a, b = tensors[keys["A"]], tensors[keys["B"]]
     try:
-        module = module_of(name, embedding, a.shape, b.shape)
+        return Whole(module_of(name, embedding, a.shape, b.shape), a.shape[0])
     except ValueError as error:
         raise AdapterError(adapter, f"module {name}: {error}") from None
-    rank = a.shape[0]
+
+
+def _part(adapter: str, config: LoraConfig, whole: Whole, key_b: str, key_a: str, layout: Layout) -> Part:
+    module, rank = whole
     # Patterns may be meant for the name within a training wrapper, or without it.
-    names = {name, module_name(layout.stored.get(keys["A"], keys["A"])) or name}
+    names = {module.name, module_name(layout.stored.get(key_a, key_a)) or module.name}
     scales = {config.scale(each, rank) for each in names if config.rank(each) == rank}
     if not scales:
         raise AdapterError(
-            adapter, f"module {name} has rank {rank} in the weights and {config.rank(name)} in {CONFIG_NAME}"
+            adapter,
+            f"module {module.name} has rank {rank} in the weights and {config.rank(module.name)} in {CONFIG_NAME}",
         )
     if len(scales) > 1:
         both = " or ".join(sorted(names))
         raise AdapterError(adapter, f"{CONFIG_NAME}: alpha_pattern does not tell the scale of {both}", "save it again")
-    return Part(module, rank, scales.pop(), keys["B"], keys["A"])
+    return Part(module, rank, scales.pop(), key_b, key_a)
 
 
 def _check_extra(adapter: str, key: str, dtype: str, parts: dict[str, Part]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import torch
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from torch import Tensor
 
 from ..errors import BundleDamaged
@@ -29,6 +29,7 @@ from .manifest import (
     FileEntry,
     Manifest,
     ModuleEntry,
+    ParameterEntry,
     ShardEntry,
 )
 from .reader import Bundle
@@ -279,6 +280,8 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"module {module.name}: kind, kernel and d_in do not fit"
         if module.kind not in manifest.requires.get("export", []):
             yield f"the kind {module.kind} is in use, but not required to export"
+        if module.parameter is not UNSET:
+            yield from _of_parameter(module, module.parameter, manifest)
     for indices in manifest.module_sets:
         if not indices or indices != sorted(set(indices)):
             yield f"module set {indices} is empty or not ascending"
@@ -305,6 +308,16 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
     for path, count in paths.items():
         if count > 1:
             yield f"{path} has two owners"
+
+
+def _of_parameter(module: ModuleEntry, parameter: ParameterEntry, manifest: Manifest) -> Iterator[str]:
+    number = f".{parameter.expert}" if parameter.experts > 1 else ""
+    if module.kind != "linear" or not module.name.endswith(f".{parameter.name}{number}"):
+        yield f"module {module.name}: kind, name and parameter do not fit"
+    if parameter.expert >= parameter.experts:
+        yield f"module {module.name} is expert {parameter.expert} of {parameter.experts}"
+    if "target_parameters" not in manifest.requires.get("export", []):
+        yield f"module {module.name} is of a parameter, but target_parameters are not required to export"
 
 
 def finite(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import BundleDamaged, Unsupported, UsageError
 from ..files import canonical_json, sha256_bytes
@@ -35,7 +35,7 @@ Dtype = Literal["bf16", "f16", "f32"]
 # Per operation, the features of format 1. A manifest that requires another one is refused, by its name.
 KNOWN_FEATURES: dict[str, set[str]] = {
     "read": {"joint", "diag", "svd", "original"},
-    "export": {"linear", "conv", "embedding", "extras"},
+    "export": {"linear", "conv", "embedding", "extras", "target_parameters"},
 }
 
 
@@ -55,6 +55,15 @@ class SourceEntry(Struct, frozen=True):
     sha256: Sha256
 
 
+class ParameterEntry(Struct, frozen=True, omit_defaults=True):
+    """What a module is of a parameter that is adapted without its module: the matrix itself, or one of its experts."""
+
+    name: str
+    """What the module that holds the parameter calls it."""
+    expert: Count = 0
+    experts: Size = 1
+
+
 class ModuleEntry(Struct, frozen=True):
     """A target module; its update is [d_out, d_in], a convolution's d_in being channels · ∏kernel."""
 
@@ -63,6 +72,8 @@ class ModuleEntry(Struct, frozen=True):
     d_out: Size
     d_in: Size
     kernel: list[Size] = []
+    parameter: ParameterEntry | UnsetType = UNSET
+    """Only of what is no module of the base model but a parameter, or a part of one."""
 
 
 class ShardEntry(Struct, frozen=True):

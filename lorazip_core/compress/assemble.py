@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from .. import __version__
-from ..adapter import Adapter
+from ..adapter import Adapter, Module
 from ..bundle import (
     AdapterEntry,
     BundleWriter,
@@ -17,6 +18,7 @@ from ..bundle import (
     Manifest,
     ModuleEntry,
     ModuleError,
+    ParameterEntry,
     Parameters,
     SkippedEntry,
 )
@@ -79,16 +81,18 @@ class Assembly:
             if module_set == len(covered):
                 covered.append(row.nonzero().flatten().tolist())
             entries.append(self._entry(number, adapter, module_set, covered[module_set], parameters))
-        kinds: set[str] = {module.kind for module in collection.modules}
+        features: set[str] = {module.kind for module in collection.modules}
+        if any(module.parameter for module in collection.modules):
+            features.add("target_parameters")
         manifest = Manifest(
             created_by=f"lorazip {__version__}",
             requires={
                 "read": sorted({entry.scheme for entry in entries}),
-                "export": sorted(kinds | ({"extras"} if any(entry.extras for entry in entries) else set())),
+                "export": sorted(features | ({"extras"} if any(entry.extras for entry in entries) else set())),
             },
             base_model=collection.base_model,
             parameters=parameters,
-            modules=[ModuleEntry(m.name, m.kind, m.d_out, m.d_in, list(m.kernel)) for m in collection.modules],
+            modules=[_module_entry(module) for module in collection.modules],
             module_sets=covered,
             clusters=self._clusters,
             adapters=entries,
@@ -131,6 +135,11 @@ class Assembly:
 
     def _individual_path(self, number: int) -> str:
         return f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
+
+
+def _module_entry(module: Module) -> ModuleEntry:
+    parameter = ParameterEntry(*module.parameter) if module.parameter else UNSET
+    return ModuleEntry(module.name, module.kind, module.d_out, module.d_in, list(module.kernel), parameter)
 
 
 def _as_asked(kept: Kept, parameters: Parameters) -> bool:

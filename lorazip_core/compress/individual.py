@@ -96,8 +96,9 @@ def _batches(adapter: Adapter, device: torch.device) -> _Batches:
         names[part.module.d_out, part.module.d_in, part.rank].append(name)
     batches = []
     for group in names.values():
-        b, a = zip(*(adapter.factors(name, torch.float64) for name in group), strict=True)
-        batches.append((group, torch.stack(b).to(device), torch.stack(a).to(device)))
+        b, a = (torch.stack(side).to(device).double() for side in zip(*adapter.each_stored(group), strict=True))
+        scales = torch.tensor([adapter.parts[name].scale for name in group], dtype=torch.float64, device=device)
+        batches.append((group, b * scales[:, None, None], a))
     return batches
 
 
@@ -122,7 +123,8 @@ def _truncated(batches: _Batches, rank: int, dtype: torch.dtype) -> Individual:
 
 def _original(adapter: Adapter) -> Individual:
     tensors = {}
-    for name, part in adapter.parts.items():
-        tensors[f"{name}.B"], tensors[f"{name}.A"] = adapter.stored_factors(name)
+    stored = adapter.each_stored(adapter.parts)
+    for (name, part), (b, a) in zip(adapter.parts.items(), stored, strict=True):
+        tensors[f"{name}.B"], tensors[f"{name}.A"] = b, a
         tensors[f"{name}.scale"] = torch.tensor(part.scale, dtype=torch.float64)
     return Individual("original", None, tensors, dict.fromkeys(adapter.parts, 0.0))

@@ -10,10 +10,11 @@ from typing import Literal
 
 import msgspec
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
-from ..adapter import Module, write_adapter
-from ..bundle import DTYPES, AdapterEntry, Bundle
+from ..adapter import Module, Parameter, fuse, write_adapter
+from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
 from ..errors import BundleDamaged, Unsupported, UsageError
 from ..files import atomic_directory, canonical_json, safe_name, tree, write_file
 from ..linalg import Factors, squared_norm, truncated_svd
@@ -164,7 +165,7 @@ def _export_one(
     norm = kept = 0.0
     truncated = False
     for entry in bundle.modules(adapter):
-        module = Module(entry.name, entry.kind, entry.d_out, entry.d_in, tuple(entry.kernel))
+        module = _module(entry)
         b, a = decode(bundle, adapter, entry.name, torch.float64)
         norm += float(squared_norm(b, a))
         if rank is not None and rank < a.shape[0]:
@@ -172,7 +173,10 @@ def _export_one(
             truncated = True
         kept += float(squared_norm(b, a))
         factors[module] = _rounded(bundle, adapter, module, (b, a), dtype)
-    ranks = {module.name: a.shape[0] for module, (_, a) in factors.items()}
+    ranks: dict[str, int] = {}
+    for module, (_, a) in factors.items():
+        ranks[module.target] = max(ranks.get(module.target, 0), a.shape[0])
+    parameters = {module.target for module in factors if module.parameter}
     largest = max(ranks.values())
     padded = target == "vllm" and min(ranks.values()) < largest
     if padded:
@@ -183,13 +187,18 @@ def _export_one(
     embeddings = any(module.kind == "embedding" for module in factors)
     write_adapter(
         root / folder,
-        peft_config(bundle.config(adapter), ranks, embeddings),
-        factors,
+        peft_config(bundle.config(adapter), ranks, embeddings, parameters),
+        fuse(factors),
         bundle.extras(adapter),
         readme(bundle, adapter, changes),
     )
     claimed = None if truncated else adapter.squared_error
     return ExportedAdapter(adapter.name, folder, largest, adapter.scheme, claimed)
+
+
+def _module(entry: ModuleEntry) -> Module:
+    parameter = None if entry.parameter is UNSET else Parameter(*msgspec.structs.astuple(entry.parameter))
+    return Module(entry.name, entry.kind, entry.d_out, entry.d_in, tuple(entry.kernel), parameter)
 
 
 def _rounded(bundle: Bundle, adapter: AdapterEntry, module: Module, factors: Factors, dtype: str | None) -> Factors:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 # What these say of how the adapter was made (its initialisation, a backward pass) no longer holds for its factors.
 _CLEARED = ("eva_config", "corda_config", "lora_ga_config", "velora_config")
 
 
-def peft_config(original: dict[str, Any], ranks: dict[str, int], embeddings: bool) -> dict[str, Any]:
+def peft_config(
+    original: dict[str, Any], ranks: dict[str, int], embeddings: bool, parameters: Collection[str] = ()
+) -> dict[str, Any]:
     """The configuration under which PEFT scales every module by 1 and targets exactly the modules of ``ranks``.
+
+    Those that are ``parameters`` are selected by the ``target_parameters`` of ``original``, which has no others.
 
     The largest rank is r and lora_alpha; modules of another rank are in rank_pattern and alpha_pattern. All fields
     that have no part in this keep the values of ``original``. ``embeddings`` tells whether a target is an embedding.
     """
     r = max(ranks.values())
+    modules = sorted(ranks.keys() - set(parameters))
     pattern = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != r}
     config = original | {
         "r": r,
@@ -24,8 +29,8 @@ def peft_config(original: dict[str, Any], ranks: dict[str, int], embeddings: boo
         "use_rslora": False,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
-        "exclude_modules": _others(ranks),
+        "target_modules": modules,
+        "exclude_modules": _others(modules),
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from msgspec import UNSET
 
 from ..bundle import AdapterEntry, Bundle, ModuleEntry
 from ..errors import Unsupported
@@ -62,6 +63,8 @@ def _reason(bundle: Bundle, adapter: AdapterEntry) -> str | None:
 
 def _module_reason(modules: Sequence[ModuleEntry]) -> str | None:
     for module in modules:
+        if module.parameter is not UNSET:
+            return f"{module.name} is of a parameter (target_parameters), a form that vLLM reads for few models only"
         if module.kind != "linear":
             return f"module {module.name} is {'an embedding' if module.kind == 'embedding' else 'a convolution'}"
         if module.name.partition(".")[2][:1].isdigit():

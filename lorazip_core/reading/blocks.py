@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout, views
+from ..adapter import Adapter, Layout, deinterleave, views
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..linalg import Factors
@@ -39,7 +39,8 @@ class Block(NamedTuple):
     rows: slice
     """Their positions in the group."""
     data: Tensor | None
-    """[k, size] of bytes: their tensors; None for a single adapter too large for that, whose files have them."""
+    """[k, size] of bytes: their tensors, deinterleaved; None for a single adapter too large for that, whose files have
+    them."""
     files: list[Contents]
     """What was read of each, or why its row of ``data`` means nothing."""
 
@@ -56,7 +57,7 @@ class Block(NamedTuple):
             (adapter,) = adapters
 
             def read(columns: Sequence[int]) -> Factors:
-                factors = [adapter.stored_factors(parts[column].module.name) for column in columns]
+                factors = adapter.each_stored(parts[column].module.name for column in columns)
                 b, a = (torch.stack(side)[None] for side in zip(*factors, strict=True))
                 return b, a
 
@@ -111,6 +112,7 @@ def _on_host(
         with buffers.lend(len(own) * size) as memory:
             data = memory.view(len(own), size)
             files = [_contents(adapter, InMemory(row)) for adapter, row in zip(own, data, strict=True)]
+            deinterleave(data, group.layout)
             return function(Block(group, rows, data, files)), len(own)
 
     places = ((group, rows) for group in groups for rows in _rows(group, min(placement.block_bytes, _HOST_BYTES)))
@@ -147,6 +149,8 @@ def _on_device(
         for future in reading:
             block.files.append(future.result())
             advance(1)
+        assert block.data is not None
+        deinterleave(block.data, block.group.layout)
         return function(block)
 
     ahead = len(adapters) if placement.kind == "resident" else 1

@@ -87,7 +87,7 @@ def _read_tensors(adapter: Adapter, number: int, destination: Destination) -> st
 
 def _unpickle(adapter: Adapter, number: int, destination: Destination) -> None:
     for key, info in adapter.layout.tensors.items():
-        if info.file != number:
+        if info.file != number or key in adapter.layout.cuts:
             continue
         data = adapter.tensor(key).detach().contiguous().view(-1).view(torch.uint8)
         for begin, size in _pieces(info.size_bytes, destination.piece):
@@ -110,7 +110,7 @@ def _truncated(adapter: Adapter, number: int, end: int) -> AdapterError:
     missing = [
         (info.begin, key)
         for key, info in adapter.layout.tensors.items()
-        if info.file == number and info.end > begin + end
+        if info.file == number and info.end > begin + end and key not in adapter.layout.cuts
     ]
     what = f"tensor {min(missing)[1]} is truncated" if missing and end >= 0 else "it is truncated"
     return AdapterError(adapter.name, f"{adapter.weights[number].path.name}: {what}", "fetch it again")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapter import Adapter, Collection, Layout, TensorInfo, aligned, view
 from ..stack import Stack
 from .groups import LayoutGroup, Numbers, by_layout
+from .runs import ExpertRuns
 
 _READERS = 16
 _CPU_STAGING = 2**25  # bytes of factors as they are in the files, on their way to one stack
@@ -147,6 +148,7 @@ class Files:
         self._one_at_a_time = Lock()
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._halves = [_Half() for _ in range(2)]
+        self._runs = ExpertRuns()
 
     def stacked(self, stack: Callable[[], Stack]) -> Stack:
         """On a GPU: on a stream of its own, so that another thread's computations go on meanwhile."""
@@ -171,19 +173,25 @@ class Files:
             some = numbers[start : start + step]
             half = self._halves[turn % 2]
             staged = (half.pinned(step * size) if buffer is None else buffer)[: len(some) * size]
-            self._read(some, spans, size, staged)
+            self._read(some, spans, size, staged, len(pick.group.adapters))
             data = staged.view(len(some), size)
             if buffer is None:
                 data = half.sent(data, self._device)
             yield Factors(slice(start, start + len(some)), view(data, info_b), view(data, info_a))
 
-    def _read(self, numbers: list[int], spans: _Spans, size: int, staged: Tensor) -> None:
+    def _read(self, numbers: list[int], spans: _Spans, size: int, staged: Tensor, alike: int) -> None:
+        """``alike`` is how many adapters have that layout."""
         buffer = staged.numpy().data
 
         def read(start: int, stop: int) -> None:
             for row in range(start, stop):
+                adapter = self._adapters[numbers[row]]
                 for keys, at, count in spans.reads:
-                    self._adapters[numbers[row]].read_into(keys, buffer[row * size + at : row * size + at + count])
+                    room = buffer[row * size + at : row * size + at + count]
+                    if spans.interleaved == keys:
+                        self._runs.read_into(adapter, numbers[row], keys[0], room, alike)
+                    else:
+                        adapter.read_into(keys, room)
 
         if self._pool is None:
             read(0, len(numbers))
@@ -222,24 +230,28 @@ class _Half:
 class _Spans(NamedTuple):
     """The reads that bring B and A of one adapter: their names, where the bytes go, and how many they are.
 
-    ``at`` says where the tensor that begins at a byte of the adapter's data ends up.
+    ``at`` says where the tensor that begins at a byte of the adapter's data ends up, and ``interleaved`` which of the
+    reads, if any, is of what lies scattered in the file.
     """
 
     reads: list[tuple[list[str], int, int]]
     at: dict[int, int]
+    interleaved: list[str]
 
 
 def _spans(pick: Pick) -> tuple[_Spans, int]:
     """One read where B and A are neighbours, as safetensors sorts them; and the bytes in all, a multiple of 64."""
+    cuts = pick.group.layout.cuts
     part = pick.group.parts[pick.column]
     infos = sorted(zip(pick.infos(), (part.key_b, part.key_a), strict=True), key=lambda each: each[0].begin)
     (first, key), (second, other) = infos
-    if first.file == second.file and first.end == second.begin:
+    if first.file == second.file and first.end == second.begin and key not in cuts:
         whole = first.size_bytes + second.size_bytes
-        return _Spans([([key, other], 0, whole)], {first.begin: 0, second.begin: first.size_bytes}), aligned(whole)
+        return _Spans([([key, other], 0, whole)], {first.begin: 0, second.begin: first.size_bytes}, []), aligned(whole)
     gap = aligned(first.size_bytes)
     reads = [([key], 0, first.size_bytes), ([other], gap, second.size_bytes)]
-    return _Spans(reads, {first.begin: 0, second.begin: gap}), gap + aligned(second.size_bytes)
+    interleaved = [each for each in (part.key_b,) if each in cuts]
+    return _Spans(reads, {first.begin: 0, second.begin: gap}, interleaved), gap + aligned(second.size_bytes)
 
 
 def _positions(adapters: Numbers, wanted: Numbers) -> Numbers:
