@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from lorazip_core.files import canonical_json
+from lorazip_core.kinds import check_adapters_path
 from lorazip_core.report import check_available
 
 from . import console
@@ -79,7 +80,8 @@ def cluster(
 
     Finds adapters that no cluster serves, and adapters that hardly differ from another.
     """
-    check_report_files({"-o": output, "--report": html}, force=force, json=json)
+    check_adapters_path(directory)
+    check_report_files({"-o": output, "--report": html}, inputs=[directory], force=force, json=json)
     if html is not None:
         check_available()
     from lorazip_core import team

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorazip_core.kinds import check_adapters_path
+from lorazip_core.places import check_place
 from lorazip_core.text import plain
 
 from . import console
@@ -77,6 +79,9 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    check_adapters_path(directory)
+    if output is not None:
+        check_place(output, [directory])
     from lorazip_core import team
     from lorazip_core.compress import CompressOptions, plan
     from lorazip_core.compress import compress as compress_adapters

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import msgspec
@@ -22,10 +24,8 @@ def line(text: str = "") -> None:
 def json(report: msgspec.Struct) -> None:
     """A command's report as the one JSON object on stdout: UTF-8 and canonical, whatever the locale."""
     flush()
-    try:
+    with _writing(sys.stdout):
         sys.stdout.buffer.write(canonical_json(msgspec.to_builtins(report)))
-    except BrokenPipeError:
-        _stop_writing(sys.stdout)
     flush()
 
 
@@ -51,21 +51,28 @@ def error(text: str) -> None:
 
 def flush() -> None:
     """Have stdout's reader get everything now; a reader that has gone away is no failure."""
-    try:
+    with _writing(sys.stdout):
         sys.stdout.flush()
-    except BrokenPipeError:
-        _stop_writing(sys.stdout)
 
 
 def _write(stream: TextIO, text: str) -> None:
-    try:
+    with _writing(stream):
         print("\n".join(map(plain, text.split("\n"))), file=stream)
-    except BrokenPipeError:
+
+
+@contextmanager
+def _writing(stream: TextIO) -> Iterator[None]:
+    """Data that cannot be written (a full disk) are a failure; that nobody reads them, or what people read, is none."""
+    try:
+        yield
+    except OSError as error:
         _stop_writing(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def _stop_writing(stream: TextIO) -> None:
-    """The reader (head, less) has seen enough: what is still buffered goes nowhere, and nobody hears of it."""
+    """What is still buffered goes nowhere: Python would try again at its end, and fail with a code of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazip_core.files import check_output
+from lorazip_core.kinds import schema_of
+from lorazip_core.places import check_place
 from lorazip_core.sample import sample_path
 
 from . import console
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _BUNDLE, _ADAPTERS, _REPORT = "bundle", "adapters", "verify.json"
 _PARTIAL = f".{_BUNDLE}.partial"
+_PARTIALS = (_PARTIAL, f".{_ADAPTERS}.partial")
+_REPORT_SCHEMA = "lorazip.verify/1"
 _RANK = 16
 
 
@@ -37,8 +41,9 @@ def demo(
     from lorazip_core.export import export
     from lorazip_core.verify import verify
 
+    check_place(output)
     if not _is_begun(output):
-        check_output(output, force=force, replaceable=_is_demo)
+        check_output(output, force=force, not_ours=_not_of_demo)
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
     show = progress(False)
     show.note("compress: sixteen adapters onto one shared basis")
@@ -52,8 +57,22 @@ def demo(
     return report.exit_code
 
 
-def _is_demo(folder: Path) -> bool:
-    return {entry.name for entry in folder.iterdir()} <= {_BUNDLE, _ADAPTERS, _REPORT, _PARTIAL}
+def _not_of_demo(folder: Path) -> str | None:
+    """Why a directory may not be replaced as a demo, in words; None for one that has nothing but what one wrote."""
+    from lorazip_core.bundle import not_of_bundle
+    from lorazip_core.export import not_of_export
+
+    for entry in sorted(folder.iterdir()):
+        if entry.name in (_BUNDLE, _ADAPTERS):
+            why = (not_of_bundle if entry.name == _BUNDLE else not_of_export)(entry) if entry.is_dir() else "a file"
+            if why is not None:
+                return f"{entry.name}: {why}"
+        elif entry.name == _REPORT:
+            if schema_of(entry) != _REPORT_SCHEMA:
+                return f"{_REPORT} is no report of 'lorazip verify'"
+        elif entry.name not in _PARTIALS:
+            return f"a demo has no {entry.name}"
+    return None
 
 
 def _is_begun(folder: Path) -> bool:

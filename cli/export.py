@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lorazip_core.kinds import check_bundle_path
+from lorazip_core.places import check_place
+
 from . import console
 from .options import Bundle, Dtype, Force, Json, Quiet
 from .progress import progress
@@ -31,6 +34,8 @@ def export(
     quiet: Quiet = False,
 ) -> int:
     """Write adapters of a bundle as ordinary PEFT adapters."""
+    check_bundle_path(bundle)
+    check_place(output, [bundle])
     from lorazip_core.export import export as export_adapters
 
     report = export_adapters(

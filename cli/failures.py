@@ -12,6 +12,8 @@ from typing import NamedTuple
 import typer
 
 from lorazip_core.errors import AdapterErrors, LocalError, LorazipError
+from lorazip_core.files import system_error
+from lorazip_core.text import megabytes
 
 from .table import count
 
@@ -23,8 +25,6 @@ _HINTS = {
     errno.EROFS: "choose an -o on a file system that can be written",
     errno.EMFILE: "raise the limit of open files: ulimit -n",
 }
-
-_SYSTEM_ERROR = re.compile(r"(?:os error|Os \{ code:) (\d+)")  # safetensors tells the number in its text only
 
 
 class Failure(NamedTuple):
@@ -46,14 +46,15 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
             return Failure([str(error)], error.exit_code)
         case typer.TyperException():
             return Failure([_usage(error)], error.exit_code)
-        case OSError():
+        case OSError() if error.errno != errno.ENOMEM:
             return Failure([_local(error.errno, error.strerror or str(error), error.filename)], LocalError.exit_code)
-    if _is_out_of_memory(error):
-        first_line = str(error).partition("\n")[0] or "out of memory"
-        hint = "close other programs, or choose a smaller --rank or --device cpu"
-        return Failure([f"not enough memory: {first_line} ({hint})"], LocalError.exit_code)
-    if type(error).__name__ == "SafetensorError" and (system := _SYSTEM_ERROR.search(str(error))):
-        number = int(system[1])
+    number = system_error(error)
+    if number == errno.ENOMEM or _is_out_of_memory(error):
+        return Failure([_no_memory(str(error), arguments[:1])], LocalError.exit_code)
+    if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        hint = "raise the limit of processes: ulimit -u, or close other programs"
+        return Failure([f"{_NO_THREAD} ({hint})"], LocalError.exit_code)
+    if number is not None:
         return Failure([_local(number, os.strerror(number), None)], LocalError.exit_code)
     return None
 
@@ -72,8 +73,20 @@ def _local(number: int | None, reason: str, file: str | bytes | int | None) -> s
     return f"{where}{reason}{hint}"
 
 
-# The last one comes from a GPU that others have filled, on which CUDA cannot even start.
-_SIGNS_OF_NO_MEMORY = ("can't allocate memory", "can't start new thread", "CUDA error: out of memory")
+_NO_THREAD = "can't start new thread"
+_BOUNDED = (["cluster"], ["compress"])  # the commands with --memory and --device-memory
+# As the allocators of torch, numpy, C++ and the kernel put it; "CUDA error" on a GPU that others have filled, on which
+# CUDA cannot even start.
+_SIGNS_OF_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "bad_alloc",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+_WANTED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([0-9.]+) (bytes|[KMGTPE]iB)")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -82,4 +95,19 @@ def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # never imported here: a usage error must not cost a second
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
+
+
+def _no_memory(text: str, command: Sequence[str]) -> str:
+    """One line for whatever an allocator said: where, how much it was asked for, and what to do."""
+    on_gpu = "CUDA" in text or "CUBLAS" in text or "CUSOLVER" in text
+    found = _WANTED.search(text)
+    wanted = ""
+    if found is not None:
+        size = megabytes(int(float(found[1]))) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+        wanted = f": {size} more were asked for"
+    if on_gpu:
+        bound = "bound what is taken with --device-memory, or " if list(command) in _BOUNDED else ""
+        return f"not enough memory on the GPU{wanted} ({bound}choose --device cpu)"
+    bound = ", or bound what is taken with --memory" if list(command) in _BOUNDED else ""
+    return f"not enough memory{wanted} (close other programs{bound})"

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -61,14 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UsageError.exit_code
     try:
         with interruptible():
-            command = typer.main.get_command(app)
-            with command.make_context("lorazip", arguments) as context:
-                code = command.invoke(context)
+            code = _invoke(arguments)
         console.flush()
-        return int(code or 0)
-    except typer.Exit as stop:
-        console.flush()
-        return stop.exit_code
+        return code
     except Interrupted as interruption:
         return _interrupted(str(interruption))
     except KeyboardInterrupt:
@@ -78,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if requested():
             return _interrupted()
+        with suppress(OSError):  # else Python would try again at its end, and fail with a code of its own
+            console.flush()
         failure = explain(error, arguments)
         if failure is None:
             what = " ".join(f"{type(error).__name__}: {error}".split())
@@ -86,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text in failure.lines:
             console.error(text)
         return failure.exit_code
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Run the command that the arguments name; its exit code."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("lorazip", arguments) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as stop:
+        return stop.exit_code
 
 
 def _interrupted(told: str = "interrupted; nothing was left half-written") -> int:

@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lorazip_core.errors import UsageError
+from lorazip_core.kinds import is_bundle
+
 Dtype = Literal["bf16", "f16", "f32"]
 
 
@@ -56,6 +59,8 @@ def clusters(value: str) -> int | Literal["auto"] | Path:
         if int(value) < 1:
             raise typer.BadParameter(f"{value} is not 1 or more", param_hint="'--clusters'")
         return int(value)
+    if is_bundle(Path(value)):
+        raise UsageError(f"--clusters {value}: it is a bundle", "name the file that 'lorazip cluster' wrote")
     if not Path(value).is_file():
         raise typer.BadParameter(f"{value!r} is neither a number, nor auto, nor a file", param_hint="'--clusters'")
     return Path(value)

@@ -8,20 +8,21 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
 from lorazip_core.errors import OutputExists, UsageError
-from lorazip_core.files import canonical_json, settle, write_file
+from lorazip_core.files import canonical_json, check_parent, naming, settle, write_file
+from lorazip_core.places import check_place
 
 from . import console
 
 
 def check_report_files(
-    files: Mapping[str, Path | None], *, bundle: Path | None = None, force: bool, json: bool
+    files: Mapping[str, Path | None], *, inputs: Sequence[Path] = (), force: bool, json: bool
 ) -> None:
     """Refuse places where reports may not go, by option, before the work that they are about.
 
@@ -31,7 +32,7 @@ def check_report_files(
     for option, path in files.items():
         if path is None:
             continue
-        check_report_file(path, bundle=bundle, force=force, option=option)
+        check_report_file(path, inputs=inputs, force=force, option=option)
         status = path.stat() if path.exists() else None
         identity = (status.st_dev, status.st_ino) if status else os.path.realpath(path)
         other = seen.setdefault(identity, option)
@@ -41,28 +42,22 @@ def check_report_files(
             raise UsageError(f"{option} {path} is where --json prints", "leave out one of them")
 
 
-def check_report_file(path: Path, *, bundle: Path | None, force: bool, option: str = "-o") -> None:
+def check_report_file(path: Path, *, inputs: Sequence[Path], force: bool, option: str = "-o") -> None:
     """Refuse a place where the report may not go, before the work that it is about.
 
     An empty file may be filled, since that is how a CI system says where something should go ($GITHUB_STEP_SUMMARY),
     and so may what is no regular file and loses nothing (/dev/stdout).
     """
-    real = Path(os.path.realpath(path))
-    if bundle is not None and real.is_relative_to(os.path.realpath(bundle)):
-        raise UsageError(f"{path} is inside the bundle", f"choose another {option}")
     if path.is_dir():
         raise UsageError(f"{path} is a directory", f"{option} names the file of the report")
-    if (real.parent / "adapter_config.json").exists():
-        raise UsageError(f"{path} is in the folder of an adapter", f"choose another {option}: inputs are never changed")
-    if os.path.lexists(path):
-        if not (force or _is_filled_in_place(path)):
-            raise OutputExists(f"{path} exists", f"choose another {option}, or --force to replace it")
+    check_place(path, inputs, option)
+    if _is_filled_in_place(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return
-    folder = next(parent for parent in real.parents if parent.exists())
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a directory", f"choose another {option}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if os.path.lexists(path) and not force:
+        raise OutputExists(f"{path} exists", f"choose another {option}, or --force to replace it")
+    check_parent(path, option)
 
 
 def write_report(path: Path, report: msgspec.Struct) -> None:
@@ -118,7 +113,8 @@ def _fill(path: Path, data: bytes) -> None:
             target = os.dup(stream.fileno())
             break
     try:
-        with contextlib.suppress(BrokenPipeError), open(target, "wb") as file:  # a reader may have seen enough
+        # A reader may have seen enough.
+        with contextlib.suppress(BrokenPipeError), naming(path), open(target, "wb") as file:
             file.write(data)
     except BaseException:
         if target is path and path.is_file():

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from lorazip_core.files import canonical_json
+from lorazip_core.kinds import check_adapters_path, check_bundle_path
 from lorazip_core.report import check_available
 
 from . import console
@@ -58,7 +59,10 @@ def verify(
     hold, with 4 if the bundle is damaged; the files are written then too.
     """
     files = {"-o": output, "--report": html, "--junit": junit_file, "--summary": summary}
-    check_report_files(files, bundle=bundle, force=force, json=json)
+    check_bundle_path(bundle)
+    if against is not None:
+        check_adapters_path(against, may_be_empty=True)
+    check_report_files(files, inputs=[bundle, *([against] if against else [])], force=force, json=json)
     if html is not None:
         check_available()
     from lorazip_core.verify import verify_by_module

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from .bundle import Dtype, Weights
 from .errors import UsageError
+from .kinds import schema_of, wrote
 
 
 class AssignedAdapter(Struct, frozen=True, kw_only=True):
@@ -124,6 +125,9 @@ def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack
     With ``may_lack`` it may lack others too, which may yet turn out bad. Raises UsageError, by the name of the first
     that is wrong, when it was made for other adapters.
     """
+    schema = schema_of(path)
+    if schema is not None and schema.startswith("lorazip.") and not schema.startswith("lorazip.clusters/"):
+        raise UsageError(f"--clusters {path}: a file of {wrote(schema)}", "name the one that 'lorazip cluster' wrote")
     try:
         read = msgspec.json.decode(path.read_bytes(), type=Assignment)
     except FileNotFoundError:

@@ -11,19 +11,23 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import Interrupted, LocalError, OutputExists, PeerEnded
+from .errors import Interrupted, LocalError, OutputExists, PeerEnded, UsageError
+from .text import megabytes
+
+NotOurs = Callable[[Path], str | None]
+"""Why a directory may not be replaced, in words that name what lorazip did not write in it; None if it may be."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MARKER = ".lorazip"
 _WORK = ".work-"  # and the key of the work
+_SYSTEM_ERROR = re.compile(r"(?:os error|Os \{ code:) (\d+)")
 _SYNCS = 16  # at a time: a file system brings many small files to the disk in one go
 
 
@@ -38,7 +42,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -55,10 +59,37 @@ def safe_name(name: str) -> str:
 def write_file(path: Path, data: bytes) -> None:
     """Write ``data`` with normal permissions and have it on the disk before returning."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path, *numbers: int) -> Iterator[None]:
+    """Have a failure of the system in the block, of these ``numbers`` or any, be about ``path`` if it names no file.
+
+    That of write() on a full disk does not. One that safetensors tells in words only becomes the OSError that it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None and (not numbers or error.errno in numbers):
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        number = system_error(error)
+        if number is not None and (not numbers or number in numbers):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
+
+
+def system_error(error: Exception) -> int | None:
+    """The errno in the text of an exception of safetensors, or None."""
+    if type(error).__name__ != "SafetensorError":  # by its name: nothing here loads safetensors
+        return None
+    found = _SYSTEM_ERROR.search(str(error))
+    return int(found[1]) if found else None
 
 
 def settle(path: Path) -> None:
@@ -102,11 +133,18 @@ def copy(source: Path, target: Path) -> None:
     settle(target)
 
 
-def tree(root: Path) -> Iterator[str]:
-    """Every file, link and empty directory below ``root``, as sorted POSIX paths relative to it."""
-    for folder, names, files in os.walk(root):
-        names.sort()
+def tree(root: Path, without: Collection[str] = ()) -> Iterator[str]:
+    """Every file, link and empty directory below ``root``, as sorted POSIX paths relative to it.
+
+    Entries of ``root`` itself that are named in ``without`` are left out, with all that is below them. Raises OSError
+    for a directory that cannot be read.
+    """
+    for folder, names, files in os.walk(root, onerror=_raise):
         here = Path(folder)
+        if here == root:
+            names[:] = [name for name in names if name not in without]
+            files = [name for name in files if name not in without]
+        names.sort()
         linked = [name for name in names if (here / name).is_symlink()]
         for name in sorted(files + linked):
             yield (here / name).relative_to(root).as_posix()
@@ -114,8 +152,12 @@ def tree(root: Path) -> Iterator[str]:
             yield here.relative_to(root).as_posix() + "/"
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 @contextmanager
-def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+def atomic_directory(target: Path, *, force: bool, not_ours: NotOurs) -> Iterator[Path]:
     """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
     It is built beside its target as ``.NAME.partial``, and brought to the disk when the block ends. A process that is
@@ -123,18 +165,20 @@ def atomic_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
     a marker in it whose it is. With ``force`` an old ``target`` is exchanged for the new one in one step, so that at
     any moment one of the two is there, whole.
 
-    Raises OutputExists when there is a ``target`` and not ``force``, or when what would have to go is not lorazip's
-    (``replaceable`` is false); LocalError when another process builds the same target.
+    Raises OutputExists when there is a ``target`` and not ``force``, or when what would have to go is ``not_ours``;
+    LocalError when another process builds the same target, or when what would have to go cannot be removed.
     """
-    with _built(target, force=force, replaceable=replaceable, resumable=False) as partial:
-        yield partial
+    with _built(target, force=force, not_ours=not_ours, resumable=False) as building:
+        yield building.path
 
 
-@dataclass(frozen=True)
 class Building:
     """A directory that is being built, and a folder in it for what a later run can go on from."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.has_work = False
+        """Whether the folder for work is that of this run; until then it is what earlier runs left."""
 
     def work(self, key: str) -> Path:
         """The folder for finished pieces of the work called ``key``: with what an interrupted run of that key left.
@@ -146,48 +190,56 @@ class Building:
             if folder != mine:
                 shutil.rmtree(folder)
         mine.mkdir(exist_ok=True)
+        self.has_work = True
         return mine
 
 
 @contextmanager
-def resumable_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Building]:
+def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs) -> Iterator[Building]:
     """As `atomic_directory`, but what is finished in the folder of `Building.work` outlives an interruption.
 
     It stays in ``.NAME.partial`` when the process is killed, or when KeyboardInterrupt ends the block, which is then
     raised as Interrupted, or PeerEnded does. Any other failure removes it.
     """
-    with _built(target, force=force, replaceable=replaceable, resumable=True) as partial:
-        yield Building(partial)
+    with _built(target, force=force, not_ours=not_ours, resumable=True) as building:
+        yield building
 
 
 @contextmanager
-def _built(target: Path, *, force: bool, replaceable: Callable[[Path], bool], resumable: bool) -> Iterator[Path]:
+def _built(target: Path, *, force: bool, not_ours: NotOurs, resumable: bool) -> Iterator[Building]:
     target = Path(os.path.realpath(target))
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    check_parent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _make_locked(partial, target, replaceable, resumable)
+    lock = _make_locked(partial, target, not_ours, resumable)
+    building = Building(partial)
     try:
-        _recover(target, partial, old, replaceable)
-        check_output(target, force=force, replaceable=replaceable)
-        yield partial
-        sync_files(partial)
-        for folder in partial.glob(f"{_WORK}*"):
-            shutil.rmtree(folder)
-        (partial / _MARKER).unlink()
-        sync_tree(partial)
-        check_output(target, force=force, replaceable=replaceable)
-        if target.exists():
-            _replace(target, partial, old)
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.rename(target)
-        sync(target.parent)
+        with naming(target, errno.ENOSPC, errno.EDQUOT):
+            _recover(target, partial, old, not_ours)
+            check_output(target, force=force, not_ours=not_ours)
+            yield building
+            sync_files(partial)
+            for folder in partial.glob(f"{_WORK}*"):
+                shutil.rmtree(folder)
+            (partial / _MARKER).unlink()
+            sync_tree(partial)
+            check_output(target, force=force, not_ours=not_ours)
+            if target.exists():
+                _replace(target, partial, old)
+                with suppress(OSError):  # the new one is in its place: what is left of the old is waste
+                    _remove(partial)
+            else:
+                partial.rename(target)
+            sync(target.parent)
     except KeyboardInterrupt as interruption:
         if resumable and _finished_work(partial):
             _clear(partial, keep_work=True)
+            what, command = "what was finished", "the same command"
+            if not building.has_work:
+                what, command = "what an earlier run has finished", "the command of that run"
             raise Interrupted(
-                f"interrupted; what was finished is kept in {partial}",
-                "the same command goes on from there; remove that folder if you do not want it",
+                f"interrupted; {what} is kept in {partial}",
+                f"{command} goes on from there; remove that folder if you do not want it",
             ) from interruption
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -204,7 +256,7 @@ def _built(target: Path, *, force: bool, replaceable: Callable[[Path], bool], re
         os.close(lock)
 
 
-def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool], keep_work: bool) -> int:
+def _make_locked(partial: Path, target: Path, not_ours: NotOurs, keep_work: bool) -> int:
     """Make ``partial``, or take it over from a dead builder and clear it; a descriptor that locks it."""
     while True:
         try:
@@ -214,13 +266,14 @@ def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool
             continue
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):  # a file or a link
-                raise OutputExists(f"{partial} exists and was not written by lorazip", "move it away") from None
+                raise _strange(partial, None) from None
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(partial) and os.path.samestat(os.fstat(lock), os.stat(partial)):
-                if any(partial.iterdir()) and not ((partial / _MARKER).exists() or replaceable(partial)):
-                    raise OutputExists(f"{partial} exists and was not written by lorazip", "move it away")
+                if not (partial / _MARKER).exists() and (why := _objection(partial, not_ours)):
+                    raise _strange(partial, why)
+                _unlock(partial)
                 (partial / _MARKER).touch()
                 _clear(partial, keep_work=keep_work)
                 return lock
@@ -233,27 +286,82 @@ def _make_locked(partial: Path, target: Path, replaceable: Callable[[Path], bool
         os.close(lock)
 
 
-def _recover(target: Path, partial: Path, old: Path, replaceable: Callable[[Path], bool]) -> None:
+def _recover(target: Path, partial: Path, old: Path, not_ours: NotOurs) -> None:
     """Finish what a builder that was killed between the renames of `_replace` left."""
-    if not old.exists():
+    if not os.path.lexists(old):
         return
-    if any(old.iterdir()) and not replaceable(old):
-        raise OutputExists(f"{old} exists and was not written by lorazip", "move it away")
+    if old.is_symlink() or not old.is_dir():
+        raise _strange(old, None)
+    if why := _objection(old, not_ours):
+        raise _strange(old, why)
     if target.exists():
+        _unlock(old)
         old.rename(partial / "old")
         shutil.rmtree(partial / "old")
     else:
         old.rename(target)
 
 
-def check_output(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Raise OutputExists if ``target`` may not be written; called early so that no work is done in vain."""
+def _strange(path: Path, why: str | None) -> OutputExists:
+    """What stands where lorazip would put, or has put, something of its own."""
+    return OutputExists(f"{path} exists and was not written by lorazip{f': {why}' if why else ''}", "move it away")
+
+
+def check_output(target: Path, *, force: bool, not_ours: NotOurs) -> None:
+    """Raise OutputExists if the directory ``target`` may not be written, LocalError or OSError if it cannot be.
+
+    Called early too, so that no work is done in vain.
+    """
     if not os.path.lexists(target):
+        check_parent(target)
         return
     if not force:
         raise OutputExists(f"{target} exists", "choose another -o, or --force to replace it")
-    if not (target.is_dir() and (replaceable(target) or not any(target.iterdir()))):
-        raise OutputExists(f"{target} exists and was not written by lorazip", "remove it yourself if you are sure")
+    why = _objection(target, not_ours) if target.is_dir() else "it is not a directory"
+    if why is not None:
+        raise OutputExists(
+            f"{target} exists and was not written by lorazip: {why}", "remove it yourself if you are sure"
+        )
+    check_parent(target)
+    for folder, _, _ in os.walk(target, onerror=_raise):
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise LocalError(f"{folder} is read-only and cannot be replaced", "chmod -R u+w, or choose another -o")
+
+
+def _objection(folder: Path, not_ours: NotOurs) -> str | None:
+    """Why a folder may not be replaced; an empty one always may."""
+    return not_ours(folder) if any(folder.iterdir()) else None
+
+
+def check_parent(target: Path, option: str = "-o") -> None:
+    """Raise UsageError if ``target`` would be below a file, OSError if its folder can be neither made nor written."""
+    real = Path(os.path.realpath(target))
+    folder = next(parent for parent in real.parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a directory", f"choose another {option}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise LocalError if ``needed`` bytes, about, do not fit where ``target`` is going to be built.
+
+    What an interrupted run left there is of use, or cleared, and so counts as free.
+    """
+    real = Path(os.path.realpath(target))
+    folder = next(parent for parent in real.parents if parent.exists())
+    total, _, free = shutil.disk_usage(folder)
+    if total == 0:  # a file system that does not tell
+        return
+    partial = folder / f".{real.name}.partial"
+    if folder == real.parent and partial.is_dir():
+        free += sum(os.lstat(partial / path).st_size for path in tree(partial))
+    if needed > free:
+        raise LocalError(
+            f"{folder}: about {megabytes(needed)} are needed, {megabytes(free)} are free",
+            "free some space, or choose another -o",
+        )
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
@@ -267,7 +375,8 @@ def _replace(target: Path, new: Path, old: Path) -> None:
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
-    (new / _MARKER).touch()
+    with suppress(OSError):  # not marked, it is known by what it holds
+        (new / _MARKER).touch()
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -277,6 +386,22 @@ def _exchange(a: Path, b: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of lorazip's own, read-only folders in it too."""
+    _unlock(folder)
+    shutil.rmtree(folder)
+
+
+def _unlock(folder: Path) -> None:
+    """Make a folder and those below it writable, so that what is in them can be removed."""
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        folder.chmod(0o700)
+    with os.scandir(folder) as entries:
+        below = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for each in below:
+        _unlock(each)
 
 
 def _clear(folder: Path, *, keep_work: bool) -> None:

@@ -14,6 +14,7 @@ from .bundle.check import Finding, check_bundle, printable
 from .bundle.manifest import MANIFEST_NAME
 from .device import find_device
 from .errors import BundleDamaged, CheckFailed, UsageError
+from .kinds import check_adapters_path
 from .measure import Measured
 from .originals import compare
 from .progress import Progress, Silent
@@ -126,8 +127,8 @@ def verify_by_module(
     for limit in (max_error, max_mean_error):
         if limit is not None and not limit >= 0:
             raise UsageError(f"a limit on the squared error must be a number ≥ 0, not {limit}")
-    if against is not None and not against.is_dir():
-        raise UsageError(f"{against} is not a directory")
+    if against is not None:
+        check_adapters_path(against, may_be_empty=True)
     gates = Gates(max_error, max_mean_error)
     where = find_device(device)
     try:

@@ -134,8 +134,9 @@ def test_schemas_are_those_of_the_types(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(schemas.schema(name))
 
 
-def test_what_is_written_is_valid(path: Path) -> None:
-    damaged = verify(path / "bases" / ".." / "configs")  # a folder without a manifest
+def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    damaged = verify(tmp_path)  # a bundle without its manifest
     written = {
         "bundle-1": [json.loads((path / "manifest.json").read_bytes())],
         "info-1": [as_json(info(path))],

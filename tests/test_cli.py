@@ -170,8 +170,8 @@ class TestExitCodes:
         full = torch.AcceleratorError("CUDA error: out of memory\nlong story")
         disk = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         for error, line in (
-            (gpu, "not enough memory: CUDA out of memory."),
-            (full, "not enough memory: CUDA error: out of memory (close other programs, or"),
+            (gpu, "not enough memory on the GPU: 9 GiB more were asked for (choose --device cpu)"),
+            (full, "not enough memory on the GPU (choose --device cpu)"),
             (disk, "No space left on device (free"),
         ):
             monkeypatch.setattr(lorazip_core.info, "info", _raiser(error))

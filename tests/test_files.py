@@ -30,12 +30,12 @@ from lorazip_core.files import (
 )
 
 
-def ours(folder: Path) -> bool:
-    return (folder / "mark").is_file()
+def not_ours(folder: Path) -> str | None:
+    return None if (folder / "mark").is_file() else "it has no mark"
 
 
 def build(target: Path, *, force: bool = False) -> AbstractContextManager[Path]:
-    return atomic_directory(target, force=force, replaceable=ours)
+    return atomic_directory(target, force=force, not_ours=not_ours)
 
 
 def put(target: Path, text: str, *, force: bool = False) -> None:
@@ -93,7 +93,7 @@ def test_an_existing_output_is_refused_without_force(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(OutputExists):
-        files.check_output(tmp_path / "dangling", force=False, replaceable=ours)
+        files.check_output(tmp_path / "dangling", force=False, not_ours=not_ours)
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -263,7 +263,7 @@ def interrupted(
             (work / name).write_text(name)
         raise failure
 
-    with pytest.raises(failure) as caught, resumable_directory(target, force=False, replaceable=ours) as building:
+    with pytest.raises(failure) as caught, resumable_directory(target, force=False, not_ours=not_ours) as building:
         half(building)
     assert isinstance(caught.value, Interrupted) == (failure is KeyboardInterrupt and "piece" in left)
     return str(caught.value)
@@ -276,7 +276,7 @@ def test_what_is_finished_outlives_an_interruption(tmp_path: Path) -> None:
             f".work-{KEY}"
         ]
         assert listing(tmp_path) == {".out.partial"}
-    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         assert (building.work(KEY) / "piece").read_text() == "piece"
         (building.path / "mark").write_text("new")
     assert listing(tmp_path) == {"out"}
@@ -288,9 +288,22 @@ def test_an_interruption_says_where_it_is_kept(tmp_path: Path) -> None:
     assert f"what was finished is kept in {tmp_path}/.out.partial (the same command goes on" in told
 
 
+def test_an_interruption_says_whose_work_is_kept(tmp_path: Path) -> None:
+    """A run that was stopped before it knew its own key would clear what an earlier one left, and has not yet."""
+    interrupted(tmp_path / "out", key=OTHER)
+    with (
+        pytest.raises(
+            Interrupted, match=r"what an earlier run has finished is kept in .* \(the command of that run goes"
+        ),
+        resumable_directory(tmp_path / "out", force=False, not_ours=not_ours),
+    ):
+        raise KeyboardInterrupt
+    assert (tmp_path / f".out.partial/.work-{OTHER}/piece").read_text() == "piece"
+
+
 def test_work_of_another_key_is_removed(tmp_path: Path) -> None:
     interrupted(tmp_path / "out", key=OTHER)
-    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         assert not listing(building.work(KEY))
         assert listing(building.path) == {".lorazip", f".work-{KEY}"}
         (building.path / "mark").touch()
@@ -313,11 +326,11 @@ def test_work_outlives_a_process_that_has_lost_another(tmp_path: Path) -> None:
 
     with (
         pytest.raises(PeerEnded),
-        resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building,
+        resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building,
     ):
         half(building)
     assert listing(tmp_path / ".out.partial") == {".lorazip", f".work-{KEY}"}
-    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         assert listing(building.work(KEY)) == {"piece"}
 
 
@@ -350,7 +363,7 @@ def test_a_directory_without_work_clears_it(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_go_on_from_one_work(tmp_path: Path) -> None:
     interrupted(tmp_path / "out")
-    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         with pytest.raises(LocalError, match="another lorazip is writing it"):
             interrupted(tmp_path / "out", key=OTHER)
         assert listing(building.work(KEY)) == {"piece", ".begun"}
@@ -366,7 +379,7 @@ def test_files_are_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
         assert not (tmp_path / "out").exists() or path == tmp_path
 
     monkeypatch.setattr(files, "sync", sync)
-    with resumable_directory(tmp_path / "out", force=False, replaceable=ours) as building:
+    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         (building.work(KEY) / "piece").touch()
         (building.path / "sub").mkdir()
         for name in ("mark", "sub/a", "sub/b"):

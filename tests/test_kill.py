@@ -39,7 +39,7 @@ REPLACE = """
 from pathlib import Path
 from lorazip_core.files import atomic_directory
 
-with atomic_directory(Path(folder) / "bundle", force=True, replaceable=lambda path: True) as partial:
+with atomic_directory(Path(folder) / "bundle", force=True, not_ours=lambda path: None) as partial:
     for name in names:
         (partial / name).write_text("new")
 """

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import settle, write_file
+from ..files import naming, settle, write_file
 from .config import CONFIG_NAME
 from .module import Module
 from .weights import SAFETENSORS
@@ -32,7 +32,8 @@ def write_adapter(
         key_b, key_a = module.keys
         shaped_b, shaped_a = module.to_peft(b, a)
         tensors[key_b], tensors[key_a] = shaped_b.contiguous(), shaped_a.contiguous()
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    with naming(folder / SAFETENSORS):
+        save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
     settle(folder / SAFETENSORS)
     write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     write_file(folder / "README.md", readme.encode())

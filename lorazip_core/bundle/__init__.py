@@ -20,7 +20,7 @@ from .manifest import (
 )
 from .reader import Bundle
 from .tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
-from .writer import BundleWriter, is_bundle
+from .writer import BundleWriter, not_of_bundle
 
 __all__ = [
     "DTYPES",
@@ -44,6 +44,6 @@ __all__ = [
     "TensorFileWriter",
     "TensorLayout",
     "Weights",
-    "is_bundle",
+    "not_of_bundle",
     "write_tensors",
 ]

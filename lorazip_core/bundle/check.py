@@ -34,6 +34,9 @@ from .manifest import (
 )
 from .reader import Bundle
 
+# Entries beside the manifest that are no part of the bundle: what hosting, version control and downloads put there.
+BESIDE = frozenset({"README.md", "LICENSE", ".gitattributes", ".gitignore", ".git", ".cache"})
+
 # A dimension is a number, or the range it may lie in.
 _Shape = tuple[int | range, ...]
 _ANY = range(1, 2**63)
@@ -71,7 +74,10 @@ def orthonormality_tolerance(dtype: torch.dtype) -> float:
 
 
 def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
-    """All damage to a bundle whose manifest could be read; ``advance`` is told the bytes of each file once read."""
+    """All damage to a bundle whose manifest could be read; ``advance`` is told the bytes of each file once read.
+
+    Raises OSError when a file or folder cannot be read (permissions, a failing disk), which is not damage.
+    """
     check = _Check(bundle)
     check.manifest()
     check.entries()
@@ -103,10 +109,10 @@ class _Check:
             self._found("contradiction", MANIFEST_NAME, message)
 
     def entries(self) -> None:
-        """Every entry of the folder is a plain file that the manifest lists (or is)."""
+        """Every entry of the folder is a plain file that the manifest lists (or is), or may lie beside the bundle."""
         listed = {entry.path for entry in self.bundle.manifest.files} | {MANIFEST_NAME}
         plain, odd = set(), set()
-        for path in tree(self.bundle.path):
+        for path in tree(self.bundle.path, without=BESIDE):
             if path not in listed:
                 self._found("unlisted-file", printable(path), "the manifest does not list it")
             elif not stat.S_ISREG(os.lstat(self.bundle.path / path).st_mode):
@@ -119,17 +125,17 @@ class _Check:
         self._plain = plain
 
     def wrong_bytes(self, entry: FileEntry) -> tuple[str, str] | None:
-        """Size and digest of a file that is there are those of the manifest; for any thread: the finding, if not."""
+        """Size and digest of a file that is there are those of the manifest; for any thread: the finding, if not.
+
+        Raises OSError for a file that cannot be read: that is trouble here, and tells nothing of the bundle.
+        """
         path = self.bundle.path / entry.path
         if entry.path not in self._plain:
             return None
         size = path.stat().st_size
         if size != entry.size_bytes:
             return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
-        try:
-            digest = sha256_file(path)
-        except OSError as error:
-            return "unreadable", f"cannot be read: {error.strerror}"
+        digest = sha256_file(path)
         if digest != entry.sha256:
             return "wrong-digest", f"sha256 {digest}, but the manifest says {entry.sha256}"
         return None

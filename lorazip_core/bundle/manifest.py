@@ -13,8 +13,9 @@ import msgspec
 import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..errors import BundleDamaged, Unsupported, UsageError
+from ..errors import BundleDamaged, Unsupported
 from ..files import canonical_json, sha256_bytes
+from ..kinds import check_bundle_path
 from ..lock import Origin
 
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
@@ -175,12 +176,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def read_manifest(bundle: Path, operations: tuple[str, ...]) -> Manifest:
     """Read and check ``manifest.json`` on its own.
 
-    Raises UsageError when there is no such directory, BundleDamaged when the manifest is missing or not what was
-    written, and Unsupported for another format version or an unknown feature that one of ``operations`` requires.
+    Raises UsageError for what is no bundle at all, BundleDamaged when the manifest is missing or not what was written,
+    and Unsupported for another format version or an unknown feature that one of ``operations`` requires.
     """
     path = bundle / MANIFEST_NAME
-    if not bundle.is_dir():
-        raise UsageError(f"{bundle} is not a directory")
+    check_bundle_path(bundle)
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..files import place, sha256_bytes
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest
+from ..errors import BundleDamaged, Unsupported, UsageError
+from ..files import place, sha256_bytes, tree
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest, read_manifest
 from .tensor_file import TensorFileWriter, TensorLayout, layout_of
-
-_LAYOUT = {MANIFEST_NAME, "bases", "cores", "individual", "extras", "configs"}
 
 
 class BundleWriter:
@@ -78,7 +77,18 @@ class BundleWriter:
         return entry
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether a directory holds a manifest, and nothing that is not of a bundle: only such a one may be replaced."""
-    names = {entry.name for entry in folder.iterdir()}
-    return MANIFEST_NAME in names and names <= _LAYOUT
+def not_of_bundle(folder: Path) -> str | None:
+    """Why a directory may not be replaced as a bundle, in words; None for one that has nothing but its bundle.
+
+    Files have to be listed in a manifest that is whole; whether they are sound does not matter, and empty folders
+    hold nothing to lose.
+    """
+    try:
+        manifest = read_manifest(folder, ())
+    except (BundleDamaged, Unsupported, UsageError) as error:
+        return error.message
+    listed = {MANIFEST_NAME, *(entry.path for entry in manifest.files)}
+    for path in tree(folder):
+        if path not in listed and not path.endswith("/"):
+            return f"{MANIFEST_NAME} does not list {path}"
+    return None

@@ -18,6 +18,7 @@ from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures,
 from ..bundle import Dtype, SkippedEntry, Weights
 from ..device import find_device, hold_to
 from ..errors import UsageError
+from ..kinds import check_adapters_path
 from ..memory import Bounds, Task, agreed, room
 from ..plan import check_clusters
 from ..progress import Progress, Silent
@@ -92,6 +93,7 @@ def cluster(
     device = find_device(options.device)
     if options.rank < 1:
         raise UsageError(f"--rank {options.rank}: must be at least 1")
+    check_adapters_path(root)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     for note in notes(collection):
         progress.note(note)

@@ -17,14 +17,16 @@ from .. import team
 from ..adapter import Collection, notes, open_collection
 from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
-from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
+from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, not_of_bundle
 from ..cluster import choose_clusters
 from ..device import find_device, hold_to
 from ..errors import UsageError
-from ..files import Building, check_output, resumable_directory
+from ..files import Building, check_output, check_space, resumable_directory
+from ..kinds import check_adapters_path
 from ..memory import Bounds, Task, agreed, room
 from ..packs import Budget
-from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
+from ..places import check_place
+from ..plan import CompressOptions, PlannedScheme, bundle_bytes, equal_groups, planned_schemes
 from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..summary import Summary, summarise
@@ -89,6 +91,7 @@ def plan(
     skip_bad: bool = False,
 ) -> PlanReport:
     """What each scheme would take on disk, from headers alone. Raises as `compress` does for what headers can tell."""
+    check_adapters_path(root)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     if options.clusters == "auto":
@@ -132,7 +135,9 @@ def compress(
     """
     started = time.monotonic()
     device = find_device(options.device)
-    check_output(output, force=force, replaceable=is_bundle)
+    check_adapters_path(root)
+    check_place(output, [root])
+    check_output(output, force=force, not_ours=not_of_bundle)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     for note in notes(collection):
@@ -140,6 +145,7 @@ def compress(
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
+    check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     hold_to(device, options.device_memory)
@@ -169,10 +175,22 @@ def compress(
     return report
 
 
+def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
+    """About the least that a run takes on disk: its bundle, and the pieces of what is shared, which are copied into it.
+
+    An adapter on its own is a piece that becomes a file of the bundle as it is.
+    """
+    count = len(collection.adapters)
+    if options.method == "svd":
+        return bundle_bytes(collection, "svd", options.kept_rank or 1, [], options.dtype)
+    groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
+    return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
+
+
 def _building(output: Path, force: bool) -> AbstractContextManager[Building | None]:
     """The directory that becomes the bundle, which is the affair of the first process alone."""
     if team.is_first():
-        return resumable_directory(output, force=force, replaceable=is_bundle)
+        return resumable_directory(output, force=force, not_ours=not_of_bundle)
     return nullcontext()
 
 

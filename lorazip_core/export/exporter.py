@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,13 +15,15 @@ from torch import Tensor
 from ..adapter import Module, Parameter, fuse, write_adapter
 from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
 from ..errors import BundleDamaged, Unsupported, UsageError
-from ..files import atomic_directory, canonical_json, safe_name, tree, write_file
+from ..files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
 from ..linalg import Factors, squared_norm, truncated_svd
+from ..places import check_place
 from ..progress import Progress, Silent
 from ..reconstruct import decode
 from . import vllm
 from .peft_config import peft_config
 from .readme import Changes, readme
+from .size import export_bytes
 
 REPORT_NAME = "export.json"
 
@@ -82,9 +83,11 @@ def export(
     folders = _folders(bundle, [adapter.name for adapter in chosen])
     if target == "vllm":
         vllm.check_adapters(bundle, chosen)
+    check_output(output, force=force, not_ours=not_of_export)
+    check_space(output, export_bytes(bundle, chosen, rank, dtype))
     exported = []
     with (
-        atomic_directory(output, force=force, replaceable=is_export) as partial,
+        atomic_directory(output, force=force, not_ours=not_of_export) as partial,
         progress.stage("export", len(chosen)) as advance,
     ):
         for adapter, folder in zip(chosen, folders, strict=True):
@@ -102,14 +105,19 @@ def export(
     return report
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a directory holds what an export wrote and nothing else: only such a one may be replaced."""
+def not_of_export(folder: Path) -> str | None:
+    """Why a directory may not be replaced as an export, in words; None for one that has nothing but what it wrote."""
     try:
         report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=ExportReport)
-    except (OSError, msgspec.DecodeError):
-        return False
-    paths = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in _ADAPTER_FILES}
-    return set(tree(folder)) <= paths | {REPORT_NAME}
+    except FileNotFoundError:
+        return f"it has no {REPORT_NAME}"
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return f"{REPORT_NAME} is not that of an export"
+    ours = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in _ADAPTER_FILES}
+    for path in tree(folder):
+        if path not in ours and path != REPORT_NAME and not path.endswith("/"):
+            return f"{REPORT_NAME} does not name {path}"
+    return None
 
 
 def _check_options(
@@ -123,8 +131,7 @@ def _check_options(
         raise UsageError(f"rank {rank}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(bundle)):
-        raise UsageError(f"{output} is inside the bundle", "choose another -o")
+    check_place(output, [bundle])
 
 
 def _choose(bundle: Bundle, names: Sequence[str]) -> list[AdapterEntry]:
