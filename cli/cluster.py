@@ -14,6 +14,7 @@ from lorazip_core.files import canonical_json
 from lorazip_core.report import check_available
 
 from . import console
+from .early import check_input
 from .options import (
     AllowMixedBase,
     AllowPickle,
@@ -27,6 +28,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
+    between,
     bound,
 )
 from .progress import progress
@@ -57,9 +59,12 @@ def cluster(
         typer.Option("--clusters", metavar="K|auto", callback=_number, help="How many; auto weighs bytes and error."),
     ] = "auto",
     rank: Annotated[
-        int, typer.Option("--rank", metavar="R", min=1, max=65536, help="Rank of the bases that they will share.")
+        int,
+        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Rank of the bases that they will share."),
     ] = 16,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle will store.")] = "bf16",
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", metavar="bf16|f16|f32", help="What the bundle will store.")
+    ] = "bf16",
     seed: Seed = 0,
     weights: Weights = "adapter",
     html: Annotated[
@@ -79,6 +84,7 @@ def cluster(
 
     Finds adapters that no cluster serves, and adapters that hardly differ from another.
     """
+    check_input(directory)
     check_report_files({"-o": output, "--report": html}, force=force, json=json)
     if html is not None:
         check_available()

@@ -10,6 +10,7 @@ import typer
 from lorazip_core.text import plain
 
 from . import console
+from .early import check_input, check_new
 from .options import (
     AllowMixedBase,
     AllowPickle,
@@ -24,6 +25,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
+    between,
     bound,
     squared_error,
 )
@@ -42,10 +44,17 @@ def compress(
     ] = None,
     method: Annotated[
         Literal["svd", "joint", "diag"],
-        typer.Option("--method", help="Each adapter alone (svd), or on a shared basis with full or diagonal cores."),
+        typer.Option(
+            "--method",
+            metavar="svd|joint|diag",
+            help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
+        ),
     ] = "joint",
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", min=1, max=65536, help="Default: 16, with svd 4.")
+        int | None,
+        typer.Option(
+            "--rank", metavar="R", callback=between(1, 65536), help="Rank of what is kept. Default: 16, with svd 4."
+        ),
     ] = None,
     clusters: Annotated[
         str,
@@ -53,7 +62,7 @@ def compress(
             "--clusters", metavar="K|auto|FILE", help="Number of shared bases, or a file of `lorazip cluster`."
         ),
     ] = "1",
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle stores.")] = "bf16",
+    dtype: Annotated[Dtype, typer.Option("--dtype", metavar="bf16|f16|f32", help="What the bundle stores.")] = "bf16",
     seed: Seed = 0,
     weights: Weights = "adapter",
     max_error: Annotated[
@@ -77,9 +86,7 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
-    from lorazip_core import team
-    from lorazip_core.compress import CompressOptions, plan
-    from lorazip_core.compress import compress as compress_adapters
+    from lorazip_core.plan import CompressOptions
 
     options = CompressOptions(
         method=method,
@@ -93,6 +100,14 @@ def compress(
         memory=bound(memory),
         device_memory=bound(device_memory),
     )
+    options.check()
+    check_input(directory)
+    if output is not None and not dry_run:
+        check_new(output, force=force)
+    from lorazip_core import team
+    from lorazip_core.compress import compress as compress_adapters
+    from lorazip_core.compress import plan
+
     report: PlanReport | CompressReport
     if output is None or dry_run:
         report = plan(

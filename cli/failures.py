@@ -14,6 +14,7 @@ import typer
 from lorazip_core.errors import AdapterErrors, LocalError, LorazipError
 
 from .table import count
+from .usage import explain_usage
 
 _HINTS = {
     errno.ENOSPC: "free some space, or choose another -o",
@@ -45,7 +46,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
         case LorazipError():
             return Failure([str(error)], error.exit_code)
         case typer.TyperException():
-            return Failure([_usage(error)], error.exit_code)
+            return Failure([explain_usage(error)], error.exit_code)
         case OSError():
             return Failure([_local(error.errno, error.strerror or str(error), error.filename)], LocalError.exit_code)
     if _is_out_of_memory(error):
@@ -56,14 +57,6 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
         number = int(system[1])
         return Failure([_local(number, os.strerror(number), None)], LocalError.exit_code)
     return None
-
-
-def _usage(error: typer.TyperException) -> str:
-    text = error.format_message().replace(": Value error, ", ": ")
-    context = getattr(error, "ctx", None)
-    if context is None:
-        return text
-    return f"{text.removesuffix('.')} (see '{context.command_path} --help')"
 
 
 def _local(number: int | None, reason: str, file: str | bytes | int | None) -> str:

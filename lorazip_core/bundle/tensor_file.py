@@ -22,6 +22,9 @@ from torch import Tensor
 
 from ..errors import LocalError
 
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+"""What a bundle can store, by the names in its manifest."""
+
 # In the order in which safetensors puts them into a file, from the last to the first.
 _CODES = {
     torch.bool: "BOOL",
