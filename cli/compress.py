@@ -111,12 +111,17 @@ def compress(
     report: PlanReport | CompressReport
     if output is None or dry_run:
         report = plan(
-            directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
+            directory,
+            options,
+            output=output,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
         )
         if not team.is_first():  # the first process speaks for all
             return 0
         if not json:
-            _render_plan(report)
+            _render_plan(report, output)
     else:
         report = compress_adapters(
             directory,
@@ -153,7 +158,7 @@ def _render(report: CompressReport) -> None:
             console.say(f"{what}: {count(len(names), 'adapter')}")
 
 
-def _render_plan(report: PlanReport) -> None:
+def _render_plan(report: PlanReport, output: Path | None) -> None:
     console.line(
         f"{count(report.adapters, 'adapter')} of {report.base_model or 'an unnamed base model'},"
         f" {count(report.modules, 'module')}, {megabytes(report.bytes_original)}"
@@ -171,3 +176,14 @@ def _render_plan(report: PlanReport) -> None:
     console.line(table(("method", "rank", "clusters", "bundle", "saved"), rows))
     for skipped in report.skipped:
         console.line(f"left out: {skipped.name}: {skipped.reason}")
+    bases = (
+        f" and finds {report.problems:,} shared {'basis' if report.problems == 1 else 'bases'}"
+        if report.problems
+        else ""
+    )
+    console.line(f"work     reads {megabytes(report.bytes_original)}{bases}")
+    if report.memory_bytes is not None and report.least_memory_bytes is not None:
+        most, least = (f"{size // 2**20:,} MiB" for size in (report.memory_bytes, report.least_memory_bytes))
+        console.line(f"memory   at most {most} on this machine; the least that --memory can be is {least}")
+    if report.output_exists:
+        console.line(f"note     {output} exists: without --force, compress would end with exit code 6")

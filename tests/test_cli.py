@@ -410,7 +410,30 @@ class TestRenderings:
         assert lines[0] == "3 adapters of HuggingFaceTB/SmolLM2-135M-Instruct, 18 modules, 1.6 MB"
         assert lines[1].split() == ["method", "rank", "clusters", "bundle", "saved"]
         assert lines[2].startswith("svd (chosen)")
-        assert len(lines) == 5
+        assert lines[5] == "work     reads 1.6 MB"
+        assert re.fullmatch(
+            r"memory   at most [\d,]+ MiB on this machine; the least that --memory can be is \d+ MiB", lines[6]
+        )
+        assert len(lines) == 7
+
+    def test_dry_run_says_how_much_work_and_memory_it_is_and_that_the_output_exists(
+        self, adapters: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plan = ["compress", str(adapters), "--dry-run", "--clusters", "2"]
+        assert main([*plan, "-o", str(bundle)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[5] == "work     reads 1.6 MB and finds 36 shared bases"
+        assert lines[7] == f"note     {bundle} exists: without --force, compress would end with exit code 6"
+        assert main([*plan, "-o", str(tmp_path / "new"), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["problems"], report["output_exists"]) == (36, False)
+        assert report["least_memory_bytes"] <= report["memory_bytes"]
+        least = report["least_memory_bytes"]
+        compress = ["compress", str(adapters), "-o", str(tmp_path / "new"), "--clusters", "2", "-q", "--memory"]
+        assert main([*compress, str(least // 2)]) == 8
+        assert main([*compress, str(least)]) == 0
+        assert main([*plan, "--device", "cuda:99", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory_bytes"] is None
 
     def test_verify(self, bundle: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "report.json"

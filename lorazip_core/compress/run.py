@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -20,9 +21,9 @@ from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, is_bundle
 from ..cluster import choose_clusters
 from ..device import find_device, hold_to
-from ..errors import UsageError
+from ..errors import LocalError, UsageError
 from ..files import Building, check_output, resumable_directory
-from ..memory import Bounds, Task, agreed, room
+from ..memory import Bounds, Task, agreed, planned_bytes, room
 from ..packs import Budget
 from ..plan import CompressOptions, PlannedScheme, equal_groups, planned_schemes
 from ..progress import Progress, Silent
@@ -49,6 +50,14 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     bytes_original: int
     schemes: list[PlannedScheme]
+    problems: int = 0
+    """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
+    memory_bytes: int | None = None
+    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
+    least_memory_bytes: int | None = None
+    """The least that ``--memory`` may be."""
+    output_exists: bool | None = None
+    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -84,11 +93,15 @@ def plan(
     root: Path,
     options: CompressOptions,
     *,
+    output: Path | None = None,
     allow_pickle: bool = False,
     allow_mixed_base: bool = False,
     skip_bad: bool = False,
 ) -> PlanReport:
-    """What each scheme would take on disk, from headers alone. Raises as `compress` does for what headers can tell."""
+    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
+
+    Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
+    """
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
     if options.clusters == "auto":
@@ -100,6 +113,7 @@ def plan(
         groups = _groups(_read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
     else:
         groups = equal_groups(len(collection.adapters), options.clusters)
+    memory = _planned_memory(collection, options)
     return PlanReport(
         base_model=collection.base_model,
         adapters=len(collection.adapters),
@@ -107,7 +121,26 @@ def plan(
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
         schemes=planned_schemes(collection, options, groups),
+        problems=0 if options.method == "svd" else _problems(collection, groups),
+        memory_bytes=memory and memory[0],
+        least_memory_bytes=memory and memory[1],
+        output_exists=None if output is None else os.path.lexists(output),
     )
+
+
+def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:
+    """As `planned_bytes`; None for a device that another machine may have, and this one has not."""
+    try:
+        device = find_device(options.device)
+    except LocalError:
+        return None
+    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    return planned_bytes(device, collection, task)
+
+
+def _problems(collection: Collection, groups: Sequence[Sequence[int]]) -> int:
+    """How many bases there are to be found: a cluster has one for each module that any of its adapters has."""
+    return sum(len({name for number in group for name in collection.adapters[number].parts}) for group in groups)
 
 
 def compress(
