@@ -28,6 +28,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
+    between,
     bound,
 )
 from .progress import progress
@@ -58,9 +59,12 @@ def cluster(
         typer.Option("--clusters", metavar="K|auto", callback=_number, help="How many; auto weighs bytes and error."),
     ] = "auto",
     rank: Annotated[
-        int, typer.Option("--rank", metavar="R", min=1, max=65536, help="Rank of the bases that they will share.")
+        int,
+        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Rank of the bases that they will share."),
     ] = 16,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle will store.")] = "bf16",
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", metavar="bf16|f16|f32", help="What the bundle will store.")
+    ] = "bf16",
     seed: Seed = 0,
     weights: Weights = "adapter",
     html: Annotated[

@@ -12,6 +12,7 @@ from lorazip_core.places import check_place
 from lorazip_core.text import plain
 
 from . import console
+from .early import check_new
 from .options import (
     AllowMixedBase,
     AllowPickle,
@@ -26,6 +27,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
+    between,
     bound,
     squared_error,
 )
@@ -44,10 +46,17 @@ def compress(
     ] = None,
     method: Annotated[
         Literal["svd", "joint", "diag"],
-        typer.Option("--method", help="Each adapter alone (svd), or on a shared basis with full or diagonal cores."),
+        typer.Option(
+            "--method",
+            metavar="svd|joint|diag",
+            help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
+        ),
     ] = "joint",
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", min=1, max=65536, help="Default: 16, with svd 4.")
+        int | None,
+        typer.Option(
+            "--rank", metavar="R", callback=between(1, 65536), help="Rank of what is kept. Default: 16, with svd 4."
+        ),
     ] = None,
     clusters: Annotated[
         str,
@@ -55,7 +64,7 @@ def compress(
             "--clusters", metavar="K|auto|FILE", help="Number of shared bases, or a file of `lorazip cluster`."
         ),
     ] = "1",
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="What the bundle stores.")] = "bf16",
+    dtype: Annotated[Dtype, typer.Option("--dtype", metavar="bf16|f16|f32", help="What the bundle stores.")] = "bf16",
     seed: Seed = 0,
     weights: Weights = "adapter",
     max_error: Annotated[
@@ -79,12 +88,7 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
-    check_adapters_path(directory)
-    if output is not None:
-        check_place(output, [directory])
-    from lorazip_core import team
-    from lorazip_core.compress import CompressOptions, plan
-    from lorazip_core.compress import compress as compress_adapters
+    from lorazip_core.plan import CompressOptions
 
     options = CompressOptions(
         method=method,
@@ -98,15 +102,30 @@ def compress(
         memory=bound(memory),
         device_memory=bound(device_memory),
     )
+    options.check()
+    check_adapters_path(directory)
+    if output is not None:
+        check_place(output, [directory])
+        if not dry_run:
+            check_new(output, force=force)
+    from lorazip_core import team
+    from lorazip_core.compress import compress as compress_adapters
+    from lorazip_core.compress import plan
+
     report: PlanReport | CompressReport
     if output is None or dry_run:
         report = plan(
-            directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
+            directory,
+            options,
+            output=output,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
         )
         if not team.is_first():  # the first process speaks for all
             return 0
         if not json:
-            _render_plan(report)
+            _render_plan(report, output)
     else:
         report = compress_adapters(
             directory,
@@ -143,7 +162,7 @@ def _render(report: CompressReport) -> None:
             console.say(f"{what}: {count(len(names), 'adapter')}")
 
 
-def _render_plan(report: PlanReport) -> None:
+def _render_plan(report: PlanReport, output: Path | None) -> None:
     console.line(
         f"{count(report.adapters, 'adapter')} of {report.base_model or 'an unnamed base model'},"
         f" {count(report.modules, 'module')}, {megabytes(report.bytes_original)}"
@@ -161,3 +180,14 @@ def _render_plan(report: PlanReport) -> None:
     console.line(table(("method", "rank", "clusters", "bundle", "saved"), rows))
     for skipped in report.skipped:
         console.line(f"left out: {skipped.name}: {skipped.reason}")
+    bases = (
+        f" and finds {report.problems:,} shared {'basis' if report.problems == 1 else 'bases'}"
+        if report.problems
+        else ""
+    )
+    console.line(f"work     reads {megabytes(report.bytes_original)}{bases}")
+    if report.memory_bytes is not None and report.least_memory_bytes is not None:
+        most, least = (f"{size // 2**20:,} MiB" for size in (report.memory_bytes, report.least_memory_bytes))
+        console.line(f"memory   at most {most} on this machine; the least that --memory can be is {least}")
+    if report.output_exists:
+        console.line(f"note     {output} exists: without --force, compress would end with exit code 6")

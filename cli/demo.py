@@ -15,7 +15,7 @@ from lorazip_core.places import check_place
 from lorazip_core.sample import sample_path
 
 from . import console
-from .options import Force
+from .options import Force, Quiet
 from .progress import progress
 from .report_file import write_report
 from .table import error, megabytes
@@ -35,17 +35,18 @@ def demo(
         "lorazip-demo"
     ),
     force: Force = False,
+    quiet: Quiet = False,
 ) -> int:
     """Compress, verify and export 16 adapters that are included."""
+    check_place(output)
+    if not _is_begun(output):
+        check_output(output, force=force, not_ours=_not_of_demo)
     from lorazip_core.compress import CompressOptions, compress
     from lorazip_core.export import export
     from lorazip_core.verify import verify
 
-    check_place(output)
-    if not _is_begun(output):
-        check_output(output, force=force, not_ours=_not_of_demo)
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
-    show = progress(False)
+    show = progress(quiet)
     show.note("compress: sixteen adapters onto one shared basis")
     compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
     show.note("verify: every error again, from the originals")

@@ -11,7 +11,8 @@ from lorazip_core.kinds import check_bundle_path
 from lorazip_core.places import check_place
 
 from . import console
-from .options import Bundle, Dtype, Force, Json, Quiet
+from .early import check_new
+from .options import Bundle, Dtype, Force, Json, Quiet, between
 from .progress import progress
 from .table import count
 
@@ -23,12 +24,18 @@ def export(
         list[str] | None,
         typer.Option("--adapter", metavar="NAME", help="Only this adapter; may be given again. Default: all."),
     ] = None,
-    format: Annotated[Literal["peft"], typer.Option("--format", help="What to write.")] = "peft",
-    target: Annotated[Literal["vllm"] | None, typer.Option("--target", help="Check and pad for this engine.")] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", min=1, help="Truncate every module to this rank.")
+    format: Annotated[Literal["peft"], typer.Option("--format", metavar="peft", help="What to write.")] = "peft",
+    target: Annotated[
+        Literal["vllm"] | None, typer.Option("--target", metavar="vllm", help="Check and pad for this engine.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: that of the bundle.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Truncate every module to this rank."),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", metavar="bf16|f16|f32", help="What the adapters store. Default: as the bundle."),
+    ] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -36,6 +43,10 @@ def export(
     """Write adapters of a bundle as ordinary PEFT adapters."""
     check_bundle_path(bundle)
     check_place(output, [bundle])
+    from lorazip_core.bundle.manifest import read_manifest
+
+    read_manifest(bundle, ("read", "export"))
+    check_new(output, force=force)
     from lorazip_core.export import export as export_adapters
 
     report = export_adapters(

@@ -16,6 +16,7 @@ from lorazip_core.files import system_error
 from lorazip_core.text import megabytes
 
 from .table import count
+from .usage import explain_usage
 
 _HINTS = {
     errno.ENOSPC: "free some space, or choose another -o",
@@ -45,7 +46,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
         case LorazipError():
             return Failure([str(error)], error.exit_code)
         case typer.TyperException():
-            return Failure([_usage(error)], error.exit_code)
+            return Failure([explain_usage(error)], error.exit_code)
         case OSError() if error.errno != errno.ENOMEM:
             return Failure([_local(error.errno, error.strerror or str(error), error.filename)], LocalError.exit_code)
     number = system_error(error)
@@ -57,14 +58,6 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
     if number is not None:
         return Failure([_local(number, os.strerror(number), None)], LocalError.exit_code)
     return None
-
-
-def _usage(error: typer.TyperException) -> str:
-    text = error.format_message().replace(": Value error, ", ": ")
-    context = getattr(error, "ctx", None)
-    if context is None:
-        return text
-    return f"{text.removesuffix('.')} (see '{context.command_path} --help')"
 
 
 def _local(number: int | None, reason: str, file: str | bytes | int | None) -> str:

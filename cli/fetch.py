@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazip_core.lock import LOCK_NAME
+from lorazip_core.lock import LOCK_NAME, read_strictly
 from lorazip_core.text import plain
 
 from . import console
-from .options import AllowPickle, Json, Quiet
+from .options import AllowPickle, Json, Quiet, between
 from .progress import progress
 from .table import count, megabytes, table
 
@@ -59,7 +59,12 @@ def fetch(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", min=1, help="Of each org: and user:, only the N most downloaded."),
+        typer.Option(
+            "--limit",
+            metavar="N",
+            callback=between(1, 10**9),
+            help="Of each org: and user:, only the N most downloaded.",
+        ),
     ] = None,
     max_size: Annotated[
         str | None,
@@ -72,9 +77,12 @@ def fetch(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove fetched adapters that the sources do not name.")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, max=64, help="Requests at a time.")] = 16,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", callback=between(1, 64), help="Requests at a time.")] = 16,
     fail_fast: Annotated[
-        bool, typer.Option("--fail-fast/--keep-going", help="Stop at the first failure, or bring what can be had.")
+        bool,
+        typer.Option(
+            "--fail-fast/--keep-going", help="Stop at the first failure, or bring what can be had (the default)."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be fetched; change nothing in DIR.")
@@ -92,29 +100,28 @@ def fetch(
     DIR/lorazip.lock says from where each came and what it is, byte for byte: keep it under version control.
     """
     from lorazip_core.fetch import FetchOptions
+
+    options = FetchOptions(
+        base_model=base_model,
+        search=search,
+        tags=tuple(tag or ()),
+        limit=limit,
+        max_bytes=None if max_size is None else _bytes(max_size),
+        allow_pickle=allow_pickle,
+        locked=locked,
+        update=update,
+        prune=prune,
+        force=force,
+        fail_fast=fail_fast,
+        skip_bad=skip_bad,
+        dry_run=dry_run,
+        jobs=jobs,
+    )
+    if not output.is_file():
+        options.check(sources or [], read_strictly(output), output)
     from lorazip_core.fetch import fetch as fetch_adapters
 
-    report = fetch_adapters(
-        sources or [],
-        output,
-        FetchOptions(
-            base_model=base_model,
-            search=search,
-            tags=tuple(tag or ()),
-            limit=limit,
-            max_bytes=None if max_size is None else _bytes(max_size),
-            allow_pickle=allow_pickle,
-            locked=locked,
-            update=update,
-            prune=prune,
-            force=force,
-            fail_fast=fail_fast,
-            skip_bad=skip_bad,
-            dry_run=dry_run,
-            jobs=jobs,
-        ),
-        progress=progress(quiet),
-    )
+    report = fetch_adapters(sources or [], output, options, progress=progress(quiet))
     if json:
         console.json(report)
     elif dry_run:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorazip_core.text import plain
 
 from . import console
-from .options import Bundle, Json
+from .options import Bundle, Json, Quiet
 from .table import count, error, megabytes, table, times
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _UNKNOWN = "unknown"  # the Hub's own word for it, too
 
 
-def info(bundle: Bundle, json: Json = False) -> int:
+def info(bundle: Bundle, json: Json = False, quiet: Quiet = False) -> int:
     """List what is inside a bundle, as its manifest claims it."""
     from lorazip_core.info import info as describe
 

@@ -23,17 +23,22 @@ from .exit_codes import BUG, INTERRUPTED
 from .export import export
 from .failures import explain
 from .fetch import fetch
+from .help import Program, Verb
 from .info import info
 from .interrupt import interruptible, requested
 from .verify import verify
 
 app = typer.Typer(
+    cls=Program,
     rich_markup_mode=None,  # Rich's help carries ANSI in CI
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (fetch, cluster, compress, verify, export, info, demo):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
+
+
+_COMPLETE = "_LORAZIP_COMPLETE"  # set by the shells' scripts of --show-completion, to ask for completions
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,18 +50,16 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def lorazip(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Compress a collection of LoRA adapters into one shared-basis bundle, prove the loss, and export them again.
-
-    Start with: lorazip demo
-    """
+    """Compress a collection of LoRA adapters into one shared-basis bundle, prove the loss, and export them again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. No exception leaves it; every failure is a line on stderr."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if "" in arguments:  # as a path it would mean the current directory
         console.error("an argument is empty: is a variable not set?")
         return UsageError.exit_code
@@ -65,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _invoke(arguments)
         console.flush()
         return code
+    except SystemExit as stop:  # how Typer ends --show-completion and --install-completion
+        console.flush()
+        return int(stop.code or 0)
     except Interrupted as interruption:
         return _interrupted(str(interruption))
     except KeyboardInterrupt:
@@ -109,4 +115,6 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a locale without "é" is no reason to fail
+    if _COMPLETE in os.environ:
+        app(prog_name="lorazip")
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,18 @@ def squared_error(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value >= 0):
         raise typer.BadParameter(f"{value} is not a number of 0 or more")
     return value
+
+
+def between(least: int, most: int) -> Callable[[int | None], int | None]:
+    """A check that a number is neither less nor more."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and not least <= value <= most:
+            bounds = f"of {least} or more" if value < least else f"of {most} or less"
+            raise typer.BadParameter(f"{value} is not a number {bounds}")
+        return value
+
+    return check
 
 
 def device(value: str) -> str:
@@ -84,12 +97,18 @@ DeviceMemory = Annotated[
     str | None,
     typer.Option("--device-memory", metavar="SIZE", callback=size, help="Bound on GPU memory. Default: what is free."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the random starts.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", callback=between(0, 2**63 - 1), help="Seed of the random starts.")
+]
 Weights = Annotated[
-    Literal["adapter", "module"], typer.Option("--weights", help="What counts equally: adapters, or their modules.")
+    Literal["adapter", "module"],
+    typer.Option("--weights", metavar="adapter|module", help="What counts equally: adapters, or their modules."),
 ]
 AllowMixedBase = Annotated[
-    bool, typer.Option("--allow-mixed-base", help="Accept adapters that name different base models.")
+    bool,
+    typer.Option(
+        "--allow-mixed-base", help="Accept adapters that name different base models; the bundle names the first one's."
+    ),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without adapters that cannot be used.")]
 Directory = Annotated[

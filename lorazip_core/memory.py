@@ -35,6 +35,7 @@ _ALONE_BYTES = 40  # per number in an adapter that is decomposed on its own, in 
 _WORKER_BYTES = 96 * 2**20  # of what is made for a slice of a pack at a time
 _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read into, and results on their way to disk
 _ADAPTER_BYTES = 40_000  # names, digests, the lines of a manifest
+_PROCESS_BYTES = 16 * 2**20  # by which processes differ before they do anything
 _FIXED_BYTES = 64 * 2**20  # libraries at work, files on their way to disk
 
 
@@ -65,6 +66,13 @@ class Task(NamedTuple):
         return cls(method, rank, -(-adapters // _LEAST_OF_AUTO) if sought else adapters, sought)
 
 
+class HostBytes(NamedTuple):
+    """Main memory that a run takes, in bytes, each an upper bound: what it always holds, and each worker beside it."""
+
+    always: int
+    worker: int
+
+
 class Room(NamedTuple):
     """How to stay within the bounds: threads, how much is worked on at once, and where tensors are kept."""
 
@@ -75,15 +83,14 @@ class Room(NamedTuple):
 
 def room(device: torch.device, collection: Collection, task: Task, bounds: Bounds) -> Room:
     """How to work on a collection. Raises LocalError when its largest module does not fit, before a weight is read."""
-    base = anonymous_bytes() + _whole_bytes(collection, task)
+    base, each = host_bytes(device, collection, task)
     if device.type == "cpu":
-        each = _worker_bytes(collection, task)
         workers = cores() if bounds.host is None else min(cores(), (bounds.host - base) // each)
         if workers < 1:
             raise _too_little("--memory", bounds.host, base + each)
         return Room(workers, CPU_BUDGET, HOST)
-    if bounds.host is not None and bounds.host < base + _HOST_BYTES_OF_GPU:
-        raise _too_little("--memory", bounds.host, base + _HOST_BYTES_OF_GPU)
+    if bounds.host is not None and bounds.host < base + each:
+        raise _too_little("--memory", bounds.host, base + each)
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
     resident = stays(sum(sizes), bound)
@@ -96,6 +103,24 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
     most = 2 ** ((left // each_number).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.numbers, most), _MOST_ON_GPU.modules)
     return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
+
+
+def host_bytes(device: torch.device, collection: Collection, task: Task) -> HostBytes:
+    """What a run takes of main memory. On a CPU every core has a worker, on a GPU there is one."""
+    base = anonymous_bytes() + _whole_bytes(collection, task)
+    return HostBytes(base, _worker_bytes(collection, task) if device.type == "cpu" else _HOST_BYTES_OF_GPU)
+
+
+def planned_bytes(device: torch.device, collection: Collection, task: Task) -> tuple[int, int]:
+    """The main memory that a run takes here at the most without ``--memory``, and the least that ``--memory`` may be.
+
+    Rounded up to MiB, as people would give them, with some MiB more for what another process holds of its libraries.
+    """
+    always, worker = host_bytes(device, collection, task)
+    always += _PROCESS_BYTES
+    workers = cores() if device.type == "cpu" else 1
+    most, least = (-(-size // 2**20) * 2**20 for size in (always + workers * worker, always + worker))
+    return most, least
 
 
 def agreed(own: Room) -> Room:

@@ -10,7 +10,7 @@ import torch
 
 from .adapter import Adapter, open_collection
 from .bundle import AdapterEntry, Bundle, SourceEntry
-from .bundle.check import Finding, printable
+from .bundle.finding import Finding, printable
 from .bundle.manifest import MANIFEST_NAME
 from .device import free_bytes
 from .errors import AdapterError, AdapterErrors

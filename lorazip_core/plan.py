@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from msgspec import Struct
 
-from .adapter import Collection
-from .bundle import DTYPES, Dtype, Method, Weights
+from .bundle import Dtype, Method, Weights
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .adapter import Collection
 
 DEFAULT_RANK = {"joint": 16, "diag": 16, "svd": 4}
 
 _METHODS: tuple[Method, ...] = ("joint", "diag", "svd")
+_ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
 # Measured on real bundles, besides names: what a tensor adds to the header of its file, and what an adapter, a module,
 # a file and a cluster add to the manifest.
@@ -50,22 +53,22 @@ class CompressOptions(Struct, frozen=True):
             return None
         return self.rank if self.rank is not None else DEFAULT_RANK[self.method]
 
-    def check(self, adapters: int) -> None:
+    def check(self, adapters: int | None = None) -> None:
         """Raise UsageError for options that make no sense, alone or for this many adapters."""
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must be at least 1")
         if self.max_error is not None and not 0 <= self.max_error <= 1:
             raise UsageError(f"--max-error {self.max_error}: a squared error is between 0 and 1")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.dtype not in get_args(Dtype):
+            raise UsageError(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
         if self.method == "svd" and self.clusters != 1:
             raise UsageError("--clusters: svd keeps every adapter on its own", "use --method joint or diag")
         check_clusters(self.clusters, adapters)
 
 
-def check_clusters(clusters: int | str | Path, adapters: int) -> None:
-    """Raise UsageError for a number of clusters that this many adapters do not fill."""
-    if isinstance(clusters, int) and not 1 <= clusters <= adapters:
+def check_clusters(clusters: int | str | Path, adapters: int | None) -> None:
+    """Raise UsageError for a number of clusters that this many adapters, if it is known, do not fill."""
+    if isinstance(clusters, int) and adapters is not None and not 1 <= clusters <= adapters:
         raise UsageError(f"--clusters {clusters}: must be between 1 and the number of adapters, {adapters}")
 
 
@@ -109,7 +112,7 @@ def bundle_bytes(
 ) -> int:
     """About the bytes of a bundle. ``groups``, empty for svd, are the numbers of the adapters that share a basis."""
     adapters = collection.adapters
-    item = DTYPES[dtype].itemsize
+    item = _ITEM_BYTES[dtype]
     if rank is None or method == "svd":
         tensors, files = _individual_bytes(collection, rank, item), len(adapters)
     else:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy
 from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleError
-from .bundle.check import Finding, check_bundle, printable
+from .bundle.finding import Finding, printable
 from .bundle.manifest import MANIFEST_NAME
-from .device import find_device
 from .errors import BundleDamaged, CheckFailed, UsageError
 from .kinds import check_adapters_path
-from .measure import Measured
-from .originals import compare
 from .progress import Progress, Silent
 from .summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from .measure import Measured
 
 _SILENT = Silent()
 
@@ -130,12 +130,16 @@ def verify_by_module(
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
     gates = Gates(max_error, max_mean_error)
-    where = find_device(device)
     try:
         bundle = Bundle(path)
     except BundleDamaged as error:
         finding = Finding("manifest", MANIFEST_NAME, str(error), damage=True)
         return Verification(_report(path, against, gates, [], None, [finding]), None)
+    from .bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
+    from .device import find_device
+    from .originals import compare
+
+    where = find_device(device)
     with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
         findings = check_bundle(bundle, advance)
     module_errors = None

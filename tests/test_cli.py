@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import lorazip_core.info
 from lorazip_cli import console, table
 from lorazip_cli import main as main_module
 from lorazip_cli.exit_codes import exit_codes, markdown_table
+from lorazip_cli.help import TEXTS, usage
 from lorazip_cli.interrupt import interruptible
 from lorazip_cli.main import app, main
 from lorazip_cli.progress import Lines, progress
@@ -61,7 +63,7 @@ def process(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestStart:
-    @pytest.mark.parametrize("argv", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
+    @pytest.mark.parametrize("argv", [[], ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
     def test_version_and_help_load_neither_torch_nor_rich(self, argv: list[str]) -> None:
         code = (
             "import sys; from lorazip_cli.main import main; assert main(sys.argv[1:]) == 0;"
@@ -71,6 +73,89 @@ class TestStart:
         result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[-1] == "[]"
         assert ANSI not in result.stdout + result.stderr
+
+    def test_what_needs_no_tensor_is_answered_without_torch(self, bundle: Path, adapters: Path, tmp_path: Path) -> None:
+        """By name and not by seconds; in one process, since a module that is loaded stays so."""
+        damaged = tmp_path / "damaged"
+        damaged.mkdir()
+        (damaged / "manifest.json").write_text("{}")
+        nowhere, new = str(tmp_path / "nowhere"), str(tmp_path / "new")
+        a, b, d = str(adapters), str(bundle), str(damaged)
+        calls = [
+            (0, ["info", b]),
+            (0, ["info", b, "--json", "-q"]),
+            (2, ["info", nowhere]),
+            (4, ["info", d]),
+            (2, ["verify", nowhere]),
+            (2, ["verify", b, "--against", nowhere]),
+            (4, ["verify", d]),
+            (4, ["verify", d, "--json", "--junit", str(tmp_path / "verify.xml")]),
+            (2, ["export", nowhere, "-o", new]),
+            (4, ["export", d, "-o", new]),
+            (6, ["export", b, "-o", b]),
+            (2, ["compress", nowhere, "-o", new]),
+            (2, ["compress", nowhere, "--dry-run"]),
+            (6, ["compress", a, "-o", b]),
+            (2, ["compress", a, "-o", new, "--method", "svd", "--clusters", "2"]),
+            (2, ["compress", a, "-o", new, "--max-error", "2"]),
+            (2, ["cluster", nowhere, "-o", new]),
+            (6, ["cluster", a, "-o", str(tmp_path / "damaged" / "manifest.json")]),
+            (6, ["demo", "-o", b]),
+            (2, ["fetch", "-o", new]),
+            (2, ["fetch", "owner/repo", "-o", new, "--locked", "--update"]),
+            (2, ["verify", b, "--nothing"]),
+        ]
+        code = (
+            "import json, sys; from lorazip_cli.main import main\n"
+            "for argv in json.loads(sys.argv[1]):\n"
+            "    print('exit', main(argv), sorted({'torch', 'safetensors.torch', 'huggingface_hub', 'rich'}"
+            " & sys.modules.keys()), file=sys.stderr)"
+        )
+        argv = [sys.executable, "-c", code, json.dumps([argv for _, argv in calls])]
+        result = subprocess.run(argv, capture_output=True, text=True, check=True)
+        answers = [line for line in result.stderr.splitlines() if line.startswith("exit ")]
+        assert answers == [f"exit {exit_code} []" for exit_code, _ in calls], result.stderr
+
+    def test_alone_it_shows_its_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 0
+        alone = capsys.readouterr()
+        assert main(["-h"]) == 0
+        assert alone == capsys.readouterr()
+        assert alone.out.startswith("Usage: lorazip COMMAND [options]\n")
+        assert alone.err == ""
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_has_examples_that_can_be_called_and_no_words_of_the_parser(
+        self, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([name, "-h"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"Usage: {usage(name)}\n")
+        assert not re.search(r"[{}<>]|RANGE|TEXT\.\.\.|9223372036854775807", out)
+        assert 2 <= len(TEXTS[name].examples) <= 3
+        for example in TEXTS[name].examples:
+            assert f"\n  {example}\n" in out
+            program, verb, *arguments = shlex.split(example)
+            assert (program, verb) == ("lorazip", name)
+            command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+            command.make_context(name, arguments)
+
+    def test_completion_is_there_and_needs_no_torch(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--show-completion", "bash"]) in (0, 1)  # 1 where Typer cannot tell the shell
+        capsys.readouterr()
+        code = "import sys; sys.modules['torch'] = None; from lorazip_cli.main import run; run()"
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={
+                **os.environ,
+                "_LORAZIP_COMPLETE": "complete_bash",
+                "COMP_WORDS": "lorazip compress --max",
+                "COMP_CWORD": "2",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, "--max-error\n", "")
 
     def test_every_command_has_a_help_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
@@ -87,7 +172,6 @@ class TestExitCodes:
     @pytest.mark.parametrize(
         "argv",
         [
-            [],
             ["nothing"],
             ["compress"],
             ["compress", "DIR"],
@@ -215,6 +299,47 @@ class TestExitCodes:
         assert [skipped["name"] for skipped in json.loads(output.out)["skipped"]] == [bad.name]
         assert output.err == ""
 
+    @pytest.mark.parametrize(
+        ("argv", "line"),
+        [
+            (["compress", "--budget", "3"], "No such option: --budget (see 'lorazip compress --help')"),
+            (
+                ["compress", "--methd=svd"],
+                "No such option: --methd (did you mean --method? see 'lorazip compress --help')",
+            ),
+            (
+                ["verify", "B", "--out", "x"],
+                "No such option: --out (did you mean --output? see 'lorazip verify --help')",
+            ),
+            (["compres"], "No such command 'compres'. Did you mean 'compress'? (see 'lorazip --help')"),
+            (["serve"], "No such command 'serve' (see 'lorazip --help')"),
+            (
+                ["export"],
+                "Missing argument 'BUNDLE' (usage: lorazip export BUNDLE -o DIR [options];"
+                " see 'lorazip export --help')",
+            ),
+            (
+                ["fetch", "owner/repo"],
+                "Missing option '-o' / '--output' (usage: lorazip fetch SOURCE... -o DIR [options];"
+                " see 'lorazip fetch --help')",
+            ),
+            (
+                ["compress", "A", "-o", "B", "--rank", "0"],
+                "Invalid value for '--rank': 0 is not a number of 1 or more (see 'lorazip compress --help')",
+            ),
+            (
+                ["compress", "A", "-o", "B", "--rank", "few"],
+                "Invalid value for '--rank': not a whole number (see 'lorazip compress --help')",
+            ),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_a_slip_is_answered_with_what_exists(
+        self, argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(argv) == 2
+        assert capsys.readouterr().err == f"lorazip: error: {line}\n"
+
     def test_the_documented_table_is_the_real_one(self) -> None:
         assert markdown_table() in DOCUMENT.read_text()
         assert set(exit_codes()) >= {0, 1, 2, 3, 4, 5, 6, 8, 70, 130}
@@ -285,7 +410,30 @@ class TestRenderings:
         assert lines[0] == "3 adapters of HuggingFaceTB/SmolLM2-135M-Instruct, 18 modules, 1.6 MB"
         assert lines[1].split() == ["method", "rank", "clusters", "bundle", "saved"]
         assert lines[2].startswith("svd (chosen)")
-        assert len(lines) == 5
+        assert lines[5] == "work     reads 1.6 MB"
+        assert re.fullmatch(
+            r"memory   at most [\d,]+ MiB on this machine; the least that --memory can be is \d+ MiB", lines[6]
+        )
+        assert len(lines) == 7
+
+    def test_dry_run_says_how_much_work_and_memory_it_is_and_that_the_output_exists(
+        self, adapters: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plan = ["compress", str(adapters), "--dry-run", "--clusters", "2"]
+        assert main([*plan, "-o", str(bundle)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[5] == "work     reads 1.6 MB and finds 36 shared bases"
+        assert lines[7] == f"note     {bundle} exists: without --force, compress would end with exit code 6"
+        assert main([*plan, "-o", str(tmp_path / "new"), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["problems"], report["output_exists"]) == (36, False)
+        assert report["least_memory_bytes"] <= report["memory_bytes"]
+        least = report["least_memory_bytes"]
+        compress = ["compress", str(adapters), "-o", str(tmp_path / "new"), "--clusters", "2", "-q", "--memory"]
+        assert main([*compress, str(least // 2)]) == 8
+        assert main([*compress, str(least)]) == 0
+        assert main([*plan, "--device", "cuda:99", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory_bytes"] is None
 
     def test_verify(self, bundle: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "report.json"

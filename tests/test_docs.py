@@ -1,4 +1,4 @@
-"""What the documentation shows is run: the shell blocks of the tutorial, its Makefile, and every link."""
+"""What the documentation shows is run: the shell blocks of the tutorial and the readme, a Makefile, and every link."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```sh(?: fails=(\d+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A shell block, the exit code that it ends with, and what is shown of its output.
+BLOCK = re.compile(r"^```sh(?: fails=(\d+))?\n(.*?)^```\n(?:```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+
+
+def check_shown(shown: str, printed: str) -> None:
+    """Every line that a page shows is printed, in this order; figures may differ, as they do between processors."""
+    lines = iter([_without_figures(line) for line in printed.splitlines()])
+    for line in shown.splitlines():
+        if line != "…":
+            assert _without_figures(line) in lines, f"{line!r} is not in, or not in this order:\n{printed}"
+
+
+def _without_figures(line: str) -> str:
+    return re.sub(r"[\d.]+", "0", line)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +35,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     blocks = BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
     assert len(blocks) > 8
-    for code, block in blocks:
-        script = "\n".join(["set -e", block])
-        done = subprocess.run(["sh", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == int(code or 0), f"{block}\n{done.stdout}\n{done.stderr}"
+    for code, block, shown in blocks:
+        script = "\n".join(["exec 2>&1", "set -e", block])
+        done = subprocess.run(["sh", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        assert done.returncode == int(code or 0), f"{block}\n{done.stdout}"
+        check_shown(shown, done.stdout)
     return folder
 
 
@@ -44,6 +58,22 @@ def test_its_makefile_builds_once(walked: Path) -> None:
     assert first.returncode == 0, first.stderr
     again = subprocess.run(["make", "-q", "build/verify.json"], cwd=walked, env=environment, check=False)
     assert again.returncode == 0
+
+
+def test_what_the_readme_shows_is_printed(tmp_path: Path) -> None:
+    use = re.search(r"^## Use\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert use is not None
+    (tmp_path / "lorazip_core").symlink_to(ROOT / "lorazip_core")  # as in a checkout
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    blocks = re.findall(r"^```console\n(.*?)^```", use[1], re.MULTILINE | re.DOTALL)
+    calls = [call.partition("\n") for block in blocks for call in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    assert len(calls) >= 7
+    for command, _, shown in calls:
+        done = subprocess.run(
+            ["sh", "-c", f"exec 2>&1; {command}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        check_shown(shown, done.stdout)
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

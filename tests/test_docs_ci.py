@@ -40,7 +40,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ci")
     shutil.copytree(sample_path(), folder / "adapters")
     installs, compresses, _ = zip(GITHUB_STEPS, GITLAB["script"], strict=True)
-    assert set(installs) == {"pip install 'lorazip[report]'"}
+    assert set(installs) == {"pip install './lorazip[report]'"}
     for compress in set(compresses):
         shutil.rmtree(folder / "build", ignore_errors=True)
         assert run(folder, compress).returncode == 0

@@ -178,7 +178,7 @@ class TestGithub:
 
     def lines(self) -> list[str]:
         runs = [step["run"] for step in self.STEPS["steps"] if "run" in step]
-        assert runs[0] == "pip install 'lorazip[report]'"
+        assert runs[0] == "pip install './lorazip[report]'"
         return runs[1:]
 
     def clone(self, project: Project) -> None:

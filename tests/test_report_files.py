@@ -136,7 +136,7 @@ class TestRefused:
         self, missing: str, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, missing, None)
-        line = f"an HTML report needs {missing} (pip install 'lorazip[report]')"
+        line = f"an HTML report needs {missing} (pip install {missing})"
         self.refused(8, line, capsys, bundle, "--report", "r.html")
 
 

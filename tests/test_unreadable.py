@@ -12,7 +12,8 @@ from pathlib import Path
 import peft_fixtures as fixtures
 import pytest
 
-from lorazip_core.adapter import open_collection, unreadable
+from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.unreadable import unreadable
 from lorazip_core.errors import AdapterError, AdapterErrors
 from lorazip_core.scan import scan
 

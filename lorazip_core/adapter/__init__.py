@@ -4,16 +4,21 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 ``B`` [d_out, r] and ``A`` [r, d_in] of an update ``ΔW = scale · B A``, with scale = alpha/r, or alpha/√r with rsLoRA.
 """
 
-from .collection import Collection, Skipped, find_adapters, inside, open_collection
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import LoraConfig, NotLora, parse_config
-from .experts import fuse
-from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, deinterleave, view, views
 from .module import Kind, Module, Parameter
-from .notes import notes
-from .reader import Adapter, Part, open_adapter
-from .unreadable import unreadable
-from .weights import Descriptor, read_fully
-from .writer import write_adapter
+
+if TYPE_CHECKING:
+    from .collection import Collection, Skipped, find_adapters, inside, open_collection
+    from .experts import fuse
+    from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, deinterleave, view, views
+    from .reader import Adapter, Part, open_adapter
+    from .weights import Descriptor, read_fully
+    from .writer import write_adapter
 
 __all__ = [
     "TORCH_DTYPES",
@@ -34,13 +39,40 @@ __all__ = [
     "find_adapters",
     "fuse",
     "inside",
-    "notes",
     "open_adapter",
     "open_collection",
     "parse_config",
     "read_fully",
-    "unreadable",
     "view",
     "views",
     "write_adapter",
 ]
+
+# Importing torch takes seconds: these are imported when they are asked for.
+_WITH_TORCH = {
+    "Adapter": ".reader",
+    "Collection": ".collection",
+    "Descriptor": ".weights",
+    "Layout": ".layout",
+    "Part": ".reader",
+    "Skipped": ".collection",
+    "TORCH_DTYPES": ".layout",
+    "TensorInfo": ".layout",
+    "aligned": ".layout",
+    "deinterleave": ".layout",
+    "find_adapters": ".collection",
+    "fuse": ".experts",
+    "inside": ".collection",
+    "open_adapter": ".reader",
+    "open_collection": ".collection",
+    "read_fully": ".weights",
+    "view": ".layout",
+    "views": ".layout",
+    "write_adapter": ".writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WITH_TORCH[name], __name__), name)

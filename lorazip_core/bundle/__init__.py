@@ -1,7 +1,11 @@
 """The shared-basis bundle, format 1: what docs/format.md specifies, written and read."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .manifest import (
-    DTYPES,
     FORMAT_VERSION,
     AdapterEntry,
     ClusterEntry,
@@ -19,8 +23,10 @@ from .manifest import (
     Weights,
 )
 from .reader import Bundle
-from .tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
-from .writer import BundleWriter, not_of_bundle
+
+if TYPE_CHECKING:
+    from .tensor_file import DTYPES, TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
+    from .writer import BundleWriter, not_of_bundle
 
 __all__ = [
     "DTYPES",
@@ -47,3 +53,21 @@ __all__ = [
     "not_of_bundle",
     "write_tensors",
 ]
+
+
+# Importing torch takes seconds, and a manifest is read without it: these are imported when they are asked for.
+_WITH_TORCH = {
+    "BundleWriter": ".writer",
+    "DTYPES": ".tensor_file",
+    "TensorFileReader": ".tensor_file",
+    "TensorFileWriter": ".tensor_file",
+    "TensorLayout": ".tensor_file",
+    "not_of_bundle": ".writer",
+    "write_tensors": ".tensor_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WITH_TORCH[name], __name__), name)

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import torch
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 from torch import Tensor
 
 from ..errors import BundleDamaged
 from ..files import sha256_file, tree
 from ..progress import Advance
 from ..workers import in_order
+from .finding import Finding, printable
 from .manifest import (
-    DTYPES,
     MANIFEST_NAME,
     AdapterEntry,
     ClusterEntry,
@@ -33,6 +33,7 @@ from .manifest import (
     ShardEntry,
 )
 from .reader import Bundle
+from .tensor_file import DTYPES
 
 # Entries beside the manifest that are no part of the bundle: what hosting, version control and downloads put there.
 BESIDE = frozenset({"README.md", "LICENSE", ".gitattributes", ".gitignore", ".git", ".cache"})
@@ -44,22 +45,6 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # What the encoder's own QR, computed in float32, may be off from orthonormal: a few 1e-6 at d = 10^5 and R = 128.
 _ENCODER_SLACK = 5e-5
-
-
-class Finding(Struct, frozen=True):
-    """Something that does not hold: of the bundle itself (``damage``), or of what was asked about it."""
-
-    kind: str
-    path: str | None
-    """The file it is about, relative to the bundle, or to the directory of originals for kinds ``source-…``."""
-    message: str
-    damage: bool
-    adapter: str | None = None
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be written, also one whose bytes are no UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def orthonormality_tolerance(dtype: torch.dtype) -> float:

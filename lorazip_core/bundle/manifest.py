@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import BundleDamaged, Unsupported
@@ -21,7 +20,6 @@ from ..lock import Origin
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]

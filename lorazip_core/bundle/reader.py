@@ -9,13 +9,15 @@ from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..errors import BundleDamaged
 from .manifest import MANIFEST_NAME, AdapterEntry, ClusterEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPEN_FILES = 128
 

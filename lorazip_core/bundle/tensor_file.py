@@ -23,6 +23,9 @@ from torch import Tensor
 from ..adapter import TORCH_DTYPES
 from ..errors import LocalError
 
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+"""What a bundle can store, by the names in its manifest."""
+
 # In the order in which safetensors puts them into a file, from the last to the first.
 _ORDER = (
     *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),

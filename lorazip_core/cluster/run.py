@@ -12,7 +12,8 @@ from msgspec import Struct
 from torch import Tensor
 
 from .. import team
-from ..adapter import notes, open_collection
+from ..adapter import open_collection
+from ..adapter.notes import notes
 from ..assign import Clustering, Probes, settle
 from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
 from ..bundle import Dtype, SkippedEntry, Weights

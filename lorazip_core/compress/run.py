@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -14,16 +15,17 @@ import torch
 from msgspec import Struct
 
 from .. import team
-from ..adapter import Collection, notes, open_collection
+from ..adapter import Collection, open_collection
+from ..adapter.notes import notes
 from ..assign import Probes, settle
 from ..assignment import Assignment, read_assignment
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, not_of_bundle
 from ..cluster import choose_clusters
 from ..device import find_device, hold_to
-from ..errors import UsageError
+from ..errors import LocalError, UsageError
 from ..files import Building, check_output, check_space, resumable_directory
 from ..kinds import check_adapters_path
-from ..memory import Bounds, Task, agreed, room
+from ..memory import Bounds, Task, agreed, planned_bytes, room
 from ..packs import Budget
 from ..places import check_place
 from ..plan import CompressOptions, PlannedScheme, bundle_bytes, equal_groups, planned_schemes
@@ -51,6 +53,14 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     bytes_original: int
     schemes: list[PlannedScheme]
+    problems: int = 0
+    """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
+    memory_bytes: int | None = None
+    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
+    least_memory_bytes: int | None = None
+    """The least that ``--memory`` may be."""
+    output_exists: bool | None = None
+    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -86,11 +96,15 @@ def plan(
     root: Path,
     options: CompressOptions,
     *,
+    output: Path | None = None,
     allow_pickle: bool = False,
     allow_mixed_base: bool = False,
     skip_bad: bool = False,
 ) -> PlanReport:
-    """What each scheme would take on disk, from headers alone. Raises as `compress` does for what headers can tell."""
+    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
+
+    Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
+    """
     check_adapters_path(root)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
@@ -103,6 +117,7 @@ def plan(
         groups = _groups(_read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
     else:
         groups = equal_groups(len(collection.adapters), options.clusters)
+    memory = _planned_memory(collection, options)
     return PlanReport(
         base_model=collection.base_model,
         adapters=len(collection.adapters),
@@ -110,7 +125,26 @@ def plan(
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
         schemes=planned_schemes(collection, options, groups),
+        problems=0 if options.method == "svd" else _problems(collection, groups),
+        memory_bytes=memory and memory[0],
+        least_memory_bytes=memory and memory[1],
+        output_exists=None if output is None else os.path.lexists(output),
     )
+
+
+def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:
+    """As `planned_bytes`; None for a device that another machine may have, and this one has not."""
+    try:
+        device = find_device(options.device)
+    except LocalError:
+        return None
+    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    return planned_bytes(device, collection, task)
+
+
+def _problems(collection: Collection, groups: Sequence[Sequence[int]]) -> int:
+    """How many bases there are to be found: a cluster has one for each module that any of its adapters has."""
+    return sum(len({name for number in group for name in collection.adapters[number].parts}) for group in groups)
 
 
 def compress(

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +20,7 @@ from tenacity.nap import sleep_using_event
 from ..errors import HubError
 from ..lock import Filters, LockedFile
 from .manners import Manners
+from .options import Patience
 from .trouble import (
     HubCorrupt,
     HubTrouble,
@@ -49,23 +49,6 @@ class Snapshot(NamedTuple):
     commit: str
     files: tuple[WantedFile, ...]
     license: str | None
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a request that fails is repeated: a number of attempts, and a time that waiting on demand adds to."""
-
-    attempts: int = 6
-    first_wait: float = 1.0
-    """Seconds before the second attempt; they double with each, up to 30, and some jitter is added."""
-    seconds: float = 60.0
-    """From the first attempt on, no new one is made after this, unless the Hub had asked to wait (429)."""
-
-    def ends(self, state: tenacity.RetryCallState) -> bool:
-        """Whether the attempt that has failed was the last one."""
-        error = state.outcome.exception() if state.outcome else None
-        waited = state.seconds_since_start or 0.0
-        return state.attempt_number >= self.attempts or (waited >= self.seconds and not is_rate_limit(error))
 
 
 class Hub:
@@ -170,6 +153,12 @@ class Hub:
         """End all requests, and make no more."""
         self._manners.stop()
 
+    def _gives_up(self, state: tenacity.RetryCallState) -> bool:
+        """Whether the attempt that has failed was the last one."""
+        patience, error = self._patience, state.outcome.exception() if state.outcome else None
+        late = (state.seconds_since_start or 0.0) >= patience.seconds
+        return state.attempt_number >= patience.attempts or (late and not is_rate_limit(error))
+
     def _count(self, size: int) -> None:
         with self._counting:
             self.downloaded += size
@@ -187,7 +176,7 @@ class Hub:
             return function()
 
         retrying = tenacity.Retrying(
-            stop=self._patience.ends,
+            stop=self._gives_up,
             wait=tenacity.wait_exponential_jitter(
                 self._patience.first_wait, max=30.0, jitter=self._patience.first_wait
             ),

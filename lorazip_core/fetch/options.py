@@ -8,7 +8,17 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..lock import LOCK_NAME, Filters, Lock
-from .hub import Patience
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request that fails is repeated: a number of attempts, and a time that waiting on demand adds to."""
+
+    attempts: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second attempt; they double with each, up to 30, and some jitter is added."""
+    seconds: float = 60.0
+    """From the first attempt on, no new one is made after this, unless the Hub had asked to wait (429)."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from ..adapter import Adapter, Descriptor, read_fully, unreadable
+from ..adapter import Adapter, Descriptor, read_fully
+from ..adapter.unreadable import unreadable
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..files import sha256_bytes, sha256_file

@@ -23,7 +23,7 @@ def check_available() -> None:
     """Raise LocalError where pages cannot be made; called before the work that a page is to show."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise LocalError(f"an HTML report needs {' and '.join(missing)}", "pip install 'lorazip[report]'")
+        raise LocalError(f"an HTML report needs {' and '.join(missing)}", f"pip install {' '.join(missing)}")
 
 
 def verify_page(verification: Verification) -> str:

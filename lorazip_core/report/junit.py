@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..bundle.check import Finding
+from ..bundle.finding import Finding
 from ..text import error, plain
 from ..verify import AdapterReport, VerifyReport
 from .outcome import Gate, gates, kept_as, squared_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..bundle.check import Finding
+from ..bundle.finding import Finding
 from ..text import error, megabytes, percent, plain, times
 from ..verify import VerifyReport
 from .outcome import gates, kept_as, verdict, worst_first

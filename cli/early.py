@@ -1,0 +1,13 @@
+"""What is refused before PyTorch is loaded, which takes seconds: an output that exists is told of at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorazip_core.files import check_output
+
+
+def check_new(output: Path, *, force: bool) -> None:
+    """Raise OutputExists for an output that exists; with ``force`` the core decides whether it may be replaced."""
+    if not force:
+        check_output(output, force=False, not_ours=lambda folder: None)
