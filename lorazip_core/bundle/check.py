@@ -18,7 +18,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from ..errors import BundleDamaged
-from ..files import sha256_file, tree
+from ..files import tree
 from ..progress import Advance
 from ..workers import in_order
 from .manifest import (
@@ -119,19 +119,7 @@ class _Check:
 
     def wrong_bytes(self, entry: FileEntry) -> tuple[str, str] | None:
         """Size and digest of a file that is there are those of the manifest; for any thread: the finding, if not."""
-        path = self.bundle.path / entry.path
-        if entry.path not in self._plain:
-            return None
-        size = path.stat().st_size
-        if size != entry.size_bytes:
-            return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
-        try:
-            digest = sha256_file(path)
-        except OSError as error:
-            return "unreadable", f"cannot be read: {error.strerror}"
-        if digest != entry.sha256:
-            return "wrong-digest", f"sha256 {digest}, but the manifest says {entry.sha256}"
-        return None
+        return self.bundle.damage_to(entry.path) if entry.path in self._plain else None
 
     def bytes_of(self, entry: FileEntry, wrong: tuple[str, str] | None) -> None:
         """Take down what `wrong_bytes` has said of a file."""

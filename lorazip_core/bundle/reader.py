@@ -1,34 +1,58 @@
-"""A bundle, read: one tensor at a time, straight from its files."""
+"""A bundle, read: one tensor at a time, straight from its files, each of which is checked before it is used."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import BundleDamaged
-from .manifest import MANIFEST_NAME, AdapterEntry, ClusterEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
+from ..errors import BundleDamaged, LocalError
+from ..files import sha256_bytes
+from ..workers import in_order
+from .manifest import (
+    MANIFEST_NAME,
+    AdapterEntry,
+    ClusterEntry,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    ShardEntry,
+    read_manifest,
+)
 
 _OPEN_FILES = 128
+_RESTORE = "restore the bundle, or compress again; 'lorazip verify' names all damage"
 
 
 class Bundle:
-    """An opened bundle. Opening reads the manifest only; `lorazip verify` is what checks the rest."""
+    """An opened bundle; for any thread. Opening reads the manifest only.
+
+    A file is held against the size and digest in the manifest when it is first used, once. What is read afterwards is
+    the file that was checked: the handle is made from the descriptor that was hashed, and a file that is opened again
+    is hashed again unless it is still the same one, unchanged.
+    """
 
     def __init__(self, path: Path, operations: tuple[str, ...] = ("read",)) -> None:
         """Raises as `read_manifest`; ``operations`` ("read", "export") say which required features matter."""
         self.path = path
         self.manifest: Manifest = read_manifest(path, operations)
         self._lock = Lock()
+        self._opening: defaultdict[str, Lock] = defaultdict(Lock)
         self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._checked: dict[str, tuple[int, ...]] = {}
         self._rows: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
 
     @cached_property
@@ -90,9 +114,41 @@ class Bundle:
     def config(self, adapter: AdapterEntry) -> dict[str, Any]:
         """The adapter's original ``adapter_config.json``."""
         try:
-            return dict(json.loads((self.path / adapter.config).read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return dict(json.loads(self.config_text(adapter)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise BundleDamaged(f"{self.path / adapter.config}: not the JSON of a configuration: {error}") from None
+
+    def config_text(self, adapter: AdapterEntry) -> bytes:
+        """The adapter's original ``adapter_config.json``, byte for byte."""
+        path, entry = self.path / adapter.config, self._files[adapter.config]
+        try:
+            with _opened(path) as file:
+                data = file.read()
+        except OSError as error:
+            raise BundleDamaged(f"{path}: cannot be read: {error.strerror}", _RESTORE) from None
+        if found := _differs(entry, len(data), sha256_bytes(data)):
+            raise BundleDamaged(f"{path}: {found[1]}", _RESTORE)
+        return data
+
+    def check_files(self, files: Iterable[str]) -> None:
+        """Check several files side by side, before they are used. Raises BundleDamaged for the first that is damaged.
+
+        Files that many threads share are best checked so: a thread that needs a file waits until it is hashed.
+        """
+        with closing(in_order(self._handle, files, torch.device("cpu"))) as handles:
+            for _ in handles:
+                pass
+
+    def damage_to(self, file: str) -> tuple[str, str] | None:
+        """Why a file of the bundle must not be used, as the kind of finding and its message, or None if it is sound.
+
+        A file that is found sound here is not hashed again when it is read.
+        """
+        try:
+            with _opened(self.path / file) as opened:
+                return self._check(file, opened)
+        except OSError as error:
+            return "unreadable", f"cannot be read: {error.strerror}"
 
     def names(self, file: str) -> list[str]:
         """The names of the tensors in a file of the bundle."""
@@ -112,18 +168,48 @@ class Bundle:
         return tensor
 
     def _handle(self, file: str) -> Any:
+        """The open safetensors file, once it is checked; threads that want the same one wait for each other."""
         with self._lock:
-            if file not in self._handles:
-                try:
-                    if not stat.S_ISREG(os.stat(self.path / file).st_mode):  # opening a pipe would wait for ever
-                        raise BundleDamaged(f"{self.path / file}: not a file")
-                    self._handles[file] = safe_open(self.path / file, framework="pt")
-                except (SafetensorError, OSError) as error:
-                    raise BundleDamaged(f"{self.path / file}: {error}", "run 'lorazip verify' for all damage") from None
+            opening = self._opening[file]
+        with opening:
+            with self._lock:
+                if file in self._handles:
+                    self._handles.move_to_end(file)
+                    return self._handles[file]
+            handle = self._open(file)
+            with self._lock:
+                self._handles[file] = handle
                 while len(self._handles) > _OPEN_FILES:
                     self._handles.popitem(last=False)
-            self._handles.move_to_end(file)
-            return self._handles[file]
+        return handle
+
+    def _open(self, file: str) -> Any:
+        path = self.path / file
+        try:
+            with _opened(path) as opened:
+                if damage := self._check(file, opened):
+                    raise BundleDamaged(f"{path}: {damage[1]}", _RESTORE)
+                # By its descriptor: whoever puts another file in its place meanwhile does not get that one read.
+                return safe_open(f"/dev/fd/{opened.fileno()}", framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise BundleDamaged(f"{path}: {error}", _RESTORE) from None
+
+    def _check(self, file: str, opened: BufferedReader) -> tuple[str, str] | None:
+        """Hold an open file against its entry in the manifest, unless it is the one that was found sound before."""
+        entry, status = self._files[file], os.fstat(opened.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if self._checked.get(file) == identity:
+            return None
+        if status.st_size != entry.size_bytes:
+            return _differs(entry, status.st_size, "")
+        if found := _differs(entry, status.st_size, hashlib.file_digest(opened, "sha256").hexdigest()):
+            return found
+        self._checked[file] = identity
+        return None
+
+    @cached_property
+    def _files(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.manifest.files}
 
     @cached_property
     def _shards(self) -> dict[int, ShardEntry]:
@@ -142,3 +228,25 @@ class Bundle:
             module.name: frozenset(number for number, indices in enumerate(sets) if index in indices)
             for index, module in enumerate(self.manifest.modules)
         }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """A plain file, open for reading. Raises BundleDamaged for anything else, such as a pipe, which would block."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise LocalError(f"{path}: {error.strerror}", "allow yourself to read the bundle") from None
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BundleDamaged(f"{path}: not a file", _RESTORE)
+        yield file
+
+
+def _differs(entry: FileEntry, size: int, sha256: str) -> tuple[str, str] | None:
+    """What of a file is not as its entry in the manifest says: its size, or else its digest."""
+    if size != entry.size_bytes:
+        return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
+    if sha256 != entry.sha256:
+        return "wrong-digest", f"sha256 {sha256}, but the manifest says {entry.sha256}"
+    return None
