@@ -18,7 +18,11 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapters go.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="NAME", help="Only this adapter; may be given again. Default: all."),
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Only this adapter, or all like 'fv_*'; may be given again.",
+        ),
     ] = None,
     format: Annotated[Literal["peft"], typer.Option("--format", help="What to write.")] = "peft",
     target: Annotated[Literal["vllm"] | None, typer.Option("--target", help="Check and pad for this engine.")] = None,
@@ -26,6 +30,9 @@ def export(
         int | None, typer.Option("--rank", metavar="R", min=1, help="Truncate every module to this rank.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: that of the bundle.")] = None,
+    no_pad: Annotated[
+        bool, typer.Option("--no-pad", help="Leave ranks uneven where they are, with rank and alpha patterns.")
+    ] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -41,6 +48,7 @@ def export(
         target=target,
         rank=rank,
         dtype=dtype,
+        pad=not no_pad,
         force=force,
         progress=progress(quiet),
     )

@@ -105,6 +105,13 @@ class Bundle:
             scale = float(self.tensor(adapter.individual, f"{module}.scale"))
         return b, a, scale
 
+    def rank(self, adapter: AdapterEntry, module: str) -> int:
+        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read."""
+        if adapter.individual is not None:
+            return self._shape(adapter.individual, f"{module}.A")[0]
+        assert adapter.cluster is not None
+        return self._shape(self.manifest.clusters[adapter.cluster].basis, f"{module}.V")[1]
+
     def extras(self, adapter: AdapterEntry) -> dict[str, Tensor]:
         """The tensors of an adapter that are no LoRA factors, by their names in the source."""
         if adapter.extras is None:
@@ -166,6 +173,12 @@ class Bundle:
         except SafetensorError as error:
             raise BundleDamaged(f"{self.path / file}: tensor {name}: {error}") from None
         return tensor
+
+    def _shape(self, file: str, name: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._handle(file).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise BundleDamaged(f"{self.path / file}: tensor {name}: {error}") from None
 
     def _handle(self, file: str) -> Any:
         """The open safetensors file, once it is checked; threads that want the same one wait for each other."""
