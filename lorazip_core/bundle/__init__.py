@@ -16,6 +16,7 @@ from .manifest import (
     SkippedEntry,
     SourceEntry,
     Weights,
+    required_to_read,
 )
 from .reader import Bundle
 from .tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
@@ -43,5 +44,6 @@ __all__ = [
     "TensorLayout",
     "Weights",
     "is_bundle",
+    "required_to_read",
     "write_tensors",
 ]

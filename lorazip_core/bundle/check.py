@@ -24,6 +24,7 @@ from ..workers import in_order
 from .manifest import (
     DTYPES,
     MANIFEST_NAME,
+    SHARED_EXTRAS,
     AdapterEntry,
     ClusterEntry,
     FileEntry,
@@ -277,8 +278,10 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
         for shard in cluster.shards:
             if shard.basis_sha256 != digests[cluster.basis]:
                 yield f"{shard.path} belongs to the basis {shard.basis_sha256}, not to {cluster.basis}"
+    extras = [adapter.extras for adapter in manifest.adapters if adapter.extras is not None]
+    paths.update(set(extras) if SHARED_EXTRAS in manifest.requires.get("read", []) else extras)
     for adapter in manifest.adapters:
-        paths.update(filter(None, (adapter.config, adapter.individual, adapter.extras)))
+        paths.update(filter(None, (adapter.config, adapter.individual)))
         if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
             yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
         if (adapter.scheme == "svd") != (adapter.rank is not None):
