@@ -22,7 +22,11 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapters go.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="NAME", help="Only this adapter; may be given again. Default: all."),
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Only this adapter, or all like 'fv_*'; may be given again.",
+        ),
     ] = None,
     format: Annotated[Literal["peft"], typer.Option("--format", metavar="peft", help="What to write.")] = "peft",
     target: Annotated[
@@ -36,6 +40,9 @@ def export(
         Dtype | None,
         typer.Option("--dtype", metavar="bf16|f16|f32", help="What the adapters store. Default: as the bundle."),
     ] = None,
+    no_pad: Annotated[
+        bool, typer.Option("--no-pad", help="Leave ranks uneven where they are, with rank and alpha patterns.")
+    ] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -57,6 +64,7 @@ def export(
         target=target,
         rank=rank,
         dtype=dtype,
+        pad=not no_pad,
         force=force,
         progress=progress(quiet),
     )

@@ -34,7 +34,10 @@ class ClusterInfo(Struct, frozen=True):
 
 
 class AdapterInfo(Struct, frozen=True):
-    """An adapter; ``bytes_own`` is what leaves with it: its own files and its share of a file of cores."""
+    """An adapter; ``bytes_own`` are those of its own files and its share of files that it has with others.
+
+    These are files of cores, and of extras that are equal.
+    """
 
     name: str
     scheme: str
@@ -73,6 +76,7 @@ def info(path: Path) -> InfoReport:
     bundle = Bundle(path)
     manifest = bundle.manifest
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    owners = Counter(adapter.extras for adapter in manifest.adapters)
     shares = {index: share for shard in _shards(bundle) for index, share in _shares(bundle, shard, sizes).items()}
     shapes = Counter((module.kind, module.d_out, module.d_in, tuple(module.kernel)) for module in manifest.modules)
     return InfoReport(
@@ -108,7 +112,8 @@ def info(path: Path) -> InfoReport:
                 squared_error=adapter.squared_error,
                 bytes_original=_original(adapter),
                 bytes_own=shares.get(index, 0)
-                + sum(sizes[own] for own in (adapter.individual, adapter.extras, adapter.config) if own is not None),
+                + sum(sizes[own] for own in (adapter.individual, adapter.config) if own is not None)
+                + (0 if adapter.extras is None else sizes[adapter.extras] // owners[adapter.extras]),
                 origin=adapter.origin,
             )
             for index, adapter in enumerate(manifest.adapters)

@@ -148,7 +148,7 @@ def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[F
     if entry.base_model != original.config.base_model:
         message = f"base model {entry.base_model!r}, but the original has {original.config.base_model!r}"
         yield Finding("base-model-differs", None, message, damage=False, adapter=entry.name)
-    if entry.config not in damaged and (bundle.path / entry.config).read_bytes() != original.config_text:
+    if entry.config not in damaged and bundle.config_text(entry) != original.config_text:
         message = "is not the original's adapter_config.json"
         yield Finding("config-differs", entry.config, message, damage=False, adapter=entry.name)
     if entry.extras in damaged:

@@ -110,7 +110,10 @@ def equal_groups(adapters: int, clusters: int) -> list[range]:
 def bundle_bytes(
     collection: Collection, method: Method, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
 ) -> int:
-    """About the bytes of a bundle. ``groups``, empty for svd, are the numbers of the adapters that share a basis."""
+    """About the bytes of a bundle. ``groups``, empty for svd, are the numbers of the adapters that share a basis.
+
+    Extras count for every adapter: that some are equal, and stored once, shows only when they are read.
+    """
     adapters = collection.adapters
     item = _ITEM_BYTES[dtype]
     if rank is None or method == "svd":

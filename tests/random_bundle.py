@@ -6,7 +6,7 @@ Errors are computed from dense updates with numpy, so that what reads the bundle
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -26,6 +26,7 @@ from lorazip_core.bundle import (
     ShardEntry,
     SkippedEntry,
     SourceEntry,
+    required_to_read,
 )
 from lorazip_core.files import safe_name, sha256_file
 from lorazip_core.lock import Origin
@@ -68,6 +69,8 @@ SKETCHES = [
     Sketch("h", "original", [1, 3], 2, extras={EXTRA: torch.tensor([[1, 2]])}, dtype=torch.bfloat16, scale=1 / 3),
     Sketch("z", "joint", [2, 3], 3, zero=True),
 ]
+ALIKE = [replace(sketch, extras=SKETCHES[0].extras) if sketch.name in "dg" else sketch for sketch in SKETCHES]
+"""The same where three adapters have equal extras."""
 SHARDS = {"joint": [["a", "b/c", "z"], ["d"]], "diag": [["e", "f"]]}
 
 
@@ -107,7 +110,7 @@ class _Maker:
             Manifest(
                 created_by="lorazip tests",
                 requires={
-                    "read": sorted({sketch.scheme for sketch in self.sketches}),
+                    "read": required_to_read(adapters),
                     "export": sorted({module.kind for module in MODULES} | extras),
                 },
                 base_model=BASE,
@@ -217,7 +220,7 @@ class _Maker:
             individual = self._individual(sketch)
         if sketch.extras:
             extras = f"extras/{safe_name(sketch.name)}.safetensors"
-            self.writer.add_tensors(extras, sketch.extras)
+            extras = self.writer.add_shared(extras, sketch.extras).path
         folder = self.originals / sketch.name
         config = f"configs/{safe_name(sketch.name)}.json"
         self.writer.add_bytes(config, (folder / "adapter_config.json").read_bytes())

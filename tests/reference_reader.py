@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-KNOWN = {"joint", "diag", "svd", "original"}
+KNOWN = {"joint", "diag", "svd", "original", "shared-extras"}
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorazip_core.adapter import Adapter, open_adapter, open_collection
+from lorazip_cli.main import main
+from lorazip_core.adapter import Adapter, Module, open_adapter, open_collection, write_adapter
 from lorazip_core.bundle import (
     DTYPES,
     AdapterEntry,
@@ -32,12 +33,16 @@ from lorazip_core.bundle import (
     SourceEntry,
 )
 from lorazip_core.errors import BundleDamaged, OutputExists, Unsupported, UsageError
-from lorazip_core.export import ExportReport, export
-from lorazip_core.files import safe_name, sha256_file
+from lorazip_core.export import ExportReport, export, exporter, vllm
+from lorazip_core.files import safe_name, sha256_file, tree
 from lorazip_core.linalg import truncated_svd
+from lorazip_core.reconstruct import decode
+from lorazip_core.workers import at_most
 
 
-def bundle_of(root: Path, out: Path, scheme: str, rank: int, *, dtype: str = "f32", rename: Any = None) -> Path:
+def bundle_of(
+    root: Path, out: Path, scheme: str, rank: int, *, dtype: str = "f32", rename: Any = None, error: float = 0.125
+) -> Path:
     """A bundle of the adapters below ``root`` that all have one scheme, on random bases: a crude encoder."""
     out.mkdir()
     collection = open_collection(root)
@@ -89,7 +94,7 @@ def bundle_of(root: Path, out: Path, scheme: str, rank: int, *, dtype: str = "f3
                 base_model=adapter.config.base_model,
                 files=files,
                 squared_norm=1.0,
-                squared_error=0.125,
+                squared_error=error,
                 mean_module_squared_error=0.25,
                 worst_module=None,
                 because="method",
@@ -111,6 +116,10 @@ def bundle_of(root: Path, out: Path, scheme: str, rank: int, *, dtype: str = "f3
         )
     )
     return out
+
+
+def readme_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
 
 
 def product(adapter: Adapter, module: str) -> Tensor:
@@ -161,13 +170,13 @@ def with_updates(base: nn.Module, updates: dict[str, Tensor]) -> nn.Module:
 
 
 def loads_as(folder: Path, make: Callable[[], nn.Module], expected: nn.Module, tolerance: float = 2e-5) -> nn.Module:
-    """PEFT loads the folder: every factor used, every scale 1, and the logits of ``expected``."""
+    """PEFT loads the folder: every factor used, scaled as lorazip reads it, and the logits of ``expected``."""
     model = fixtures.load_strictly(folder, make())
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     adapter = open_adapter("exported", folder)
     assert {name.removeprefix("base_model.model.") for name in layers} == set(adapter.parts)
-    assert {layer.scaling["default"] for layer in layers.values()} == {1}
-    assert {part.scale for part in adapter.parts.values()} == {1}
+    scales = {name.removeprefix("base_model.model."): layer.scaling["default"] for name, layer in layers.items()}
+    assert scales == {name: part.scale for name, part in adapter.parts.items()}
     base = make()
     answer, wanted = fixtures.logits(model, base), fixtures.logits(expected, base)
     scale = float(wanted.abs().max())
@@ -177,6 +186,7 @@ def loads_as(folder: Path, make: Callable[[], nn.Module], expected: nn.Module, t
 
 
 Q_UP = {"target_modules": ["q", "up"], "r": 4, "lora_alpha": 6}
+LLAMA = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (fixtures.tokens, Q_UP),
     "rslora with patterns": (
@@ -304,7 +314,6 @@ def test_config_keeps_the_rest(tmp_path: Path) -> None:
         "r": 3,
         "lora_alpha": 3,
         "use_rslora": False,
-        "target_modules": ["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up"],
         "loftq_config": {},
         "eva_config": None,
     }
@@ -324,12 +333,30 @@ def test_unknown_name_lists_the_closest(simple: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_names_may_be_patterns(tmp_path: Path) -> None:
+    for name in ("fv_a", "fv_b", "team/fv_c", "x[1]"):
+        fixtures.save_adapter(tmp_path / "in" / name, fixtures.tokens(), **Q_UP)
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 2)
+
+    def names(*patterns: str) -> list[str]:
+        return [one.name for one in export(bundle, tmp_path / "out", adapters=patterns, force=True).adapters]
+
+    assert names("fv_*") == ["fv_a", "fv_b"]
+    assert names("*fv_?", "fv_a") == ["fv_a", "fv_b", "team/fv_c"]
+    assert names("x[1]") == ["x[1]"]  # a name is itself before it is a pattern
+    with pytest.raises(UsageError, match=r"no adapter 'fv-\*'.*did you mean 'fv_"):
+        names("fv_a", "fv-*")
+
+
 def test_report(simple: Path, tmp_path: Path) -> None:
     report = export(simple, tmp_path / "out")
     assert (report.format, report.target, report.max_lora_rank) == ("peft", None, None)
     assert report.output == str(tmp_path / "out")
     first = report.adapters[0]
-    assert (first.name, first.path, first.rank, first.scheme, first.squared_error) == ("a0", "a0", 6, "joint", 0.125)
+    assert (first.name, first.path, first.rank, first.scheme, first.squared_error) == ("a0", "a0", 6, "joint", None)
+    assert first.squared_distance is not None
+    assert 0 < first.squared_distance < 1e-12
+    assert first.squared_error_bound == pytest.approx(0.125, rel=1e-5)
     written = msgspec.json.decode((tmp_path / "out" / "export.json").read_bytes(), type=ExportReport)
     assert written == msgspec.structs.replace(report, output=".")
     assert written.schema == "lorazip.export/1"
@@ -379,9 +406,9 @@ def test_rank_truncates(tmp_path: Path, scheme: str) -> None:
         updates[name] = (u[:, :2] * s[:2] @ vh[:2]).float()
         kept, total = kept + float(s[:2].square().sum()), total + float(s.square().sum())
     loads_as(tmp_path / "out" / "a0", fixtures.tokens, with_updates(fixtures.tokens(), updates))
-    dropped = re.search(r"dropping ([\d.e-]+) of", (tmp_path / "out" / "a0" / "README.md").read_text())
-    assert dropped is not None
-    assert float(dropped[1]) == pytest.approx(1 - kept / total, rel=1e-3)
+    moved = re.search(r"truncated it further.* moved the update by ([\d.e-]+) of", readme_of(tmp_path / "out" / "a0"))
+    assert moved is not None
+    assert float(moved[1]) == pytest.approx(total - kept, rel=1e-3)  # the bundle claims ‖ΔW‖² = 1
 
 
 def test_rank_above_all_changes_nothing(simple: Path, tmp_path: Path) -> None:
@@ -416,14 +443,160 @@ def test_dtype(tmp_path: Path, stored: str, wanted: str | None) -> None:
     torch.testing.assert_close(answer, right, rtol=0, atol=tolerance * float(right.abs().max()))
 
 
-def test_original_keeps_its_dtype(tmp_path: Path) -> None:
-    fields = Q_UP | {"lora_alpha": 8}
-    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), dtype=torch.float16, **fields)
-    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "original", 4, dtype="bf16")
-    export(bundle, tmp_path / "out")
+MIXED = {"A": torch.float32, "B": torch.bfloat16}
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 8}, {"use_rslora": True, "r": 8, "lora_alpha": 16}])
+def test_original_comes_back_bit_for_bit(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Also with an A of another dtype than B, ranks of patterns, a scale that bf16 does not have, and a bias."""
+    folder = tmp_path / "in" / "a"
+    patterns = {"rank_pattern": {"layers.0.q": 2, "up": 7}, "alpha_pattern": {"layers.1.q": 3}}
+    fixtures.save_adapter(folder, fixtures.tokens(), **Q_UP | fields | patterns)
+    fixtures.edit_weights(
+        folder,
+        lambda tensors: tensors.update({key: value.to(MIXED[key[-8]]) for key, value in tensors.items()}),
+    )
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "original", 4, dtype="bf16", error=0.0)
+    (one,) = export(bundle, tmp_path / "out").adapters
+    assert (one.squared_error, one.squared_distance, one.squared_error_bound) == (0, 0, 0)
     before, after = (load_file(tmp_path / side / "a" / fixtures.WEIGHTS) for side in ("in", "out"))
+    assert before.keys() == after.keys()
     for key, tensor in before.items():
-        assert torch.equal(after[key], tensor * 2 if "lora_B" in key else tensor)
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor, after[key])
+    assert (tmp_path / "out" / "a" / fixtures.CONFIG).read_text() == canonical(folder / fixtures.CONFIG)
+    assert "Its own factors, bfloat16, float32" in readme_of(tmp_path / "out" / "a")
+
+
+def canonical(config: Path) -> str:
+    return json.dumps(json.loads(config.read_text()), indent=2, sort_keys=True) + "\n"
+
+
+def test_a_bias_of_lora_b_comes_back_under_the_own_scale(tmp_path: Path) -> None:
+    fields = Q_UP | {"target_modules": ["up"], "lora_bias": True, "lora_alpha": 5}
+    original = fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), **fields)
+    export(bundle_of(tmp_path / "in", tmp_path / "bundle", "original", 4), tmp_path / "out")
+    exported, base = fixtures.load_strictly(tmp_path / "out" / "a", fixtures.tokens()), fixtures.tokens()
+    torch.testing.assert_close(fixtures.logits(exported, base), fixtures.logits(original, base))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("joint", {}),
+        ("svd", {"rank": 2}),
+        ("svd", {"dtype": "bf16"}),
+        ("original", {"rank": 2}),
+        ("original", {"dtype": "bf16"}),
+        ("original", {"target": "vllm"}),
+    ],
+)
+def test_what_an_export_adds_is_measured(tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
+    """The distance of the files written to the update stored, in dense float64, and the bound that follows."""
+    fields = {"target_modules": ["q_proj", "up_proj"], "r": 4, "lora_alpha": 6, "rank_pattern": {"up_proj": 7}}
+    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.llama(), dtype=torch.float16, use_rslora=True, **fields)
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", scheme, 4, dtype="f16")
+    (one,) = export(bundle, tmp_path / "out", **options).adapters
+    opened, written = Bundle(bundle), open_adapter("a", tmp_path / "out" / "a")
+    moved = 0.0
+    for module in written.parts:
+        b, a = decode(opened, opened.manifest.adapters[0], module, torch.float64)
+        exported_b, exported_a = written.factors(module, torch.float64)
+        moved += float((b @ a - exported_b @ exported_a).square().sum())
+    assert one.squared_error is None
+    assert one.squared_distance == pytest.approx(moved, rel=1e-9)  # the bundle claims ‖ΔW‖² = 1
+    assert moved > 1e-9
+    assert one.squared_error_bound == pytest.approx((0.125**0.5 + moved**0.5) ** 2)
+    assert f"at most {one.squared_error_bound:.6g}" in readme_of(tmp_path / "out" / "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "f32"}, {"rank": 9}])
+def test_nothing_added_is_the_claim_of_the_bundle(tmp_path: Path, options: dict[str, Any]) -> None:
+    make_collection(tmp_path / "in", "linear", 1)
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 3, dtype="bf16")
+    (one,) = export(bundle, tmp_path / "out", **options).adapters
+    assert (one.squared_error, one.squared_distance, one.squared_error_bound) == (0.125, 0, 0.125)
+    assert "Squared error against the original: 0.125" in readme_of(tmp_path / "out" / "a0")
+
+
+def uneven(root: Path) -> Path:
+    """A bundle of one adapter that svd keeps at the ranks 3 and 7."""
+    fixtures.save_adapter(root / "in" / "a", fixtures.llama(), r=3, rank_pattern={"up_proj": 7}, **LLAMA)
+    return bundle_of(root / "in", root / "bundle", "svd", 7)
+
+
+def test_ranks_are_padded_to_one(tmp_path: Path) -> None:
+    bundle = uneven(tmp_path)
+    (one,) = export(bundle, tmp_path / "out").adapters
+    assert (one.rank, one.squared_distance) == (7, 0)
+    config = json.loads((tmp_path / "out" / "a" / fixtures.CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (7, 7, {}, {})
+    for key, tensor in load_file(tmp_path / "out" / "a" / fixtures.WEIGHTS).items():
+        assert tensor.shape[0 if "lora_A" in key else 1] == 7
+    assert "padded with zeros to one rank" in readme_of(tmp_path / "out" / "a")
+    loads_as(tmp_path / "out" / "a", fixtures.llama, with_updates(fixtures.llama(), stored_updates(bundle, "a")))
+
+
+def test_ranks_stay_uneven_if_asked(tmp_path: Path) -> None:
+    bundle = uneven(tmp_path)
+    assert main(["export", str(bundle), "-o", str(tmp_path / "out"), "--no-pad", "-q"]) == 0
+    config = json.loads((tmp_path / "out" / "a" / fixtures.CONFIG).read_text())
+    assert config["r"] == 7
+    assert set(config["rank_pattern"].values()) == {3}
+    loads_as(tmp_path / "out" / "a", fixtures.llama, with_updates(fixtures.llama(), stored_updates(bundle, "a")))
+    with pytest.raises(UsageError, match="one rank"):
+        export(bundle, tmp_path / "vllm", target="vllm", pad=False)
+
+
+def test_experts_need_no_rank_pattern(tmp_path: Path) -> None:
+    """PEFT with Transformers 5 refuses patterns for models with experts."""
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
+    modules = {
+        Module(name, "linear", 6, 5): (torch.ones(6, 1 + i), torch.ones(1 + i, 5)) for i, name in enumerate(names)
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["up_proj"],
+        "rank_pattern": {"1.up_proj": 2},
+    }
+    write_adapter(tmp_path / "in" / "a", config, modules, {}, "")
+    export(bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 2), tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "a" / fixtures.CONFIG).read_text())["rank_pattern"]
+
+
+OLD_FIELDS = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "task_type")
+
+
+@pytest.mark.parametrize("scheme", ["joint", "original"])
+def test_no_field_is_added(tmp_path: Path, scheme: str) -> None:
+    """A PEFT from before a field refuses even its default."""
+    make_collection(tmp_path / "in", "causal LM", 1)
+    config = json.loads((tmp_path / "in" / "a0" / fixtures.CONFIG).read_text())
+    (tmp_path / "in" / "a0" / fixtures.CONFIG).write_text(json.dumps({field: config[field] for field in OLD_FIELDS}))
+    export(bundle_of(tmp_path / "in", tmp_path / "bundle", scheme, 3), tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "a0" / fixtures.CONFIG).read_text())
+    assert set(after) == set(OLD_FIELDS)
+    assert after["target_modules"] == config["target_modules"]
+
+
+def test_bytes_do_not_depend_on_threads(simple: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        with at_most(workers):
+            export(simple, tmp_path / str(workers))
+    assert list(tree(tmp_path / "1")) == list(tree(tmp_path / "3"))
+    for file in tree(tmp_path / "1"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes()
+
+
+def test_adapters_are_written_by_threads_of_one_core(simple: Path, tmp_path: Path) -> None:
+    seen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        real = exporter.write_adapter
+        patch.setattr(exporter, "write_adapter", lambda *args: (seen.add(torch.get_num_threads()), real(*args)))
+        export(simple, tmp_path / "out")
+    assert seen == {1}
 
 
 def test_overflow_is_refused(tmp_path: Path) -> None:
@@ -496,9 +669,6 @@ def test_name_of_a_file_that_export_writes(tmp_path: Path) -> None:
     assert [adapter.path for adapter in report.adapters] == [safe_name("README.md/x"), safe_name("export.json")]
 
 
-LLAMA = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
-
-
 def test_vllm_gets_one_rank_without_patterns(tmp_path: Path) -> None:
     fixtures.save_adapter(tmp_path / "in" / "a", fixtures.llama(), r=3, rank_pattern={"up_proj": 9}, **LLAMA)
     fixtures.save_adapter(tmp_path / "in" / "b", fixtures.llama(), r=5, use_rslora=True, **LLAMA)
@@ -506,9 +676,9 @@ def test_vllm_gets_one_rank_without_patterns(tmp_path: Path) -> None:
     report = export(bundle, tmp_path / "out", target="vllm")
     assert report.max_lora_rank == 16
     assert [adapter.rank for adapter in report.adapters] == [9, 5]
-    for name, rank in (("a", 9), ("b", 5)):
+    for name, rank, alpha, rslora in (("a", 9, 9, False), ("b", 5, 8, True)):
         config = json.loads((tmp_path / "out" / name / fixtures.CONFIG).read_text())
-        assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, rank, False)
+        assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, alpha, rslora)
         assert not config["rank_pattern"]
         assert not config["alpha_pattern"]
         assert not config["modules_to_save"]
@@ -541,8 +711,9 @@ def test_vllm_rank_has_an_end(tmp_path: Path) -> None:
         (fixtures.llama_classifier, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}, "score.weight"),
         (fixtures.tokens, {"target_modules": ["up"], "lora_bias": True}, "lora_B.bias"),
         (fixtures.tokens, {"target_modules": ["up"], "bias": "all"}, "bias"),
-        (fixtures.gpt2, {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}, "embedding|wte"),
-        (fixtures.tokens, {"target_modules": ["embed_tokens", "q"]}, "embed_tokens is an embedding"),
+        (fixtures.gpt2, {"target_modules": ["wte"], "fan_in_fan_out": True}, "wte is an embedding of another name"),
+        (fixtures.tokens, {"target_modules": ["embed_tokens", "head"]}, "embed_tokens is no full path"),
+        (fixtures.llama, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}, "trainable_tokens"),
         (fixtures.image, {"target_modules": ["stem"]}, "stem is a convolution"),
         (fixtures.tokens, {"target_modules": ["q"]}, r"layers\.0\.q is no full path"),
         (fixtures.llama, {"target_modules": ["q_proj"], "modules_to_save": ["not_there"]}, "modules_to_save"),
@@ -572,3 +743,26 @@ def test_vllm_takes_the_good_ones(tmp_path: Path) -> None:
         export(bundle, tmp_path / "out", target="vllm")
     assert "'good'" not in str(caught.value)
     assert export(bundle, tmp_path / "out", target="vllm", adapters=["good"]).max_lora_rank == 8
+
+
+def test_vllm_takes_an_embedding_and_a_head(tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+    original = fixtures.save_adapter(tmp_path / "in" / "a", fixtures.llama(), r=2, **fields)
+    saved = "base_model.model.lm_head.base_layer.weight"  # PEFT saves the weights of the base model, vLLM skips them
+    assert any(key.endswith(".base_layer.weight") for key in load_file(tmp_path / "in" / "a" / fixtures.WEIGHTS)) or (
+        fixtures.edit_weights(tmp_path / "in" / "a", lambda tensors: tensors.update({saved: torch.zeros(40, 16)}))
+        is None
+    )
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 2)
+    assert export(bundle, tmp_path / "out", target="vllm").max_lora_rank == 8
+    written = load_file(tmp_path / "out" / "a" / fixtures.WEIGHTS)
+    assert written["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (2, 40)
+    exported = fixtures.load_adapter(tmp_path / "out" / "a", fixtures.llama())
+    base = fixtures.llama()
+    torch.testing.assert_close(fixtures.logits(exported, base), fixtures.logits(original, base), rtol=0, atol=1e-4)
+
+
+def test_vllm_does_not_take_a_larger_head() -> None:
+    head = ModuleEntry("lm_head", "linear", 258_049, 8)
+    assert vllm._module_reason(head) == "module lm_head has 258049 rows, more than 258048"
+    assert vllm._module_reason(msgspec.structs.replace(head, d_out=258_048)) is None

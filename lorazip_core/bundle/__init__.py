@@ -21,6 +21,7 @@ from .manifest import (
     SkippedEntry,
     SourceEntry,
     Weights,
+    required_to_read,
 )
 from .reader import Bundle
 
@@ -51,6 +52,7 @@ __all__ = [
     "TensorLayout",
     "Weights",
     "not_of_bundle",
+    "required_to_read",
     "write_tensors",
 ]
 

@@ -18,12 +18,13 @@ from msgspec import UNSET
 from torch import Tensor
 
 from ..errors import BundleDamaged
-from ..files import sha256_file, tree
+from ..files import tree
 from ..progress import Advance
 from ..workers import in_order
 from .finding import Finding, printable
 from .manifest import (
     MANIFEST_NAME,
+    SHARED_EXTRAS,
     AdapterEntry,
     ClusterEntry,
     FileEntry,
@@ -114,16 +115,7 @@ class _Check:
 
         Raises OSError for a file that cannot be read: that is trouble here, and tells nothing of the bundle.
         """
-        path = self.bundle.path / entry.path
-        if entry.path not in self._plain:
-            return None
-        size = path.stat().st_size
-        if size != entry.size_bytes:
-            return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
-        digest = sha256_file(path)
-        if digest != entry.sha256:
-            return "wrong-digest", f"sha256 {digest}, but the manifest says {entry.sha256}"
-        return None
+        return self.bundle.damage_to(entry.path) if entry.path in self._plain else None
 
     def bytes_of(self, entry: FileEntry, wrong: tuple[str, str] | None) -> None:
         """Take down what `wrong_bytes` has said of a file."""
@@ -283,8 +275,10 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
         for shard in cluster.shards:
             if shard.basis_sha256 != digests[cluster.basis]:
                 yield f"{shard.path} belongs to the basis {shard.basis_sha256}, not to {cluster.basis}"
+    extras = [adapter.extras for adapter in manifest.adapters if adapter.extras is not None]
+    paths.update(set(extras) if SHARED_EXTRAS in manifest.requires.get("read", []) else extras)
     for adapter in manifest.adapters:
-        paths.update(filter(None, (adapter.config, adapter.individual, adapter.extras)))
+        paths.update(filter(None, (adapter.config, adapter.individual)))
         if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
             yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
         if (adapter.scheme == "svd") != (adapter.rank is not None):

@@ -31,9 +31,11 @@ Method = Literal["joint", "diag", "svd"]
 Weights = Literal["adapter", "module"]
 Dtype = Literal["bf16", "f16", "f32"]
 
+SHARED_EXTRAS = "shared-extras"
+"""The feature of a bundle in which adapters with equal extras name one file."""
 # Per operation, the features of format 1. A manifest that requires another one is refused, by its name.
 KNOWN_FEATURES: dict[str, set[str]] = {
-    "read": {"joint", "diag", "svd", "original"},
+    "read": {"joint", "diag", "svd", "original", SHARED_EXTRAS},
     "export": {"linear", "conv", "embedding", "extras", "target_parameters"},
 }
 
@@ -163,6 +165,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
     adapters: list[AdapterEntry]
     skipped: list[SkippedEntry]
     files: list[FileEntry]
+
+
+def required_to_read(adapters: list[AdapterEntry]) -> list[str]:
+    """The features that reading a bundle of these adapters requires."""
+    extras = [adapter.extras for adapter in adapters if adapter.extras is not None]
+    shared = {SHARED_EXTRAS} if len(set(extras)) < len(extras) else set()
+    return sorted({adapter.scheme for adapter in adapters} | shared)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

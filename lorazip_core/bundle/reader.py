@@ -1,36 +1,62 @@
-"""A bundle, read: one tensor at a time, straight from its files."""
+"""A bundle, read: one tensor at a time, straight from its files, each of which is checked before it is used."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleDamaged
-from .manifest import MANIFEST_NAME, AdapterEntry, ClusterEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
+from ..files import sha256_bytes
+from ..workers import in_order
+from .manifest import (
+    MANIFEST_NAME,
+    AdapterEntry,
+    ClusterEntry,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    ShardEntry,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _OPEN_FILES = 128
+# Any other OSError is trouble with reading here, and no damage to the bundle.
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_RESTORE = "restore the bundle, or compress again; 'lorazip verify' names all damage"
 
 
 class Bundle:
-    """An opened bundle. Opening reads the manifest only; `lorazip verify` is what checks the rest."""
+    """An opened bundle; for any thread. Opening reads the manifest only.
+
+    A file is held against the size and digest in the manifest when it is first used, once. What is read afterwards is
+    the file that was checked: the handle is made from the descriptor that was hashed, and a file that is opened again
+    is hashed again unless it is still the same one, unchanged.
+    """
 
     def __init__(self, path: Path, operations: tuple[str, ...] = ("read",)) -> None:
         """Raises as `read_manifest`; ``operations`` ("read", "export") say which required features matter."""
         self.path = path
         self.manifest: Manifest = read_manifest(path, operations)
         self._lock = Lock()
+        self._opening: defaultdict[str, Lock] = defaultdict(Lock)
         self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._checked: dict[str, tuple[int, ...]] = {}
         self._rows: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
 
     @cached_property
@@ -83,6 +109,13 @@ class Bundle:
             scale = float(self.tensor(adapter.individual, f"{module}.scale"))
         return b, a, scale
 
+    def rank(self, adapter: AdapterEntry, module: str) -> int:
+        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read."""
+        if adapter.individual is not None:
+            return self._shape(adapter.individual, f"{module}.A")[0]
+        assert adapter.cluster is not None
+        return self._shape(self.manifest.clusters[adapter.cluster].basis, f"{module}.V")[1]
+
     def extras(self, adapter: AdapterEntry) -> dict[str, Tensor]:
         """The tensors of an adapter that are no LoRA factors, by their names in the source."""
         if adapter.extras is None:
@@ -92,9 +125,42 @@ class Bundle:
     def config(self, adapter: AdapterEntry) -> dict[str, Any]:
         """The adapter's original ``adapter_config.json``."""
         try:
-            return dict(json.loads((self.path / adapter.config).read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return dict(json.loads(self.config_text(adapter)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise BundleDamaged(f"{self.path / adapter.config}: not the JSON of a configuration: {error}") from None
+
+    def config_text(self, adapter: AdapterEntry) -> bytes:
+        """The adapter's original ``adapter_config.json``, byte for byte."""
+        path, entry = self.path / adapter.config, self._files[adapter.config]
+        try:
+            with _opened(path) as file:
+                data = file.read()
+        except _NOT_THERE as error:
+            raise BundleDamaged(f"{path}: {error.strerror}", _RESTORE) from None
+        if found := _differs(entry, len(data), sha256_bytes(data)):
+            raise BundleDamaged(f"{path}: {found[1]}", _RESTORE)
+        return data
+
+    def check_files(self, files: Iterable[str]) -> None:
+        """Check several files side by side, before they are used. Raises BundleDamaged for the first that is damaged.
+
+        Files that many threads share are best checked so: a thread that needs a file waits until it is hashed.
+        """
+        with closing(in_order(self._handle, files, torch.device("cpu"))) as handles:
+            for _ in handles:
+                pass
+
+    def damage_to(self, file: str) -> tuple[str, str] | None:
+        """Why a file of the bundle must not be used, as the kind of finding and its message, or None if it is sound.
+
+        A file that is found sound here is not hashed again when it is read. Raises OSError for one that cannot be
+        read: that is trouble here, and tells nothing of the bundle.
+        """
+        try:
+            with _opened(self.path / file) as opened:
+                return self._check(file, opened)
+        except _NOT_THERE as error:
+            return "missing-file", f"{error.strerror}"
 
     def names(self, file: str) -> list[str]:
         """The names of the tensors in a file of the bundle."""
@@ -113,19 +179,55 @@ class Bundle:
             raise BundleDamaged(f"{self.path / file}: tensor {name}: {error}") from None
         return tensor
 
+    def _shape(self, file: str, name: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._handle(file).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise BundleDamaged(f"{self.path / file}: tensor {name}: {error}") from None
+
     def _handle(self, file: str) -> Any:
+        """The open safetensors file, once it is checked; threads that want the same one wait for each other."""
         with self._lock:
-            if file not in self._handles:
-                try:
-                    if not stat.S_ISREG(os.stat(self.path / file).st_mode):  # opening a pipe would wait for ever
-                        raise BundleDamaged(f"{self.path / file}: not a file")
-                    self._handles[file] = safe_open(self.path / file, framework="pt")
-                except (SafetensorError, OSError) as error:
-                    raise BundleDamaged(f"{self.path / file}: {error}", "run 'lorazip verify' for all damage") from None
+            opening = self._opening[file]
+        with opening:
+            with self._lock:
+                if file in self._handles:
+                    self._handles.move_to_end(file)
+                    return self._handles[file]
+            handle = self._open(file)
+            with self._lock:
+                self._handles[file] = handle
                 while len(self._handles) > _OPEN_FILES:
                     self._handles.popitem(last=False)
-            self._handles.move_to_end(file)
-            return self._handles[file]
+        return handle
+
+    def _open(self, file: str) -> Any:
+        path = self.path / file
+        try:
+            with _opened(path) as opened:
+                if damage := self._check(file, opened):
+                    raise BundleDamaged(f"{path}: {damage[1]}", _RESTORE)
+                # By its descriptor: whoever puts another file in its place meanwhile does not get that one read.
+                return safe_open(f"/dev/fd/{opened.fileno()}", framework="pt")
+        except (SafetensorError, *_NOT_THERE) as error:
+            raise BundleDamaged(f"{path}: {error}", _RESTORE) from None
+
+    def _check(self, file: str, opened: BufferedReader) -> tuple[str, str] | None:
+        """Hold an open file against its entry in the manifest, unless it is the one that was found sound before."""
+        entry, status = self._files[file], os.fstat(opened.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if self._checked.get(file) == identity:
+            return None
+        if status.st_size != entry.size_bytes:
+            return _differs(entry, status.st_size, "")
+        if found := _differs(entry, status.st_size, hashlib.file_digest(opened, "sha256").hexdigest()):
+            return found
+        self._checked[file] = identity
+        return None
+
+    @cached_property
+    def _files(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.manifest.files}
 
     @cached_property
     def _shards(self) -> dict[int, ShardEntry]:
@@ -144,3 +246,22 @@ class Bundle:
             module.name: frozenset(number for number, indices in enumerate(sets) if index in indices)
             for index, module in enumerate(self.manifest.modules)
         }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """A plain file, open for reading. Raises BundleDamaged for anything else, such as a pipe, which would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BundleDamaged(f"{path}: not a file", _RESTORE)
+        yield file
+
+
+def _differs(entry: FileEntry, size: int, sha256: str) -> tuple[str, str] | None:
+    """What of a file is not as its entry in the manifest says: its size, or else its digest."""
+    if size != entry.size_bytes:
+        return "wrong-size", f"{size} bytes, but the manifest says {entry.size_bytes}"
+    if sha256 != entry.sha256:
+        return "wrong-digest", f"sha256 {sha256}, but the manifest says {entry.sha256}"
+    return None

@@ -24,6 +24,7 @@ class BundleWriter:
         self._folder = folder
         self._files: dict[str, FileEntry] = {}
         self._folders: set[str] = set()
+        self._shared: dict[str, FileEntry] = {}
 
     @property
     def files(self) -> list[FileEntry]:
@@ -47,6 +48,15 @@ class BundleWriter:
             for name in writer.order:
                 writer.append(name, tensors[name])
         return self._files[path]
+
+    def add_shared(self, path: str, tensors: Mapping[str, Tensor]) -> FileEntry:
+        """Write a safetensors file, unless this has written one of the same bytes: then the entry of that one."""
+        entry = self.add_tensors(path, tensors)
+        first = self._shared.setdefault(entry.sha256, entry)
+        if first is not entry:
+            self._target(path).unlink()
+            del self._files[path]
+        return first
 
     def add_bytes(self, path: str, data: bytes) -> FileEntry:
         """Write a file byte for byte."""

@@ -21,6 +21,7 @@ from ..bundle import (
     ParameterEntry,
     Parameters,
     SkippedEntry,
+    required_to_read,
 )
 from ..files import safe_name
 from ..scan import Scan
@@ -87,7 +88,7 @@ class Assembly:
         manifest = Manifest(
             created_by=f"lorazip {__version__}",
             requires={
-                "read": sorted({entry.scheme for entry in entries}),
+                "read": required_to_read(entries),
                 "export": sorted(features | ({"extras"} if any(entry.extras for entry in entries) else set())),
             },
             base_model=collection.base_model,
@@ -108,7 +109,7 @@ class Assembly:
         extras = None
         if adapter.extras:
             tensors = {key: adapter.extra(key) for key in adapter.extras}
-            extras = self.writer.add_tensors(f"extras/{name}.safetensors", tensors).path
+            extras = self.writer.add_shared(f"extras/{name}.safetensors", tensors).path
         config = self.writer.add_bytes(f"configs/{name}.json", adapter.config_text).path
         kept = self._individual.get(number)
         norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
+from contextlib import closing
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..adapter import Module, Parameter, fuse, write_adapter
+from ..adapter import Module, Parameter, fuse, parse_config, write_adapter
 from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
-from ..errors import BundleDamaged, Unsupported, UsageError
+from ..errors import AdapterError, BundleDamaged, Unsupported, UsageError
 from ..files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
-from ..linalg import Factors, squared_norm, truncated_svd
 from ..places import check_place
 from ..progress import Progress, Silent
-from ..reconstruct import decode
+from ..workers import in_order
 from . import vllm
-from .peft_config import peft_config
+from .factors import Written, folded_factors, own_factors
+from .peft_config import folded_config, gives, own_config
 from .readme import Changes, readme
 from .size import export_bytes
 
@@ -32,6 +35,16 @@ _SILENT = Silent()
 
 Format = Literal["peft"]
 Target = Literal["vllm"]
+_CPU = torch.device("cpu")
+
+
+class _Options(NamedTuple):
+    """How adapters are written; ``one_rank`` is for an engine that knows a single rank and scale per adapter."""
+
+    rank: int | None
+    dtype: str | None
+    pad: bool
+    one_rank: bool
 
 
 class ExportedAdapter(msgspec.Struct, frozen=True):
@@ -42,7 +55,11 @@ class ExportedAdapter(msgspec.Struct, frozen=True):
     rank: int
     scheme: str
     squared_error: float | None
-    """What the manifest claims, or null if the export truncated the adapter further."""
+    """Against the original: what the manifest claims, if the update written is exactly the one stored; else null."""
+    squared_distance: float | None = None
+    """‖ΔŴ−ΔW'‖² / ‖ΔW‖² of the update ΔŴ stored and ΔW' written, measured; null if ΔW is zero and they differ."""
+    squared_error_bound: float | None = None
+    """(√claim + √squared_distance)²: against the original, the squared error is at most this."""
 
 
 class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,18 +83,21 @@ def export(
     target: Target | None = None,
     rank: int | None = None,
     dtype: str | None = None,
+    pad: bool = True,
     force: bool = False,
     progress: Progress = _SILENT,
 ) -> ExportReport:
     """Write adapters of a bundle (all, or those named) as PEFT adapters into ``output``/<name>, all of them or none.
 
-    ``rank`` truncates every module further. ``dtype`` (bf16, f16, f32) defaults to that of the bundle, and for an
-    adapter kept as it was to its own. ``target="vllm"`` refuses what vLLM cannot serve and pads to one rank.
+    ``adapters`` are names or patterns of `fnmatch`. ``rank`` truncates every module further. ``dtype`` (bf16, f16,
+    f32) defaults to that of the bundle. ``pad`` gives all modules of an adapter one rank, with zeros. An adapter of
+    scheme ``original`` keeps its own factors, dtypes, ranks and scales. ``target="vllm"`` refuses what vLLM cannot
+    serve and always gives one rank and one scale. The bytes do not depend on the number of threads.
 
     Raises UsageError for an unknown adapter or a senseless option, Unsupported for what ``target`` does not take,
-    OutputExists, and what opening a bundle raises.
+    OutputExists, BundleDamaged for a file that is not what the manifest says, and what opening a bundle raises.
     """
-    _check_options(bundle_path, output, format, target, rank, dtype)
+    _check_options(bundle_path, output, format, target, rank, dtype, pad)
     bundle = Bundle(bundle_path, ("read", "export"))
     chosen = _choose(bundle, adapters)
     folders = _folders(bundle, [adapter.name for adapter in chosen])
@@ -85,14 +105,21 @@ def export(
         vllm.check_adapters(bundle, chosen)
     check_output(output, force=force, not_ours=not_of_export)
     check_space(output, export_bytes(bundle, chosen, rank, dtype))
-    exported = []
+    options = _Options(rank, dtype, pad, one_rank=target == "vllm")
     with (
         atomic_directory(output, force=force, not_ours=not_of_export) as partial,
         progress.stage("export", len(chosen)) as advance,
     ):
-        for adapter, folder in zip(chosen, folders, strict=True):
-            exported.append(_export_one(bundle, adapter, partial, folder, target, rank, dtype))
-            advance(1)
+        bundle.check_files(_shared_files(bundle, chosen))
+
+        def write(place: tuple[AdapterEntry, str]) -> ExportedAdapter:
+            return _export_one(bundle, place[0], partial, place[1], options)
+
+        exported = []
+        with closing(in_order(write, zip(chosen, folders, strict=True), _CPU)) as results:
+            for one in results:
+                exported.append(one)
+                advance(1)
         report = ExportReport(
             output=str(output),
             format=format,
@@ -121,12 +148,14 @@ def not_of_export(folder: Path) -> str | None:
 
 
 def _check_options(
-    bundle: Path, output: Path, format: str, target: str | None, rank: int | None, dtype: str | None
+    bundle: Path, output: Path, format: str, target: str | None, rank: int | None, dtype: str | None, pad: bool
 ) -> None:
     if format != "peft":
         raise Unsupported(f"export format {format!r}", "this lorazip writes peft")
     if target not in (None, "vllm"):
         raise Unsupported(f"export target {target!r}", "this lorazip knows vllm")
+    if target == "vllm" and not pad:
+        raise UsageError("vLLM knows one rank for all modules of an adapter", "pad, or export without the target vllm")
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
@@ -134,14 +163,27 @@ def _check_options(
     check_place(output, [bundle])
 
 
-def _choose(bundle: Bundle, names: Sequence[str]) -> list[AdapterEntry]:
+def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:
+    """The adapters named, or that match a pattern, in the order of the bundle; all without any."""
     known = {adapter.name: adapter for adapter in bundle.manifest.adapters}
-    for name in names:
-        if name not in known:
+    chosen: set[str] = set()
+    for name in wanted:
+        found = [name] if name in known else [each for each in known if fnmatchcase(each, name)]
+        if not found:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "'lorazip info' lists them"
             raise UsageError(f"{bundle.path} has no adapter {name!r}", hint)
-    return [adapter for name, adapter in known.items() if not names or name in names]
+        chosen.update(found)
+    return [adapter for name, adapter in known.items() if not wanted or name in chosen]
+
+
+def _shared_files(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> list[str]:
+    """The bases and shards that ``adapters`` are decoded from, each once."""
+    files: dict[str, None] = {}
+    for adapter in adapters:
+        if adapter.cluster is not None:
+            files |= dict.fromkeys((bundle.manifest.clusters[adapter.cluster].basis, bundle.shard(adapter).path))
+    return list(files)
 
 
 def _folders(bundle: Bundle, names: Sequence[str]) -> list[str]:
@@ -159,48 +201,83 @@ def _folders(bundle: Bundle, names: Sequence[str]) -> list[str]:
     return folders
 
 
-def _export_one(
-    bundle: Bundle,
-    adapter: AdapterEntry,
-    root: Path,
-    folder: str,
-    target: Target | None,
-    rank: int | None,
-    dtype: str | None,
-) -> ExportedAdapter:
-    factors: dict[Module, Factors] = {}
-    norm = kept = 0.0
-    truncated = False
-    for entry in bundle.modules(adapter):
-        module = _module(entry)
-        b, a = decode(bundle, adapter, entry.name, torch.float64)
-        norm += float(squared_norm(b, a))
-        if rank is not None and rank < a.shape[0]:
-            b, a = truncated_svd(b, a, rank)
-            truncated = True
-        kept += float(squared_norm(b, a))
-        factors[module] = _rounded(bundle, adapter, module, (b, a), dtype)
-    ranks: dict[str, int] = {}
-    for module, (_, a) in factors.items():
-        ranks[module.target] = max(ranks.get(module.target, 0), a.shape[0])
-    parameters = {module.target for module in factors if module.parameter}
+def _export_one(bundle: Bundle, adapter: AdapterEntry, root: Path, folder: str, options: _Options) -> ExportedAdapter:
+    original = bundle.config(adapter)
+    updates = _own_updates(bundle, adapter, options)
+    own = updates is not None
+    if updates is None:
+        updates = _folded_updates(bundle, adapter, options)
+    ranks = {module: update.rank for module, update in updates.items()}
     largest = max(ranks.values())
-    padded = target == "vllm" and min(ranks.values()) < largest
+    padded = not own and options.pad and min(ranks.values()) < largest
     if padded:
-        factors = {module: vllm.padded(both, largest) for module, both in factors.items()}
+        updates = {module: update.padded(largest) for module, update in updates.items()}
         ranks = dict.fromkeys(ranks, largest)
-    dtypes = sorted({str(b.dtype).removeprefix("torch.") for b, _ in factors.values()})
-    changes = Changes(largest, truncated, max(0.0, 1 - kept / norm) if norm else 0.0, padded, ", ".join(dtypes))
-    embeddings = any(module.kind == "embedding" for module in factors)
+    exported = _measured(adapter, folder, largest, math.fsum(update.moved for update in updates.values()))
+    changes = Changes(
+        rank=None if own else largest,
+        truncated=_truncates(bundle, adapter, options.rank),
+        padded=padded,
+        dtype=", ".join(sorted({_name(side.dtype) for update in updates.values() for side in (update.b, update.a)})),
+        squared_distance=exported.squared_distance,
+        squared_error_bound=exported.squared_error_bound,
+    )
     write_adapter(
         root / folder,
-        peft_config(bundle.config(adapter), ranks, embeddings, parameters),
-        fuse(factors),
-        bundle.extras(adapter),
+        own_config(original, list(updates)) if own else folded_config(original, ranks),
+        fuse({module: (update.b, update.a) for module, update in updates.items()}),
+        _extras(bundle, adapter, updates),
         readme(bundle, adapter, changes),
     )
-    claimed = None if truncated else adapter.squared_error
-    return ExportedAdapter(adapter.name, folder, largest, adapter.scheme, claimed)
+    return exported
+
+
+def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> dict[Module, Written] | None:
+    """An adapter of scheme ``original`` as it was, or None where that is not what it is or what is wanted."""
+    if adapter.scheme != "original" or _truncates(bundle, adapter, options.rank):
+        return None
+    try:
+        config = parse_config(adapter.name, bundle.config_text(adapter))
+    except AdapterError:  # a configuration that did not make these scales
+        return None
+    updates = {_module(entry): own_factors(bundle, adapter, entry, options.dtype) for entry in bundle.modules(adapter)}
+    ranks = {module: update.rank for module, update in updates.items()}
+    scales = {module: update.scale for module, update in updates.items()}
+    return updates if gives(config, ranks, scales, one_rank=options.one_rank) else None
+
+
+def _folded_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> dict[Module, Written]:
+    return {
+        _module(entry): folded_factors(bundle, adapter, entry, options.rank, options.dtype)
+        for entry in bundle.modules(adapter)
+    }
+
+
+def _truncates(bundle: Bundle, adapter: AdapterEntry, rank: int | None) -> bool:
+    """Whether any module has a higher rank than is asked for."""
+    return rank is not None and any(bundle.rank(adapter, entry.name) > rank for entry in bundle.modules(adapter))
+
+
+def _measured(adapter: AdapterEntry, folder: str, rank: int, moved: float) -> ExportedAdapter:
+    """What there is to report of an adapter whose update was moved by so much, in squared norm."""
+    if moved == 0:
+        claim = adapter.squared_error
+        return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, claim, 0.0, claim)
+    if adapter.squared_norm == 0:
+        return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, None)
+    distance = moved / adapter.squared_norm
+    bound = (math.sqrt(adapter.squared_error) + math.sqrt(distance)) ** 2
+    return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, None, distance, bound)
+
+
+def _extras(bundle: Bundle, adapter: AdapterEntry, updates: dict[Module, Written]) -> dict[str, Tensor]:
+    """The tensors that are no LoRA factors; of a bias of lora_B, the scale is taken that PEFT multiplies in again."""
+    extras = bundle.extras(adapter)
+    for module, update in updates.items():
+        key = f"{module.keys[0].removesuffix('.weight')}.bias"
+        if key in extras and update.scale not in (0, 1):
+            extras[key] = (extras[key].double() / update.scale).to(extras[key].dtype)
+    return extras
 
 
 def _module(entry: ModuleEntry) -> Module:
@@ -208,23 +285,5 @@ def _module(entry: ModuleEntry) -> Module:
     return Module(entry.name, entry.kind, entry.d_out, entry.d_in, tuple(entry.kernel), parameter)
 
 
-def _rounded(bundle: Bundle, adapter: AdapterEntry, module: Module, factors: Factors, dtype: str | None) -> Factors:
-    """The factors in the dtype of the export."""
-    if dtype is not None:
-        wanted = DTYPES[dtype]
-    elif adapter.scheme == "original":
-        wanted = bundle.individual(adapter, module.name)[0].dtype
-    else:
-        wanted = DTYPES[bundle.manifest.parameters.dtype]
-    b, a = (_finite(bundle, adapter, module, factor.to(wanted)) for factor in factors)
-    return b, a
-
-
-def _finite(bundle: Bundle, adapter: AdapterEntry, module: Module, factor: Tensor) -> Tensor:
-    if not torch.isfinite(factor).all():
-        dtype = str(factor.dtype).removeprefix("torch.")
-        raise Unsupported(
-            f"{bundle.path}: adapter {adapter.name!r}: the factors of {module.name} do not fit into {dtype}",
-            "choose another --dtype",
-        )
-    return factor
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

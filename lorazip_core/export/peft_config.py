@@ -1,58 +1,72 @@
-"""The ``adapter_config.json`` of an exported adapter: the original one, made to fit the factors that are exported."""
+"""The ``adapter_config.json`` of an exported adapter: the original one, and only what must differ from it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Mapping
 from typing import Any
+
+from ..adapter import LoraConfig, Module
+from .target_modules import selection
 
 # What these say of how the adapter was made (its initialisation, a backward pass) no longer holds for its factors.
 _CLEARED = ("eva_config", "corda_config", "lora_ga_config", "velora_config")
+# What PEFT takes for a field that is missing. No such value is added: a PEFT older than the field would refuse it.
+_DEFAULTS: dict[str, Any] = {
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "init_lora_weights": True,
+    "ensure_weight_tying": False,
+    "loftq_config": {},
+}
 
 
-def peft_config(
-    original: dict[str, Any], ranks: dict[str, int], embeddings: bool, parameters: Collection[str] = ()
-) -> dict[str, Any]:
-    """The configuration under which PEFT scales every module by 1 and targets exactly the modules of ``ranks``.
+def own_config(original: dict[str, Any], modules: list[Module]) -> dict[str, Any]:
+    """The configuration for an adapter whose factors keep their own ranks and scales: those of ``original``."""
+    return _changed(original, modules, {})
 
-    Those that are ``parameters`` are selected by the ``target_parameters`` of ``original``, which has no others.
 
-    The largest rank is r and lora_alpha; modules of another rank are in rank_pattern and alpha_pattern. All fields
-    that have no part in this keep the values of ``original``. ``embeddings`` tells whether a target is an embedding.
+def folded_config(original: dict[str, Any], ranks: Mapping[Module, int]) -> dict[str, Any]:
+    """The configuration under which PEFT scales every module by 1.
+
+    The largest rank is r and lora_alpha; modules of another rank are in rank_pattern and alpha_pattern. The experts of
+    a parameter have one rank, the largest of theirs.
     """
-    r = max(ranks.values())
-    modules = sorted(ranks.keys() - set(parameters))
-    pattern = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != r}
-    config = original | {
-        "r": r,
-        "lora_alpha": r,
-        "use_rslora": False,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": modules,
-        "exclude_modules": _others(modules),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    config |= {field: None for field in _CLEARED if field in original}
-    if "loftq_config" in original:
-        config["loftq_config"] = {}
-    if embeddings and original.get("ensure_weight_tying"):
+    targets: dict[str, int] = {}
+    for module, rank in ranks.items():
+        targets[module.target] = max(targets.get(module.target, 0), rank)
+    r = max(targets.values())
+    pattern = {f"^{re.escape(target)}": rank for target, rank in sorted(targets.items()) if rank != r}
+    scaling = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return _changed(original, list(ranks), scaling)
+
+
+def gives(config: LoraConfig, ranks: Mapping[Module, int], scales: Mapping[Module, float], *, one_rank: bool) -> bool:
+    """Whether ``config`` gives every module exactly its rank and scale; with ``one_rank`` without any pattern."""
+    if one_rank and (config.rank_pattern or config.alpha_pattern):
+        return False
+    return all(
+        config.rank(module.target) == rank and config.scale(module.target, rank) == scales[module]
+        for module, rank in ranks.items()
+    )
+
+
+def _changed(original: dict[str, Any], modules: list[Module], scaling: dict[str, Any]) -> dict[str, Any]:
+    # Parameters are selected by the target_parameters of the original, which has no others.
+    targets = [module for module in modules if module.parameter is None]
+    wanted = scaling | {"init_lora_weights": True} | selection(original, targets)
+    if original.get("loftq_config"):
+        wanted["loftq_config"] = {}
+    if any(module.kind == "embedding" for module in modules):
         # PEFT would make the factors of a tied output layer views of the embedding's, which compression does not keep.
-        config["ensure_weight_tying"] = False
-    return config
+        wanted["ensure_weight_tying"] = False
+    wanted |= dict.fromkeys(_CLEARED)
+    return original | {field: value for field, value in wanted.items() if _differs(original, field, value)}
 
 
-def _others(modules: Iterable[str]) -> str | None:
-    """A pattern of modules that ``target_modules`` would match though it must not, or None if that is unlikely.
-
-    PEFT matches a target at the end of a name, at a dot. That is unambiguous for a path like
-    ``model.layers.0.self_attn.q_proj``, but a module at the top, like ``proj``, shares its name with others.
-    """
-    top = [re.escape(module) for module in sorted(modules) if "." not in module]
-    if not top:
-        return None
-    own = "|".join(re.escape(module) for module in sorted(modules))
-    return rf"(?!(?:{own})$).*\.(?:{'|'.join(top)})"
+def _differs(original: dict[str, Any], field: str, value: object) -> bool:
+    """Whether PEFT takes the field of ``original`` for something else than ``value``."""
+    default = _DEFAULTS.get(field)
+    stated = original.get(field, default)
+    return (default if stated is None else stated) != value

@@ -18,14 +18,16 @@ _UNKNOWN = Origin()
 
 
 class Changes(NamedTuple):
-    """What the export itself did to the factors."""
+    """What the export itself did to the adapter."""
 
-    rank: int
+    rank: int | None
+    """The rank of all its modules, or the largest; None if it has its own factors under its own configuration."""
     truncated: bool
-    dropped: float
-    """Share of the squared norm of the update in the bundle that the truncation dropped."""
     padded: bool
     dtype: str
+    squared_distance: float | None
+    """‖ΔŴ−ΔW'‖² / ‖ΔW‖² of the update in the bundle and the one written, measured; None where ΔW is zero."""
+    squared_error_bound: float | None
 
 
 def readme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
@@ -104,16 +106,22 @@ def _scheme(bundle: Bundle, adapter: AdapterEntry) -> str:
 
 def _error(adapter: AdapterEntry, changes: Changes) -> str:
     claim = f"{adapter.squared_error:.6g} (‖ΔW − ΔŴ‖² / ‖ΔW‖² over all its modules)"
-    if not changes.truncated:
+    if changes.squared_distance == 0:
         return f"Squared error against the original: {claim}."
+    did = f"{'truncated it further and ' if changes.truncated else ''}rounded it to {changes.dtype}"
+    if changes.squared_distance is None or changes.squared_error_bound is None:
+        return f"Squared error of the bundle against the original: {claim}. The export {did}."
     return (
-        f"Squared error of the bundle against the original: {claim}. The export truncated this further, dropping "
-        f"{changes.dropped:.6g} of the squared norm of the update in the bundle; the total was not measured."
+        f"Squared error of the bundle against the original: {claim}. The export {did}, which moved the update by "
+        f"{changes.squared_distance:.6g} of ‖ΔW‖² (squared, measured). So the squared error against the original is at "
+        f"most {changes.squared_error_bound:.6g}."
     )
 
 
 def _factors(changes: Changes) -> str:
-    padded = ", padded with zeros to one rank for all modules, as vLLM needs it" if changes.padded else ""
+    if changes.rank is None:
+        return f"Its own factors, {changes.dtype}, with the ranks and scales of its own configuration."
+    padded = ", padded with zeros to one rank for all modules" if changes.padded else ""
     return (
         f"Rank {changes.rank}{padded}, {changes.dtype}: A = Vᵀ and B = U Σ with the scale folded in, so that "
         "`lora_alpha` equals the rank of every module."
