@@ -24,8 +24,9 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*$")]
+# In Python `$` also matches before a line feed at the end, and JSON schemas know no `\Z`.
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
+InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*(?![\s\S])")]
 SquaredError = Annotated[float, Meta(ge=0)]
 Scheme = Literal["joint", "diag", "svd", "original"]
 Method = Literal["joint", "diag", "svd"]
