@@ -114,7 +114,7 @@ class AdapterEntry(Struct, frozen=True, omit_defaults=True):
     """Mean over its modules of ‖ΔW−ΔŴ‖² / ‖ΔW‖²."""
     worst_module: ModuleError | None
     because: Literal["method", "max_error"]
-    """Why it has its scheme: the method asked for, or that it would exceed ``max_error`` otherwise."""
+    """Why it has its scheme: the method asked for, or that it would exceed ``max_error``, or the dtype, otherwise."""
     origin: Origin | None = None
     """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
 
