@@ -141,6 +141,8 @@ def compress(
             return 0
         if not (json or quiet):
             _render(report)
+        if not quiet:
+            console.warn_of(report.warnings)
     if json:
         console.json(report)
     return 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
 from lorazip_core.files import canonical_json
 from lorazip_core.text import plain
+
+if TYPE_CHECKING:
+    from lorazip_core.quality import QualityWarning
 
 _LISTED = 10
 
@@ -47,6 +50,12 @@ def listing(what: str, lines: list[str]) -> None:
 def error(text: str) -> None:
     """One line on stderr about what went wrong; -q does not silence it."""
     say(plain(f"lorazip: error: {text}"))
+
+
+def warn_of(warnings: Sequence[QualityWarning]) -> None:
+    """One line on stderr for each of ``warnings``."""
+    for warning in warnings:
+        say(plain(f"lorazip: warning: {warning.message} ({warning.hint})"))
 
 
 def flush() -> None:

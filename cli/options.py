@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ Dtype = Literal["bf16", "f16", "f32"]
 
 
 def squared_error(value: float | None) -> float | None:
-    """A limit on a squared error: a finite number, 0 or more."""
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(f"{value} is not a number of 0 or more")
+    """A limit on a squared error: a share, from 0 to 1."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value} is not between 0 (lossless) and 1 (all is lost)")
     return value
 
 

@@ -65,6 +65,7 @@ def verify(
     check_report_files(files, inputs=[bundle, *([against] if against else [])], force=force, json=json)
     if html is not None:
         check_available()
+    from lorazip_core.report.outcome import told
     from lorazip_core.verify import verify_by_module
 
     result = verify_by_module(
@@ -83,9 +84,10 @@ def verify(
         console.json(report)
     elif not quiet:
         _render(report)
-    for finding in report.findings:
-        about = ": ".join(filter(None, (finding.adapter, finding.path)))
-        console.error(f"{about}: {finding.message}" if about else finding.message)
+    for text in told(report):
+        console.error(text)
+    if not quiet:
+        console.warn_of(report.warnings)
     return report.exit_code
 
 
@@ -105,8 +107,9 @@ def _contents(files: Mapping[str, Path | None], result: Verification) -> list[tu
 
 
 def _render(report: VerifyReport) -> None:
-    verdict = "sound" if report.ok else count(len(report.findings), "finding")
-    console.say(f"{report.bundle}: {verdict}")
+    from lorazip_core.report.outcome import verdict
+
+    console.say(f"{report.bundle}: {verdict(report)}")
     summary = report.summary
     if summary is None:
         return

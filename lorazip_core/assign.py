@@ -24,7 +24,7 @@ from .batch import Batch
 from .joint import Basis, climb_batch, hosvd_batch
 from .progress import Progress, Silent
 from .similarity import similarity_of_all, subspace_similarity
-from .stack import Stack
+from .stack import ScaledStack
 from .updates import Updates
 from .workers import in_order
 
@@ -177,7 +177,7 @@ class _Modules:
             for i, (module, stack) in enumerate(zip(self._modules, stacks, strict=True))
         ]
 
-    def _fit(self, stacks: list[Stack], labels: Tensor) -> None:
+    def _fit(self, stacks: list[ScaledStack], labels: Tensor) -> None:
         weights = self._updates.weights
         wanted = [labels[list(stack.members)] + i * self._clusters for i, stack in enumerate(stacks)]
         used = torch.unique(torch.cat(wanted))
@@ -199,7 +199,7 @@ class _Modules:
         self._u[here], self._v[here] = bases
         self._started[problems] = True
 
-    def _lost(self, module: int, stack: Stack, problems: slice) -> Tensor:
+    def _lost(self, module: int, stack: ScaledStack, problems: slice) -> Tensor:
         members = list(stack.members)
         lost = torch.zeros(len(self._updates.weights), self._clusters, dtype=torch.float64)
         captured = stack.captured(self._u[problems], self._v[problems]).cpu()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .stack import Stack
+from .stack import ScaledStack, Stack
 
 _AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in what a step makes besides its result, at the most
 _CANCELLED = 1e-7  # of ‖D‖²: of smaller errors, the sum of three terms loses too many digits
@@ -109,6 +109,7 @@ class _Part:
     placed: _Placed
     bt: Tensor  # [N, c·r, d_out]
     a: Tensor  # [N, c·r, d_in]
+    factors: Tensor  # [N, c] in float64: what each update is still to be multiplied by, see `Batch.exact`
 
     @property
     def size(self) -> int:
@@ -191,13 +192,40 @@ class Batch:
 
     @classmethod
     def of(
-        cls, stacks: Sequence[Stack], owners: Sequence[Tensor], problems: int, scales: Sequence[Tensor] | None = None
+        cls,
+        stacks: Sequence[ScaledStack],
+        owners: Sequence[Tensor],
+        problems: int,
+        scales: Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Batch:
-        """The adapters of ``stacks``, all of one shape; −1 in ``owners`` [n] of a stack leaves an adapter out.
+        """The adapters of ``stacks``, all of one shape, in ``dtype``; −1 in ``owners`` [n] of a stack leaves one out.
 
         ``scales`` [n] are multiplied into the updates. Both are in the order of the stacks.
         """
-        device, dtype = stacks[0].a.device, stacks[0].a.dtype
+        folded = [stack.factors for stack in stacks]
+        if scales is not None:
+            folded = [factors * scale for factors, scale in zip(folded, scales, strict=True)]
+        return cls._of(stacks, owners, problems, dtype, folded)
+
+    @classmethod
+    def exact(cls, stacks: Sequence[ScaledStack], owners: Sequence[Tensor], problems: int) -> Batch:
+        """The same for `encoded` alone: nothing is rounded, and the factors of the updates are kept apart."""
+        dtype = functools.reduce(torch.promote_types, (stack.rows.a.dtype for stack in stacks))
+        return cls._of(stacks, owners, problems, dtype, None)
+
+    @classmethod
+    def _of(
+        cls,
+        scaled: Sequence[ScaledStack],
+        owners: Sequence[Tensor],
+        problems: int,
+        dtype: torch.dtype,
+        folded: Sequence[Tensor] | None,
+    ) -> Batch:
+        """``folded`` [n] of each stack is multiplied into its rows; without, its factors go with them."""
+        stacks = [stack.rows for stack in scaled]
+        device = stacks[0].a.device
         d_out, d_in = stacks[0].bt.shape[1], stacks[0].a.shape[1]
         numbers = torch.cat([torch.tensor(stack.members) for stack in stacks])
         owner = torch.cat(list(owners))
@@ -219,6 +247,7 @@ class Batch:
             places[inside] = placed.chunks.places.cpu()
             total = len(placed.chunks.of) * placed.chunks.size
             bt, a = (torch.zeros(total, rank, side, dtype=dtype, device=device) for side in (d_out, d_in))
+            factors = torch.ones(total, dtype=torch.float64)
             for i, group in groups:
                 span = slice(first[i] + group.members.start, first[i] + group.members.stop)
                 wanted = places[span] >= 0
@@ -230,20 +259,23 @@ class Batch:
                 if not wanted.all():
                     chosen = wanted.to(device)
                     own_bt, own_a = own_bt[chosen], own_a[chosen]
-                if scales is not None:
-                    own_bt = own_bt * scales[i][group.members][wanted].to(device, dtype)[:, None, None]
-                bt[to] = own_bt
-                a[to] = own_a
+                if folded is None:
+                    factors[places[span][wanted]] = scaled[i].factors[group.members][wanted]
+                else:
+                    own_bt = own_bt.to(dtype) * folded[i][group.members][wanted].to(device, dtype)[:, None, None]
+                bt[to] = own_bt.to(dtype)
+                a[to] = own_a.to(dtype)
             chunked = (len(placed.chunks.of), placed.chunks.size * rank)
-            parts.append(_Part(rank, placed, bt.reshape(*chunked, d_out), a.reshape(*chunked, d_in)))
+            factors = factors.reshape(-1, placed.chunks.size).to(device)
+            parts.append(_Part(rank, placed, bt.reshape(*chunked, d_out), a.reshape(*chunked, d_in), factors))
             entries.append(entry[inside])
         return cls(problems, (d_out, d_in), owner[order], numbers[order], tuple(parts), tuple(entries))
 
     @classmethod
     def of_stack(cls, stack: Stack) -> Batch:
         """All of ``stack`` as one problem."""
-        count = len(stack.members)
-        return cls.of([stack], [torch.zeros(count, dtype=torch.int64)], 1)
+        owner = torch.zeros(len(stack.members), dtype=torch.int64)
+        return cls.of([ScaledStack.of(stack)], [owner], 1, dtype=stack.a.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -273,7 +305,7 @@ class Batch:
             places = places - shift[places // chunks.size]
             moved = Chunks(chunks.size, of, lengths, places)
             placed = _Placed(moved.to(self.device), moved.one_each)
-            parts.append(_Part(part.rank, placed, part.bt[staying], part.a[staying]))
+            parts.append(_Part(part.rank, placed, part.bt[staying], part.a[staying], part.factors[staying]))
             entries.append(entry[own[inside]])
         return Batch(
             len(problems), self.shape, number[self.owners[kept]], self.members[kept], tuple(parts), tuple(entries)
@@ -396,17 +428,18 @@ def _encoded(part: _Part, chunks: slice, bases: _Bases, store: Callable[[Tensor]
     """
     of = part.placed.chunks.of[chunks]
     own = _Bases(*(each[of] for each in bases))
-    bt, a = part.bt[chunks].double(), part.a[chunks].double()
+    bt, a, factors = part.bt[chunks].double(), part.a[chunks].double(), part.factors[chunks]
     y, x = part.per_adapter(bt @ own.u), part.per_adapter(a @ own.v)
-    projected = y.mT @ x
+    projected = y.mT @ x * factors[:, :, None, None]
     cores = store(own.inverse_u[:, None] @ projected @ own.inverse_v[:, None])
     kept = cores.double()
     per_b, per_a = part.per_adapter(bt), part.per_adapter(a)
-    norms = (per_b @ per_b.mT * (per_a @ per_a.mT)).sum((2, 3))
+    norms = (per_b @ per_b.mT * (per_a @ per_a.mT)).sum((2, 3)) * factors.square()
     errors = norms + ((own.gram_u[:, None] @ kept @ own.gram_v[:, None] - 2 * projected) * kept).sum((2, 3))
     small = (errors < _CANCELLED * norms).any(1).nonzero()[:, 0]
     if len(small):
-        errors[small] = _small_errors(bt[small], a[small], _Bases(*(each[small] for each in own)), kept[small], part)
+        scaled = bt[small] * factors[small].repeat_interleave(part.rank, 1)[:, :, None]
+        errors[small] = _small_errors(scaled, a[small], _Bases(*(each[small] for each in own)), kept[small], part)
     return cores, errors
 
 

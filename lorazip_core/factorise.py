@@ -15,10 +15,9 @@ from torch import Tensor
 from .batch import Batch
 from .cp import solve_diag
 from .diag import fit_diag
-from .errors import LocalError
 from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
 from .linalg import Factors, squared_distance, truncated_svd
-from .stack import Stack
+from .stack import ScaledStack, Stack
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
 
@@ -31,11 +30,11 @@ class Shared:
     v: Tensor  # [d_in, R_V]
     cores: Tensor  # [n, R_U, R_V], or [n, R] for diag
     members: tuple[int, ...]
-    squared_errors: Tensor  # [n], float64: ‖D_i − D̂_i‖²
+    squared_errors: Tensor  # [n], float64: ‖D_i − D̂_i‖², infinite where the core does not fit in the dtype
 
 
 def encode_joint(
-    stacks: Sequence[Stack],
+    stacks: Sequence[ScaledStack],
     owners: Sequence[Tensor],
     weights: Sequence[Tensor],
     problems: int,
@@ -55,25 +54,27 @@ def encode_joint(
     rows = torch.zeros(problems, dtype=torch.int64)
     for stack, owner in zip(stacks, owners, strict=True):
         kept = owner >= 0
-        rows.index_add_(0, owner[kept], torch.tensor(stack.ranks)[kept])
-    d_out, d_in = stacks[0].bt.shape[1], stacks[0].a.shape[1]
+        rows.index_add_(0, owner[kept], torch.tensor(stack.rows.ranks)[kept])
+    d_out, d_in = stacks[0].rows.bt.shape[1], stacks[0].rows.a.shape[1]
     plain = torch.tensor([is_lossless(count, d_out, d_in, rank) for count in rows.tolist()])
     encoded: dict[int, Shared] = {}
     scales = [weight.sqrt() for weight in weights]
-    for chosen in torch.split((~plain).nonzero()[:, 0], searched_together(rank, max(d_out, d_in), stacks[0].a.device)):
+    device = stacks[0].rows.a.device
+    for chosen in torch.split((~plain).nonzero()[:, 0], searched_together(rank, max(d_out, d_in), device)):
         if not len(chosen):
             break
         own = [_renumbered(owner, chosen, problems) for owner in owners]
         u, v = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort)
-        batch = Batch.of(stacks, own, len(chosen))
+        batch = Batch.exact(stacks, own, len(chosen))
         encoded |= zip(chosen.tolist(), _encode_batch(batch, Basis(u, v), dtype), strict=True)
     for problem in plain.nonzero()[:, 0].tolist():
         [(stack, owner)] = [each for each in zip(stacks, owners, strict=True) if (each[1] == problem).any()]
         stack = stack.select(
             {member for member, own in zip(stack.members, owner.tolist(), strict=True) if own == problem}
         )
-        u, v = hosvd(stack, rank)
-        encoded[problem] = _encode_batch(Batch.of_stack(stack), Basis(u[None], v[None]), dtype)[0]
+        u, v = hosvd(stack.rows.to(torch.float32), rank)  # of the span alone, whatever the factors are
+        batch = Batch.exact([stack], [torch.zeros(len(stack.members), dtype=torch.int64)], 1)
+        encoded[problem] = _encode_batch(batch, Basis(u[None], v[None]), dtype)[0]
     return [encoded[problem] for problem in range(problems)]
 
 
@@ -86,15 +87,9 @@ def _renumbered(owner: Tensor, chosen: Tensor, problems: int) -> Tensor:
 
 def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared]:
     u, v = (side.to(dtype) for side in basis)
-    largest: list[Tensor] = []
-
-    def store(exact: Tensor) -> Tensor:
-        largest.append(exact.abs().max())  # looked at once, at the end: each look makes a GPU wait
-        return exact.to(dtype)
-
-    cores, errors = batch.encoded(u, v, store)
-    _check_stored(cores, torch.stack(largest).max())
+    cores, errors = batch.encoded(u, v, lambda exact: exact.to(dtype))
     u, v, cores, errors = (each.cpu() for each in (u, v, cores, errors))
+    cores, errors = _without_overflow(cores, errors)
     sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
     pieces = (torch.split(each, sizes) for each in (batch.members, cores, errors))
     return [
@@ -103,26 +98,40 @@ def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared
     ]
 
 
-def encode_diag(stack: Stack, weights: Tensor, *, rank: int, dtype: torch.dtype, seed: int) -> Shared:
+def encode_diag(stack: ScaledStack, weights: Tensor, *, rank: int, dtype: torch.dtype, seed: int) -> Shared:
     """Fit a basis with diagonal cores to the updates D_i with ``weights`` [n] w_i, and store it."""
     u, v = (side.to(dtype) for side in fit_diag(stack.scaled(weights.sqrt()), rank, seed=seed))
-    exact, exact_u, exact_v = stack.to(torch.float64), u.double(), v.double()
-    cores = _stored(_diag_cores(exact, exact_u, exact_v), dtype)
+    exact, exact_u, exact_v = stack.exact(), u.double(), v.double()
+    cores = _diag_cores(exact, exact_u, exact_v).to(dtype)
     errors = _squared_errors(exact, exact_u, exact_v, cores.double())
+    cores, errors = _without_overflow(cores.cpu(), errors.cpu())
     order = sorted(range(len(stack.members)), key=stack.members.__getitem__)
     members = tuple(stack.members[i] for i in order)
-    return Shared(u.cpu(), v.cpu(), cores[order].cpu(), members, errors[order].cpu())
+    return Shared(u.cpu(), v.cpu(), cores[order], members, errors[order])
+
+
+def _without_overflow(cores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """``cores`` [n, ...] and ``errors`` [n], with zero and infinity for an update whose core the dtype cannot hold."""
+    held = cores.isfinite().flatten(1).all(1)
+    if held.all():
+        return cores, errors
+    return cores.where(held.reshape(-1, *[1] * (cores.ndim - 1)), 0), errors.where(held, torch.inf)
 
 
 def encode_individual(b: Tensor, a: Tensor, rank: int, dtype: torch.dtype) -> tuple[Factors, Tensor]:
-    """Truncated SVDs of a batch of updates as stored: (B̂ [..., d_out, k], Â [..., k, d_in]) and ‖D − B̂ Â‖² [...]."""
+    """Truncated SVDs of a batch of updates as stored: (B̂ [..., d_out, k], Â [..., k, d_in]) and ‖D − B̂ Â‖² [...].
+
+    The error is infinite where B̂ does not fit in ``dtype``.
+    """
     _, vt = truncated_svd(b, a, rank)
-    stored_a = _stored(vt, dtype)
+    stored_a = vt.to(dtype)
     a64 = stored_a.double()
     # B̂ = D Âᵀ (Â Âᵀ)⁻¹, through D = B A; a direction without energy has a row of Â all the same, so this is solvable.
     b64 = torch.linalg.solve(a64 @ a64.mT, (b.double() @ (a.double() @ a64.mT)).mT).mT
-    stored_b = _stored(b64, dtype)
-    return (stored_b, stored_a), squared_distance((b, a), (stored_b, stored_a))
+    stored_b = b64.to(dtype)
+    held = stored_b.isfinite().flatten(-2).all(-1)
+    stored_b = stored_b.where(held[..., None, None], 0)
+    return (stored_b, stored_a), squared_distance((b, a), (stored_b, stored_a)).where(held, torch.inf)
 
 
 def _diag_cores(stack: Stack, u: Tensor, v: Tensor) -> Tensor:
@@ -146,14 +155,3 @@ def _squared_errors(stack: Stack, u: Tensor, v: Tensor, cores: Tensor) -> Tensor
                     (b[wanted], a[wanted]), approximate
                 )
     return errors
-
-
-def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = x.to(dtype)
-    _check_stored(stored, x.abs().max())
-    return stored
-
-
-def _check_stored(stored: Tensor, largest: Tensor) -> None:
-    if not torch.isfinite(stored).all():
-        raise LocalError(f"a value of {float(largest):.3g} does not fit in {stored.dtype}", "use --dtype bf16 or f32")

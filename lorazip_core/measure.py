@@ -64,8 +64,10 @@ class Measured:
         return math.fsum(self.ratio(module) for module in self.norms) / len(self.norms)
 
     @property
-    def worst_module(self) -> ModuleError:
-        """The module of largest ‖ΔW−ΔŴ‖² / ‖ΔW‖²."""
+    def worst_module(self) -> ModuleError | None:
+        """The module of largest ‖ΔW−ΔŴ‖² / ‖ΔW‖²; None for an adapter whose updates are all zero."""
+        if self.squared_norm == 0:
+            return None
         worst = max(self.norms, key=self.ratio)
         return ModuleError(worst, self.ratio(worst))
 

@@ -20,6 +20,7 @@ from .reading import pass_through
 from .workers import in_order
 
 _CPU = torch.device("cpu")
+_EXPORT_REPORT = "export.json"  # what `export` leaves beside the adapters that it writes
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-10
@@ -95,6 +96,9 @@ def compare(
             continue
         measured[entry.name] = errors
         broken += _claims(entry, errors)
+    if (root / _EXPORT_REPORT).is_file() and any(found.kind == "source-differs" for found in broken):
+        message = "these are adapters that lorazip exported from a bundle, not the originals"
+        broken.insert(0, Finding("source-exported", None, message, damage=False))
     return measured, broken
 
 
@@ -192,13 +196,14 @@ def _claims(entry: AdapterEntry, measured: Measured) -> Iterator[Finding]:
     if not _close(entry.mean_module_squared_error, measured.mean_module_squared_error):
         yield false("mean_module_squared_error", entry.mean_module_squared_error, measured.mean_module_squared_error)
     claimed, worst = entry.worst_module, measured.worst_module
-    truth = f"{worst.squared_error} of {worst.name}"
+    largest = 0.0 if worst is None else worst.squared_error
+    truth = f"{largest} of {worst.name}" if worst else None
     if claimed is None:
-        if worst.squared_error > ABSOLUTE_TOLERANCE:
+        if largest > ABSOLUTE_TOLERANCE:
             yield false("worst_module", None, truth)
     elif not (
-        _close(claimed.squared_error, worst.squared_error)
-        and _close(measured.ratio(claimed.name), worst.squared_error)  # of a tie, either may be named
+        _close(claimed.squared_error, largest)
+        and _close(measured.ratio(claimed.name), largest)  # of a tie, either may be named, and of a zero adapter any
     ):
         yield false("worst_module", f"{claimed.squared_error} of {claimed.name}", truth)
     if measured.squared_norm == 0 and measured.squared_distance > 0:

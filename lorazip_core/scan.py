@@ -25,6 +25,7 @@ from .reading import HOST, Files, Intake, Placement, Resident, Stacks, Verify, b
 from .updates import Updates
 
 _CPU = torch.device("cpu")
+_LEAST = torch.finfo(torch.float64).tiny  # of less energy than that, the inverse overflows
 Stamps = tuple[tuple[int, ...], ...]
 
 
@@ -49,7 +50,7 @@ class Scan:
         stacks = Stacks(self.collection, device, resident or Files(self.collection.adapters, device))
         energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
         shapes = [(module.d_out, module.d_in) for module in self.collection.modules]
-        weights = torch.where(energy > 0, 1 / energy, 0.0)
+        weights = torch.where(energy >= _LEAST, 1 / energy, 0.0)
         return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
 
     @cached_property
@@ -60,6 +61,14 @@ class Scan:
             own = torch.tensor([part.rank for part in group.parts])
             ranks[torch.from_numpy(group.adapters)[:, None], torch.from_numpy(group.modules)] = own
         return ranks
+
+    def too_small(self, dtype: torch.dtype) -> Tensor:
+        """Which adapters [n] are not zero, but have no value that is a normal number in ``dtype``.
+
+        No number of a core is larger than ‖ΔW‖_F, up to rounding, so all of them would lose digits.
+        """
+        largest = self.norms.amax(1).sqrt()
+        return (largest > 0) & (largest < torch.finfo(dtype).smallest_normal)
 
     def check_unchanged(self, numbers: Iterable[int] | None = None) -> None:
         """Raise AdapterErrors for adapters, of all or of those of these ``numbers``, whose files are others by now.

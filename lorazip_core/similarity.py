@@ -59,7 +59,7 @@ def subspace_similarity(
         spanning = stack if rows is columns else updates.load(module, others.tolist())
         here = torch.searchsorted(rows, torch.tensor(stack.members))[:, None]
         there = torch.searchsorted(columns, torch.tensor(spanning.members))
-        for b, a, positions in spanning.factors():
+        for b, a, positions in spanning.rows.to(torch.float32).factors():
             most = max(1, _AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
             pieces = (torch.split(each, most) for each in (b, a, there[positions]))
             for some_b, some_a, place in zip(*pieces, strict=True):
@@ -171,10 +171,12 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
 
     def sketch(module: int) -> Tensor:
         stack = updates.load(module)
+        rows = stack.rows.to(torch.float32)
         own = torch.Generator().manual_seed(seeds[module])
-        x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (stack.bt, stack.a))
+        x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (rows.bt, rows.a))
         sketches = torch.zeros(n, _SKETCH**2)
-        sketches[list(stack.members)] = stack.cores(x, y).flatten(1).float().cpu() / _SKETCH
+        scaled = rows.cores(x, y).flatten(1).cpu() * stack.factors[:, None]
+        sketches[list(stack.members)] = scaled.float() / _SKETCH
         return sketches
 
     gram = torch.zeros(n, n)
@@ -229,8 +231,8 @@ def _distances(updates: Updates, pairs: list[tuple[int, int]], progress: Progres
 def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]]) -> Tensor:
     stack = updates.load(module)
     factors = {
-        stack.members[position]: (b_i, a_i)
-        for b, a, positions in stack.factors()
+        stack.members[position]: (b_i, a_i, float(stack.factors[position]))
+        for b, a, positions in stack.rows.factors()
         for position, b_i, a_i in zip(range(positions.start, positions.stop), b, a, strict=True)
     }
     distance = torch.zeros(len(pairs), dtype=torch.float64)
@@ -247,6 +249,10 @@ def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]
     return distance
 
 
-def _together(factors: dict[int, Factors], members: Sequence[int]) -> Factors:
-    b, a = zip(*(factors[member] for member in members), strict=True)
-    return torch.stack(b), torch.stack(a)
+def _together(factors: dict[int, tuple[Tensor, Tensor, float]], members: Sequence[int]) -> Factors:
+    """B [k, d_out, r] with the factor of each update multiplied in, and A [k, r, d_in], in float64."""
+    b, a, own = zip(*(factors[member] for member in members), strict=True)
+    stacked = torch.stack(b).double()
+    return stacked * torch.tensor(own, dtype=torch.float64, device=stacked.device)[:, None, None], torch.stack(
+        a
+    ).double()

@@ -140,9 +140,52 @@ class Stack:
     def _times_grams(self, rows: Tensor, x: Tensor) -> Tensor:
         return torch.cat([(g @ g.mT @ x_g).flatten(0, 1) for g, x_g in self._views(rows, x)])
 
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """``rows`` [S, k] of the adapters of every distinct rank r, as [n_g, r, k]."""
+        return [view for (view,) in self._views(rows)]
+
     def _views(self, *rows: Tensor) -> list[list[Tensor]]:
         """For every group, each of ``rows`` [S, k] as [n_g, r, k]."""
         return [[x[group.rows].reshape(-1, group.rank, x.shape[1]) for x in rows] for group in self.groups]
+
+
+@dataclass(frozen=True)
+class ScaledStack:
+    """Updates D_i = f_i B_i A_i whose factors are as the files have them: the f_i are kept apart, so none is rounded.
+
+    ``rows`` are the B_i and A_i, and ``factors`` [n] the f_i on the CPU in float64, in the order of the stack.
+    """
+
+    rows: Stack
+    factors: Tensor
+
+    @classmethod
+    def of(cls, rows: Stack) -> ScaledStack:
+        """Updates that ``rows`` have all of: every f_i is 1."""
+        return cls(rows, torch.ones(len(rows.members), dtype=torch.float64))
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The caller's number of each adapter."""
+        return self.rows.members
+
+    def select(self, wanted: set[int]) -> ScaledStack:
+        """The sub-stack of the adapters whose numbers are in ``wanted``."""
+        kept = torch.tensor([member in wanted for member in self.members], dtype=torch.bool)
+        return ScaledStack(self.rows.select(wanted), self.factors[kept])
+
+    def scaled(self, factors: Tensor) -> Stack:
+        """The stack of f_i D_i in float32, for ``factors`` f [n] in the order of the stack."""
+        return self.rows.to(torch.float32).scaled(self.factors * factors)
+
+    def exact(self) -> Stack:
+        """The D_i in float64."""
+        return self.rows.to(torch.float64).scaled(self.factors)
+
+    def captured(self, u: Tensor, v: Tensor) -> Tensor:
+        """‖U_cᵀ D_i V_c‖² for bases U [c, d_out, k] and V [c, d_in, l] in float32, of shape [n, c] in float64."""
+        rows = self.rows.to(torch.float32)
+        return rows.captured(u, v) * self.factors.square().to(u.device)[:, None]
 
 
 def _groups(ranks: Sequence[int]) -> tuple[_Group, ...]:

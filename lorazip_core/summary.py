@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy
 from msgspec import Struct
 
+# What rounding in float64 may add to a squared error. A sum of Gram products is off by some 1e-16 · ‖B‖²‖A‖²/‖B A‖² of
+# ‖ΔW‖², and that ratio is about the rank; where it would be much of a small error, nothing that cancels is used.
+_ROUNDING, _ROUNDING_OF_SMALL, _ROUNDING_OF_ZERO = 1e-12, 0.01, 1e-24
+
 
 class Summary(Struct, frozen=True):
     """Errors over adapters (null where no adapter has one), and bytes of all files of the originals and the bundle."""
@@ -24,11 +28,22 @@ class Summary(Struct, frozen=True):
 def squared_error(lost: Iterable[float], norms: Iterable[float]) -> float:
     """Σ ‖ΔW−ΔŴ‖² / Σ ‖ΔW‖² over the modules of an adapter, 0 where all of it is zero; rounding makes none negative.
 
-    fsum rounds once, so that sums depend neither on the order nor on the machine: a limit that is the error of another
-    run is met by the same run.
+    fsum rounds once, so that sums depend neither on the order nor on the machine.
     """
     total = math.fsum(norms)
     return max(math.fsum(lost), 0.0) / total if total > 0 else 0.0
+
+
+def is_within(squared_error: float, max_error: float | None) -> bool:
+    """Whether whoever measures the error anew, by another formula and on another machine, finds it within the limit.
+
+    Errors are computed in float64 from unrounded originals, so little is left to rounding. An infinite error, of what
+    the dtype cannot hold, is never within.
+    """
+    if max_error is None:
+        return math.isfinite(squared_error)
+    rounding = min(_ROUNDING, _ROUNDING_OF_SMALL * squared_error) + _ROUNDING_OF_ZERO
+    return squared_error + rounding <= max_error
 
 
 def summarise(adapters: int, squared_errors: Sequence[float], bytes_original: int, bytes_bundle: int) -> Summary:

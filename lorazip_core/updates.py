@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from .packs import CPU_BUDGET, Budget, Problem, packs
-from .stack import Stack
+from .stack import ScaledStack, Stack
 
 
 class Load(Protocol):
     """Reads the updates of one module: of all adapters that have it, or of those among ``members``, which ascend."""
 
-    def __call__(self, module: int, members: Sequence[int] | None = None, /) -> Stack: ...
+    def __call__(self, module: int, members: Sequence[int] | None = None, /) -> ScaledStack: ...
 
 
 @dataclass(frozen=True)
 class Updates:
     """n adapters and M modules, both by number.
 
-    ``load(m)`` reads the updates D_im of module m, of the adapters that have it, and ``load(m, members)`` of some of
-    them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖², both 0
-    where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the last
-    two in float64. ``budget`` says how much is worked on at once, and ``quick`` whether a load costs next to nothing.
+    ``load(m)`` reads the updates D_im of module m, unrounded, of the adapters that have it, and ``load(m, members)`` of
+    some of them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖²,
+    both 0 where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the
+    last two in float64. ``budget`` says how much is worked on at once, and ``quick`` whether a load costs next to
+    nothing.
     """
 
     load: Load
@@ -74,7 +75,7 @@ class Updates:
         stacks = [self.load(module) for module in modules]
         shapes = [self.shapes[module] for module in modules]
 
-        def load(module: int, members: Sequence[int] | None = None) -> Stack:
+        def load(module: int, members: Sequence[int] | None = None) -> ScaledStack:
             return stacks[module] if members is None else stacks[module].select(set(members))
 
         ranks, norms, weights = (each[:, modules] for each in (self.ranks, self.norms, self.weights))

@@ -11,10 +11,11 @@ from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleError
 from .bundle.finding import Finding, printable
-from .bundle.manifest import MANIFEST_NAME
+from .bundle.manifest import MANIFEST_NAME, Parameters
 from .errors import BundleDamaged, CheckFailed, UsageError
 from .kinds import check_adapters_path
 from .progress import Progress, Silent
+from .quality import QualityWarning, quality_warnings
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
     summary: Summary | None
     """Null when the manifest itself is damaged."""
     findings: list[Finding]
+    warnings: list[QualityWarning] = []
+    """About a bundle that may be sound all the same; no part of ``ok``."""
+    base_model: str | None = None
+    parameters: Parameters | None = None
+    """What the bundle was made with, of its manifest."""
+    manifest_sha256: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -99,7 +106,7 @@ def verify(
 
     ``max_error`` bounds the squared error of the worst adapter and ``max_mean_error`` the mean, as measured if there
     are originals, else as claimed. Whatever does not hold is a finding of the report, and so is any damage. Raises
-    UsageError for a path that is no directory or a limit that is no number ≥ 0, Unsupported for another format,
+    UsageError for a path that is no directory or a limit outside of [0, 1], Unsupported for another format,
     LocalError for a ``device`` that is not there; errors are measured on it.
     """
     return verify_by_module(
@@ -125,8 +132,8 @@ def verify_by_module(
 ) -> Verification:
     """What `verify` does, with the errors of every module beside the report."""
     for limit in (max_error, max_mean_error):
-        if limit is not None and not limit >= 0:
-            raise UsageError(f"a limit on the squared error must be a number ≥ 0, not {limit}")
+        if limit is not None and not 0 <= limit <= 1:
+            raise UsageError(f"a limit on the squared error is between 0 and 1, not {limit}")
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
     gates = Gates(max_error, max_mean_error)
@@ -134,7 +141,7 @@ def verify_by_module(
         bundle = Bundle(path)
     except BundleDamaged as error:
         finding = Finding("manifest", MANIFEST_NAME, str(error), damage=True)
-        return Verification(_report(path, against, gates, [], None, [finding]), None)
+        return Verification(_report(path, against, gates, [], None, [finding], None), None)
     from .bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
     from .device import find_device
     from .originals import compare
@@ -155,7 +162,7 @@ def verify_by_module(
         module_errors = _module_errors(bundle, measured)
     summary = _summary(bundle, errors)
     findings += _gates(gates, adapters, summary, measured=against is not None)
-    return Verification(_report(path, against, gates, adapters, summary, findings), module_errors)
+    return Verification(_report(path, against, gates, adapters, summary, findings, bundle), module_errors)
 
 
 def _report(
@@ -165,7 +172,16 @@ def _report(
     adapters: list[AdapterReport],
     summary: Summary | None,
     findings: list[Finding],
+    bundle: Bundle | None,
 ) -> VerifyReport:
+    measured = against is not None
+    errors = [each.squared_error if measured else each.claimed_squared_error for each in adapters]
+    known = [error for error in errors if error is not None]
+    manifest = bundle.manifest if bundle else None
+    warnings: list[QualityWarning] = []
+    if manifest and summary:
+        limit = gates.max_error if gates.max_error is not None else manifest.parameters.max_error
+        warnings = quality_warnings(known, summary, method=manifest.parameters.method, max_error=limit)
     return VerifyReport(
         ok=not findings,
         bundle=printable(str(path)),
@@ -175,6 +191,10 @@ def _report(
         adapters=adapters,
         summary=summary,
         findings=sorted(findings, key=lambda finding: not finding.damage),
+        warnings=warnings,
+        base_model=manifest.base_model if manifest else None,
+        parameters=manifest.parameters if manifest else None,
+        manifest_sha256=bundle.digest if bundle else None,
     )
 
 

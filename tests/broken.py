@@ -222,12 +222,27 @@ RESEALED = [
     Broken("cores of another basis", wrong_basis_metadata, {"wrong-basis"}),
 ]
 
+
+def rename(fields: dict[str, Any], path: str) -> None:
+    """A configuration of a path that ends in a line feed, wherever the manifest names it."""
+    for entry in (*fields["files"], *fields["adapters"]):
+        for field, value in entry.items():
+            if value == path:
+                entry[field] = path + "\n"
+
+
 MANIFESTS = [
     Broken("a field is missing", manifest(lambda m: m.pop("modules")), {"manifest"}),
     Broken("a field of another type", manifest(lambda m: m.update(adapters={})), {"manifest"}),
     Broken("another format", manifest(lambda m: m.update(format="zip")), {"manifest"}),
     Broken("a negative error", manifest(lambda m: m["adapters"][0].update(squared_error=-1.0)), {"manifest"}),
     Broken("a path that leads outside", manifest(lambda m: m["files"][0].update(path="../secret")), {"manifest"}),
+    Broken(
+        "a line feed behind a digest",
+        manifest(lambda m: m["adapters"][0]["files"][0].update(sha256="0" * 64 + "\n")),
+        {"manifest"},
+    ),
+    Broken("a line feed behind a path", manifest(lambda m: rename(m, m["adapters"][0]["config"])), {"manifest"}),
     Broken("a file listed twice", manifest(lambda m: m["files"].append(m["files"][0])), {"manifest"}),
     Broken("an adapter less", manifest(lambda m: m["adapters"].pop()), {"manifest"}),
     Broken("an adapter of another cluster", manifest(lambda m: m["adapters"][0].update(cluster=1)), {"manifest"}),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 from lorazip_core.updates import Updates
 
 SHAPES = [(24, 20), (16, 24), (10, 20), (20, 20), (16, 14)]
@@ -40,18 +40,18 @@ def groups(sizes: list[int], *, seed: int = 0, own: float = 0.3, rank: int = 4) 
 def collected(adapters: Adapters, shapes: list[tuple[int, int]] = SHAPES) -> Updates:
     """As the verbs see them, every adapter weighted alike."""
 
-    def load(module: int, members: Sequence[int] | None = None) -> Stack:
+    def load(module: int, members: Sequence[int] | None = None) -> ScaledStack:
         wanted = range(len(adapters)) if members is None else members
         having = [i for i in wanted if module in adapters[i]]
-        return Stack.of([adapters[i][module] for i in having], having)
+        return ScaledStack.of(Stack.of([adapters[i][module] for i in having], having))
 
     norms = torch.zeros(len(adapters), len(shapes), dtype=torch.float64)
     ranks = torch.zeros(norms.shape, dtype=torch.int64)
     for module in range(len(shapes)):
         if any(module in adapter for adapter in adapters):
             stack = load(module)
-            norms[list(stack.members), module] = stack.squared_norms().double()
-            ranks[list(stack.members), module] = torch.tensor(stack.ranks)
+            norms[list(stack.members), module] = stack.exact().squared_norms().double()
+            ranks[list(stack.members), module] = torch.tensor(stack.rows.ranks)
     energy = norms.sum(1, keepdim=True)
     weights = torch.where(energy > 0, 1 / energy, 0.0).expand_as(norms)
     return Updates(load, shapes, ranks, norms, weights, torch.device("cpu"))

@@ -16,7 +16,7 @@ from lorazip_core import batch as module
 from lorazip_core import joint
 from lorazip_core.batch import Batch, Chunks
 from lorazip_core.joint import QUICK, THOROUGH, Basis, climb_batch, fit_joint, fit_joint_batch, hosvd, hosvd_batch
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 
 D_OUT, D_IN = 9, 7
 OWNERS = 3  # problems of a stack, at the most
@@ -65,14 +65,14 @@ def make(stacks: list[list[tuple[int, int]]], seed: int, *, scaled: bool = False
         one = Stack.of(factors, numbers)
         own_scales = normal(seed + s, len(stack)).abs() + 0.1
         places = [(number - 5) // 2 for number in one.members]
-        built.append(one)
+        built.append(ScaledStack.of(one))
         owners.append(torch.tensor([used.index((s, stack[i][1])) if stack[i][1] >= 0 else -1 for i in places]))
         scales.append(own_scales[places])
         for i, (_, owner) in enumerate(stack):
             if owner >= 0:
                 dense = factors[i][0] @ factors[i][1]
                 found[s, owner].append((numbers[i], float(own_scales[i]) * dense if scaled else dense))
-    batch = Batch.of(built, owners, len(used), scales if scaled else None)
+    batch = Batch.of(built, owners, len(used), scales if scaled else None, torch.float64)
     return Case(
         batch,
         [torch.stack([dense for _, dense in found[problem]]) for problem in used],
@@ -246,7 +246,7 @@ def planted(n: int, seed: int, own: float, d_out: int = 24, d_in: int = 20) -> F
 
 def together(problems: list[Factors]) -> Batch:
     """Each in a stack of its own."""
-    stacks = [Stack.of(factors, list(range(len(factors)))) for factors in problems]
+    stacks = [ScaledStack.of(Stack.of(factors, list(range(len(factors))))) for factors in problems]
     owners = [torch.full((len(factors),), p) for p, factors in enumerate(problems)]
     return Batch.of(stacks, owners, len(problems))
 
@@ -305,7 +305,7 @@ def test_adapters_that_are_left_out_count_for_nothing(problems: list[Factors], f
     of = [0, -1] * len(problems[0]) + [-1] * (len(problems[2]) - len(problems[0]))
     for kept, expected in ((of, fitted[0]), ([-1 - owner for owner in of], fitted[2])):
         stack = Stack.of(mixed, list(range(len(mixed))))
-        batch = Batch.of([stack], [torch.tensor(kept)[list(stack.members)]], 1)
+        batch = Batch.of([ScaledStack.of(stack)], [torch.tensor(kept)[list(stack.members)]], 1)
         u, v = fit_joint_batch(batch, 5)
         own = [factors for factors, owner in zip(mixed, kept, strict=True) if owner == 0]
         assert error(own, u[0], v[0]) == pytest.approx(expected, rel=1e-5)

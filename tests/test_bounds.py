@@ -16,7 +16,7 @@ from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.errors import LocalError
 from lorazip_core.files import tree
 from lorazip_core.memory import Bounds, Task, room
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 
 CPU = torch.device("cpu")
 ONE = Task("joint", 4, 1, False)
@@ -105,7 +105,7 @@ def test_slices_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = Stack.of([(random(12, rank), random(rank, 10)) for rank in [2] * 9 + [3] * 5], range(14))
     owners = torch.tensor([0] * 7 + [1, 1] + [0, 1, 2, 2, 2])
     u, v = random(3, 12, 4), random(3, 10, 4)
-    whole = Batch.of([stack], [owners], 3)
+    whole = Batch.of([ScaledStack.of(stack)], [owners], 3)
     cores = whole.chunked_cores(u, v)
     bases = random(3, 5, 4, 2)
 

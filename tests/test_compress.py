@@ -112,7 +112,9 @@ def test_every_method_on_a_mixed_collection(mixed: Path, tmp_path: Path, options
         assert entry["squared_norm"] == pytest.approx(total, rel=1e-6)
         assert entry["squared_error"] == pytest.approx(sum(lost.values()) / total if total else 0, rel=1e-5, abs=UNSEEN)
         assert entry["mean_module_squared_error"] == pytest.approx(np.mean(shares), rel=1e-5, abs=UNSEEN)
-        assert entry["worst_module"]["squared_error"] == pytest.approx(max(shares), rel=1e-5, abs=UNSEEN)
+        assert (entry["worst_module"] is None) == (total == 0)
+        if total:
+            assert entry["worst_module"]["squared_error"] == pytest.approx(max(shares), rel=1e-5, abs=UNSEEN)
         if options.max_error is not None:
             assert sum(lost.values()) <= options.max_error * total
         assert reader.config(name) == json.loads((mixed / name / "adapter_config.json").read_text())
@@ -263,10 +265,10 @@ def test_max_error_zero_is_zero_even_where_the_scale_is_no_float32(tmp_path: Pat
     assert verify(tmp_path / "out", against=tmp_path / "in", max_error=0).ok
 
 
-def test_max_error_of_a_reached_error_keeps_everybody(mixed: Path, tmp_path: Path) -> None:
-    """The largest error that a report names, given back as the limit of compress and verify, is no violation."""
+def test_a_limit_just_above_a_reached_error_keeps_everybody(mixed: Path, tmp_path: Path) -> None:
+    """The room for rounding, which makes the limit a guarantee, is too small to cost anything that people see."""
     first = compress(mixed, tmp_path / "first", CompressOptions(rank=3))
-    limit = first.summary.max_squared_error
+    limit = first.summary.max_squared_error + 1e-11
     second = compress(mixed, tmp_path / "second", CompressOptions(rank=3, max_error=limit))
     assert second.individual == []
     assert verify(tmp_path / "first", max_error=limit).ok
@@ -422,13 +424,13 @@ def test_skip_bad_shares_no_basis_with_the_bad_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["joint", "diag", "svd"])
-def test_overflow_of_float16_leaves_nothing_behind(tmp_path: Path, method: Any) -> None:
+def test_an_adapter_that_float16_cannot_hold_is_kept_as_it_is(tmp_path: Path, method: Any) -> None:
     root = ra.write_collection(tmp_path / "in", (*ra.plain(3), ra.Recipe("big", energy=1e7)))
-    with pytest.raises(LocalError, match=r"does not fit.*--dtype") as error:
-        compress(root, tmp_path / "out", CompressOptions(method=method, rank=3, dtype="f16"))
-    assert error.value.exit_code == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    checked(root, tmp_path / "out", CompressOptions(method=method, rank=3, dtype="bf16"))
+    checked(root, tmp_path / "out", CompressOptions(method=method, rank=3, dtype="f16"))
+    schemes = {entry.name: entry.scheme for entry in Bundle(tmp_path / "out").manifest.adapters}
+    assert schemes == {"big": "original", "t00": method, "t01": method, "t02": method}
+    checked(root, tmp_path / "bf16", CompressOptions(method=method, rank=3, dtype="bf16"))
+    assert entry_of(tmp_path / "bf16", "big").scheme == method
 
 
 def test_an_existing_output_is_refused_and_kept(alike: Path, tmp_path: Path) -> None:

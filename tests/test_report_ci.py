@@ -175,7 +175,7 @@ class TestMarkdown:
         text = markdown(verification.report)
         summary = verification.report.summary
         assert summary is not None
-        assert text.startswith("### ✅ lorazip verify <code>bundle</code>: sound\n")
+        assert text.startswith("### ✅ lorazip verify <code>bundle</code>: sound, within --max-error 0.5\n")
         rows = Rendered(text).rows
         errors = (summary.mean_squared_error, summary.p95_squared_error, summary.max_squared_error)
         mean, p95, worst = (f"{value:.4f}" for value in errors)

@@ -172,7 +172,8 @@ class TestVerifyPage:
 
     def test_of_very_many_adapters_the_worst_are_drawn(self) -> None:
         page = Reader(verify_page(made_up(MOST_ROWS + 1, 2)))
-        drawn = [trace for trace in page.figures["Error of each adapter"]["data"] if trace["type"] == "scatter"]
+        traces = page.figures["Error of each adapter"]["data"]
+        drawn = [trace for trace in traces if trace.get("mode") == "markers"]
         assert sum(len(array(trace["x"])) for trace in drawn) == MOST_ROWS
         assert array(page.figures["Error of each module"]["data"][0]["z"]).shape == (MOST_ROWS, 2)
         assert "The worst 2,000 of 2,001 adapters." in page.text

@@ -10,7 +10,7 @@ from lorazip_core import similarity
 from lorazip_core.joint import climb, hosvd
 from lorazip_core.progress import Silent
 from lorazip_core.similarity import held_out_errors, near_duplicates, similarity_of_all, subspace_similarity
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack
 
 
 def dense(adapters: Adapters, i: int, module: int) -> torch.Tensor:
@@ -153,8 +153,8 @@ def test_zero_adapters_are_nobodys_duplicates() -> None:
 def test_similarity_and_held_out_errors_of_mixed_ranks() -> None:
     low, high = groups([3], rank=2)[0], groups([3], rank=5, seed=1)[0]
     updates = collected(low + high)
-    assert isinstance(updates.load(0), Stack)
-    assert len(updates.load(0).groups) == 2
+    assert isinstance(updates.load(0), ScaledStack)
+    assert len(updates.load(0).rows.groups) == 2
     found = subspace_similarity(updates, 5)
     assert torch.allclose(found.diagonal(), torch.ones(6, dtype=torch.float64), atol=1e-5)
     assert float(held_out_errors(updates, [0] * 6, 5, seed=0).max()) <= 1

@@ -66,7 +66,10 @@ def test_module_errors_are_those_of_the_report(root: Path) -> None:
         assert np.flatnonzero(~np.isnan(row)).tolist() == sketch.modules
         assert np.nanmean(row) == pytest.approx(measured[name].mean_module_squared_error, rel=1e-12)
         worst = measured[name].worst_module
-        assert worst is not None
+        assert (worst is None) == sketch.zero
+        if worst is None:
+            assert np.nanmax(row) == 0
+            continue
         assert row[errors.modules.index(worst.name)] == np.nanmax(row) == worst.squared_error
 
 
@@ -150,6 +153,19 @@ def test_claims_of_no_error_need_none(root: Path) -> None:
     edit_manifest(root / "bundle", lambda m: m["adapters"][0].update(worst_module=None))
     report = verify(root / "bundle", against=root / "originals")
     assert [(found.kind, found.adapter) for found in report.findings] == [("claim-differs", "a")]
+
+
+def test_a_zero_adapter_has_no_worst_module(root: Path) -> None:
+    """Bundles that name one all the same, with an error of 0, are no less sound."""
+    zero = next(index for index, sketch in enumerate(SKETCHES) if sketch.zero)
+    report = verify(root / "bundle", against=root / "originals")
+    assert report.ok
+    assert report.adapters[zero].worst_module is None
+    module = MODULES[SKETCHES[zero].modules[0]].name
+    edit_manifest(
+        root / "bundle", lambda m: m["adapters"][zero].update(worst_module={"name": module, "squared_error": 0.0})
+    )
+    assert verify(root / "bundle", against=root / "originals").ok
 
 
 def test_errors_at_the_rounding_of_float32_may_differ(root: Path) -> None:

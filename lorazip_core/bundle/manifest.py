@@ -23,8 +23,9 @@ MANIFEST_NAME = "manifest.json"
 
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*$")]
+# In Python `$` also matches before a line feed at the end, and JSON schemas know no `\Z`.
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
+InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*(?![\s\S])")]
 SquaredError = Annotated[float, Meta(ge=0)]
 Scheme = Literal["joint", "diag", "svd", "original"]
 Method = Literal["joint", "diag", "svd"]
@@ -125,7 +126,7 @@ class AdapterEntry(Struct, frozen=True, omit_defaults=True):
     """Mean over its modules of ‖ΔW−ΔŴ‖² / ‖ΔW‖²."""
     worst_module: ModuleError | None
     because: Literal["method", "max_error"]
-    """Why it has its scheme: the method asked for, or that it would exceed ``max_error`` otherwise."""
+    """Why it has its scheme: the method asked for, or that it would exceed ``max_error``, or the dtype, otherwise."""
     origin: Origin | None = None
     """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
 

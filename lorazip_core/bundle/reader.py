@@ -64,6 +64,11 @@ class Bundle:
         """Bytes of all its files, the manifest included."""
         return sum(entry.size_bytes for entry in self.manifest.files) + (self.path / MANIFEST_NAME).stat().st_size
 
+    @cached_property
+    def digest(self) -> str:
+        """The ``manifest_sha256`` of its manifest, which stands for all of the bundle."""
+        return str(json.loads((self.path / MANIFEST_NAME).read_bytes())["manifest_sha256"])
+
     def index(self, adapter: AdapterEntry) -> int:
         """The position of an adapter in the manifest."""
         return self._indices[adapter.name]

@@ -115,6 +115,8 @@ class Assembly:
         norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()
         shares = [max(own, 0.0) / norm if norm > 0 else 0.0 for own, norm in zip(lost, norms, strict=True)]
         worst = max(shares)
+        worst_module = ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst)
+        squared_norm = math.fsum(norms)
         return AdapterEntry(
             name=adapter.name,
             scheme=kept.scheme if kept else self._clusters[self._cluster_of[number]].method,
@@ -126,10 +128,10 @@ class Assembly:
             config=config,
             base_model=adapter.config.base_model,
             files=self.scan.files[number],
-            squared_norm=math.fsum(norms),
+            squared_norm=squared_norm,
             squared_error=squared_error(lost, norms),
             mean_module_squared_error=math.fsum(shares) / len(shares),
-            worst_module=ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst),
+            worst_module=worst_module if squared_norm > 0 else None,
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
             origin=self.scan.origins[number],
         )

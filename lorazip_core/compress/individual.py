@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..factorise import encode_individual
 from ..linalg import truncated_svd
+from ..summary import is_within, squared_error
 from .pieces import Pieces
 
 
@@ -67,8 +68,8 @@ def keep_individually(
 ) -> Individual:
     """Keep an adapter at ``rank``; where that exceeds ``max_error``, or without a rank, at the smallest that meets it.
 
-    The rank is one for all modules. When even the full rank, rounded to ``dtype``, exceeds ``max_error``, the original
-    factors are kept, whose error is 0.
+    The rank is one for all modules. When even the full rank, rounded to ``dtype``, exceeds ``max_error``, or ``dtype``
+    cannot hold the factors, the original ones are kept, whose error is 0.
     """
     batches = _batches(adapter, device)
     full = max(part.rank for part in adapter.parts.values())
@@ -78,9 +79,10 @@ def keep_individually(
         candidates += range(_smallest_rank(batches, limit), full + 1)
     for candidate in candidates:
         kept = _truncated(batches, candidate, dtype)
-        if sum(kept.squared_errors.values()) <= limit:
+        error = squared_error(kept.squared_errors.values(), [squared_norm])
+        if squared_norm == 0 or is_within(error, max_error):
             return kept
-    return _original(adapter)
+    return as_original(adapter)
 
 
 _Batches = list[tuple[list[str], Tensor, Tensor]]
@@ -121,7 +123,8 @@ def _truncated(batches: _Batches, rank: int, dtype: torch.dtype) -> Individual:
     return Individual("svd", rank, tensors, errors)
 
 
-def _original(adapter: Adapter) -> Individual:
+def as_original(adapter: Adapter) -> Individual:
+    """Keep the factors as they are in the file, each in its own dtype, and the scale beside them."""
     tensors = {}
     stored = adapter.each_stored(adapter.parts)
     for (name, part), (b, a) in zip(adapter.parts.items(), stored, strict=True):

@@ -14,7 +14,10 @@ from ..scan import Scan
 
 
 def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget) -> str:
-    """A digest of all that decides the bytes of a piece: adapters, options, versions, the kind of device."""
+    """A digest of all that decides the bytes of a piece: adapters, options, versions, and what computes.
+
+    Another processor, or one that is told to do without some of its instructions, sums in another order.
+    """
     names = [adapter.name for adapter in scanned.collection.adapters]
     clusters = sha256_file(options.clusters) if isinstance(options.clusters, Path) else options.clusters
     return sha256_bytes(
@@ -27,6 +30,10 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
                 "max_error": options.max_error,
                 "method": options.method,
                 "packs": list(budget),
+                "processors": [
+                    torch.backends.cpu.get_cpu_capability(),
+                    torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+                ],
                 "rank": options.kept_rank,
                 "seed": options.seed,
                 "versions": [__version__, torch.__version__],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 from msgspec import Struct
+from torch import Tensor
 
 from .. import team
 from ..adapter import Collection, open_collection
@@ -30,12 +33,13 @@ from ..packs import Budget
 from ..places import check_place
 from ..plan import CompressOptions, PlannedScheme, bundle_bytes, equal_groups, planned_schemes
 from ..progress import Progress, Silent
+from ..quality import QualityWarning, quality_warnings
 from ..scan import Scan, scan
 from ..summary import Summary, summarise
 from ..updates import Updates
 from ..workers import at_most, in_order, threads_for
 from .assemble import Assembly
-from .individual import Kept, individual_piece, keep_individually, stored
+from .individual import Kept, as_original, individual_piece, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
@@ -88,6 +92,7 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     summary: Summary
     worst: WorstAdapter
     seconds: float
+    warnings: list[QualityWarning] = []
     device_peak_bytes: int | None
     """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
 
@@ -164,8 +169,7 @@ def compress(
     same inputs and options goes on from them, to the same bytes.
 
     Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), OutputExists, UsageError for options
-    that make no sense, LocalError for a device that is not there or a value that the dtype cannot hold, and for the
-    lock of ``root`` as `read_lock` does.
+    that make no sense, LocalError for a device that is not there, and for the lock of ``root`` as `read_lock` does.
     """
     started = time.monotonic()
     device = find_device(options.device)
@@ -271,7 +275,9 @@ class _Run:
             job = SharedJob(
                 updates, self.scanned.check_unchanged, options.method, options.kept_rank, dtype, options.seed
             )
-            encoded = encode_clusters(job, list(labels), options.max_error, self.pieces, self.progress)
+            too_small = self._too_small.tolist()
+            shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
+            encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
         self._keep_individually(alone)
         return encoded, clusters
@@ -311,6 +317,11 @@ class _Run:
         labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
         return labels
 
+    @cached_property
+    def _too_small(self) -> Tensor:
+        """Adapters that are kept as they are, since the dtype of the bundle has no normal number for any value."""
+        return self.scanned.too_small(DTYPES[self.options.dtype])
+
     def _keep_individually(self, alone: list[int]) -> None:
         options, adapters = self.options, self.scanned.collection.adapters
         if options.method == "svd":
@@ -319,14 +330,17 @@ class _Run:
         def keep(number: int) -> Kept:
             if there := stored(number, self.pieces):
                 return there
-            kept = keep_individually(
-                adapters[number],
-                options.kept_rank if options.method == "svd" else None,
-                options.max_error,
-                squared_norm=float(self.scanned.norms[number].sum()),
-                dtype=DTYPES[options.dtype],
-                device=self.device,
-            )
+            if self._too_small[number]:
+                kept = as_original(adapters[number])
+            else:
+                kept = keep_individually(
+                    adapters[number],
+                    options.kept_rank if options.method == "svd" else None,
+                    options.max_error,
+                    squared_norm=math.fsum(self.scanned.norms[number].tolist()),
+                    dtype=DTYPES[options.dtype],
+                    device=self.device,
+                )
             self.scanned.check_unchanged([number])
             return kept.store(number, self.pieces)
 
@@ -337,14 +351,19 @@ class _Run:
             closing(in_order(keep, own, self.device)) as results,
         ):
             for number, kept in zip(own, results, strict=True):
-                if options.method != "svd":
-                    how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
-                    reason = f"it would exceed --max-error {options.max_error}"
-                    notes.append((number, f"kept {adapters[number].name} {how}: {reason}"))
+                if kept.rank is None or options.method != "svd":
+                    notes.append((number, f"kept {adapters[number].name} {self._reason(number, kept)}"))
                 advance(1)
         self.pieces.wait()
         for _, note in sorted(chain.from_iterable(team.gathered(notes))):
             self.progress.note(note)
+
+    def _reason(self, number: int, kept: Kept) -> str:
+        """How an adapter is kept on its own, and why."""
+        how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
+        if self.options.max_error is None or self._too_small[number]:
+            return f"{how}: its values do not fit in {self.options.dtype}"
+        return f"{how}: it would exceed --max-error {self.options.max_error}"
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:
@@ -388,17 +407,21 @@ def _report(output: Path, manifest: Manifest, size: int, seconds: float, device:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)
     original = sum(file.size_bytes for adapter in adapters for file in adapter.files)
+    errors = [adapter.squared_error for adapter in adapters]
+    summary = summarise(len(adapters), errors, original, size)
+    parameters = manifest.parameters
     return CompressReport(
         bundle=str(output),
         base_model=manifest.base_model,
-        method=manifest.parameters.method,
-        rank=manifest.parameters.rank,
+        method=parameters.method,
+        rank=parameters.rank,
         clusters=[sum(len(shard.adapters) for shard in cluster.shards) for cluster in manifest.clusters],
         individual=[adapter.name for adapter in adapters if adapter.cluster is None],
         skipped=manifest.skipped,
         zero=[adapter.name for adapter in adapters if adapter.squared_norm == 0],
-        summary=summarise(len(adapters), [adapter.squared_error for adapter in adapters], original, size),
+        summary=summary,
         worst=WorstAdapter(worst.name, worst.squared_error),
         seconds=seconds,
+        warnings=quality_warnings(errors, summary, method=parameters.method, max_error=parameters.max_error),
         device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
     )

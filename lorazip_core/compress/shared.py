@@ -17,14 +17,12 @@ from ..factorise import Shared, encode_diag, encode_joint
 from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
 from ..progress import Advance, Progress
-from ..stack import Stack
-from ..summary import squared_error
+from ..stack import ScaledStack
+from ..summary import is_within, squared_error
 from ..updates import Updates
 from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
 
-# Factors are read in float32, their scale folded in: what that rounds off is unknown to the errors found here.
-_UNSEEN = 2.0**-48
 _MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
 
 Labels = list[int | None]
@@ -109,7 +107,8 @@ class Encoded:
 def encode_clusters(
     job: SharedJob, labels: Labels, max_error: float | None, pieces: Pieces, progress: Progress
 ) -> Encoded:
-    """Encode every cluster of ``labels``; an adapter that would exceed ``max_error`` gets the label None instead.
+    """Encode every cluster of ``labels``; an adapter that would exceed ``max_error``, or whose cores the dtype cannot
+    hold, gets the label None instead.
 
     Bases that served such an adapter are fitted again without it, once. Solutions are stored as ``pieces``; those that
     are there already are taken as they are.
@@ -121,11 +120,9 @@ def encode_clusters(
         encode_packs(job, generation, generation.own, pieces, advance)
     pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
-    if max_error is None:
-        return encoded
     for refit in (True, False):
         shares = map(squared_error, encoded.lost.tolist(), job.updates.norms.tolist())  # as the manifest has them
-        failing = {i for i, share in enumerate(shares) if max(share, _UNSEEN) > max_error} - _alone(labels)
+        failing = {i for i, share in enumerate(shares) if not is_within(share, max_error)} - _alone(labels)
         if not failing:
             break
         changed = {labels[i] for i in failing}
@@ -181,7 +178,7 @@ class PackInput(NamedTuple):
     """The updates of the modules of a pack; for each of them, in the order of its stack, the problem that it belongs to
     as a number in the pack, −1 for none, and its weight."""
 
-    stacks: list[Stack]
+    stacks: list[ScaledStack]
     owners: list[Tensor]
     weights: list[Tensor]
 

@@ -20,6 +20,7 @@ TensorOf = Callable[[str], Tensor]
 _NUMBERS = 2**20  # in the factors of one batch of modules: 8 MiB in float64, of which caches hold a good part
 _ROWS = 64  # adapters in one batch on a device, where there is room for
 _DEVICE_NUMBERS = 2**26
+_LARGEST = torch.finfo(torch.float32).max ** 2
 _EXTRA_NUMBERS = 2**26  # of extras that are looked at in one go
 
 
@@ -30,9 +31,9 @@ def norms_of_adapter(parts: Mapping[str, Part], stored: Stored) -> list[float]:
     for alike in _batches(parts).values():
         step = max(1, _NUMBERS // of[alike[0]].parameters)
         for columns in (alike[start : start + step] for start in range(0, len(alike), step)):
-            (b,), (a,) = (side.float() for side in stored(columns))
-            scales = torch.tensor([of[column].scale for column in columns])
-            norms[columns] = squared_norm(b * scales[:, None, None], a)
+            (b,), (a,) = stored(columns)
+            scales = torch.tensor([of[column].scale for column in columns], dtype=torch.float64)
+            norms[columns] = _scaled(squared_norm(b, a), scales)
     found: list[float] = norms.tolist()
     return found
 
@@ -43,21 +44,26 @@ def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
     Every product is over the same number of adapters, be there fewer or not: how a collection is cut into blocks must
     not show in the last digit.
     """
-    scales = torch.from_numpy(group.scales[rows]).float().to(data.device)
-    norms = torch.empty(scales.shape, dtype=torch.float64, device=data.device)
+    scales = torch.from_numpy(group.scales[rows]).to(data.device)
+    norms = torch.empty_like(scales)
     tensors = group.layout.tensors
     for column, part in enumerate(group.parts):
         shape_b, shape_a = (part.module.d_out, part.rank), (part.rank, part.module.d_in)
         step = max(1, min(_ROWS, _DEVICE_NUMBERS // part.parameters))
-        b, a = (torch.zeros(step, *shape, device=data.device) for shape in (shape_b, shape_a))
         own_b, own_a = view(data, tensors[part.key_b]), view(data, tensors[part.key_a])
+        b, a = own_b.new_zeros(step, *shape_b), own_a.new_zeros(step, *shape_a)
         for start in range(0, len(data), step):
             count = min(step, len(data) - start)
             some = slice(start, start + count)
-            torch.mul(own_b[some].reshape(count, *shape_b).float(), scales[some, column, None, None], out=b[:count])
-            a[:count] = own_a[some].reshape(count, *shape_a)
+            b[:count], a[:count] = own_b[some].reshape(count, *shape_b), own_a[some].reshape(count, *shape_a)
             norms[some, column] = squared_norm(b, a)[:count]
-    return norms
+    return _scaled(norms, scales)
+
+
+def _scaled(norms: Tensor, scales: Tensor) -> Tensor:
+    """‖s B A‖² for ‖B A‖² and s; infinite for an update that float32 cannot hold, in which no model could use it."""
+    scaled = norms * scales.square()
+    return scaled.masked_fill_(scaled > _LARGEST, torch.inf)
 
 
 def finite_extras(data: Tensor, group: LayoutGroup, keys: list[str]) -> Tensor:

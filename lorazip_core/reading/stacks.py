@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Collection, Layout, TensorInfo, aligned, view
-from ..stack import Stack
+from ..stack import ScaledStack, Stack
 from .groups import LayoutGroup, Numbers, by_layout
 from .runs import ExpertRuns
 
 _READERS = 16
 _CPU_STAGING = 2**25  # bytes of factors as they are in the files, on their way to one stack
 _GPU_STAGING = 2**27
+# The largest number in A or B, as an exponent of two: outside of it, products of a few factors would leave float32.
+_ORDINARY_EXPONENT = 32
 
 
 class Pick(NamedTuple):
@@ -58,7 +61,7 @@ class Source(Protocol):
         """All of a pick, in its order. What was yielded is used up when the next is asked for."""
         ...
 
-    def stacked(self, stack: Callable[[], Stack]) -> Stack:
+    def stacked(self, stack: Callable[[], ScaledStack]) -> ScaledStack:
         """Do ``stack``, which takes factors from here, where and when that can be done."""
         ...
 
@@ -74,8 +77,8 @@ class Stacks:
             for column, module in enumerate(group.modules.tolist()):
                 self._having[module].append((group, column))
 
-    def load(self, module: int, members: Sequence[int] | None = None, /) -> Stack:
-        """The updates of one module, as `Updates.load` has it: float32, the scale folded into B.
+    def load(self, module: int, members: Sequence[int] | None = None, /) -> ScaledStack:
+        """The updates of one module, as `Updates.load` has it: float64 where a file has it, else float32.
 
         On a GPU the stack may be used on the stream that is current in the calling thread, at once.
         """
@@ -87,7 +90,7 @@ class Stacks:
                 picks.append(Pick(group, column, chosen))
         return self._source.stacked(lambda: self._stack(module, picks))
 
-    def _stack(self, module: int, picks: list[Pick]) -> Stack:
+    def _stack(self, module: int, picks: list[Pick]) -> ScaledStack:
         """The factors of all picks in the order of (rank, number): every one is copied once, to where it belongs."""
         group, column = self._having[module][0]
         target = group.parts[column].module
@@ -98,7 +101,9 @@ class Stacks:
         place[order] = np.arange(len(order))
         ranks = ranks[order]
         rows = int(ranks.sum())
-        bt, a = (torch.empty(rows, width, device=self._device) for width in (target.d_out, target.d_in))
+        wide = any(info.dtype == "F64" for pick in picks for info in pick.infos())
+        dtype = torch.float64 if wide else torch.float32
+        bt, a = (torch.empty(rows, width, dtype=dtype, device=self._device) for width in (target.d_out, target.d_in))
         done = 0
         for pick in picks:
             r = pick.rank
@@ -112,8 +117,27 @@ class Stacks:
                 _put(a_r, places[some], own_a.reshape(-1, r, target.d_in))
             done += len(pick.chosen)
         scales = _joined([pick.group.scales[pick.chosen, pick.column] for pick in picks], np.float64)[order]
-        bt.mul_(torch.from_numpy(np.repeat(scales, ranks)[:, None]).float().to(self._device))
-        return Stack.of_rows(bt, a, numbers[order].tolist(), ranks.tolist())
+        stack = Stack.of_rows(bt, a, numbers[order].tolist(), ranks.tolist())
+        return ScaledStack(stack, torch.from_numpy(scales) * _made_ordinary(stack))
+
+
+def _made_ordinary(stack: Stack) -> Tensor:
+    """Scale all factors that are tiny or huge, in place; what to multiply each update by for it, [n] of float64.
+
+    By powers of two, which round nothing: such an adapter is then fitted like any other.
+    """
+    taken = torch.zeros(len(stack.members), dtype=torch.float64)
+    if not stack.members:
+        return torch.ones_like(taken)
+    most = round(-math.log2(torch.finfo(stack.a.dtype).tiny))  # so that 2^±most is a normal number
+    for rows in (stack.bt, stack.a):
+        largest = torch.cat([torch.linalg.vector_norm(part, torch.inf, (1, 2)) for part in stack.parts(rows)])
+        exponents = torch.frexp(largest).exponent.clamp(-most, most)
+        exponents = exponents.where(exponents.abs() > _ORDINARY_EXPONENT, 0).cpu()
+        if exponents.any():
+            rows.mul_(stack.per_row(torch.ldexp(torch.ones_like(taken), -exponents).to(rows))[:, None])
+            taken += exponents
+    return torch.ldexp(torch.ones_like(taken), taken)
 
 
 class Resident:
@@ -131,7 +155,7 @@ class Resident:
         b, a = (_taken(view(data, info), rows) for info in pick.infos())
         yield Factors(slice(0, len(rows)), b, a)
 
-    def stacked(self, stack: Callable[[], Stack]) -> Stack:
+    def stacked(self, stack: Callable[[], ScaledStack]) -> ScaledStack:
         return stack()
 
 
@@ -150,7 +174,7 @@ class Files:
         self._halves = [_Half() for _ in range(2)]
         self._runs = ExpertRuns()
 
-    def stacked(self, stack: Callable[[], Stack]) -> Stack:
+    def stacked(self, stack: Callable[[], ScaledStack]) -> ScaledStack:
         """On a GPU: on a stream of its own, so that another thread's computations go on meanwhile."""
         if self._stream is None:
             return stack()
@@ -158,7 +182,10 @@ class Files:
         with self._one_at_a_time, torch.cuda.stream(self._stream):
             stacked = stack()
             self._stream.synchronize()
-        for tensor in (stacked.bt, stacked.a):  # freed while the consumer's work is queued, they must not be reused
+        for tensor in (
+            stacked.rows.bt,
+            stacked.rows.a,
+        ):  # freed while the consumer's work is queued, they must not be reused
             tensor.record_stream(consumer)
         return stacked
 

@@ -8,6 +8,7 @@ import numpy
 from plotly.graph_objects import Scatter
 
 from ..assignment import Assignment, Candidate
+from ..quality import LARGE_ERROR
 from ..text import count, error, megabytes, percent
 from . import page as skeleton
 from .charts import COLOURS, GREY, NAMED_ROWS, Grid, Ticks, empty_figure, heat_map, twin_bars
@@ -42,6 +43,10 @@ def page(assignment: Assignment, similarity: numpy.ndarray) -> str:
             verdict=count(troubled, "outlier") if troubled else "no outliers",
             good=None if troubled else True,
             lead=_lead(assignment),
+            made=[
+                "No limit on an error applies to clusters: compress and verify take --max-error. What is coloured has a"
+                f" squared error above {LARGE_ERROR}, where tasks may suffer."
+            ],
             tiles=_tiles(assignment),
             sections=sections,
         )
@@ -51,7 +56,8 @@ def page(assignment: Assignment, similarity: numpy.ndarray) -> str:
 def _lead(assignment: Assignment) -> str:
     rank = "" if assignment.rank is None else f", bases of rank {assignment.rank}"
     seed = "" if assignment.seed is None else f", seed {assignment.seed}"
-    return f"Adapters of {assignment.base_model or 'an unnamed base model'}{rank}{seed}."
+    dtype = "" if assignment.dtype is None else f" in {assignment.dtype}"
+    return f"Adapters of {assignment.base_model or 'an unnamed base model'}, method joint{rank}{dtype}{seed}."
 
 
 def _tiles(assignment: Assignment) -> list[Tile]:
@@ -60,9 +66,10 @@ def _tiles(assignment: Assignment) -> list[Tile]:
     sizes = [cluster.adapters for cluster in assignment.clusters]
     tiles = [Tile("Adapters", f"{len(errors):,}"), Tile("Clusters", f"{len(sizes):,}", _range(sizes))]
     if errors:
+        mean = float(numpy.mean(errors))
         tiles += [
-            Tile("Mean error", error(float(numpy.mean(errors))), "squared, own cluster"),
-            Tile("Worst error", error(max(errors)), "squared, own cluster"),
+            Tile("Mean error", error(mean), "squared, own cluster", mean > LARGE_ERROR),
+            Tile("Worst error", error(max(errors)), "squared, own cluster", max(errors) > LARGE_ERROR),
             Tile("Held out", error(float(numpy.mean(held_out))), "mean, by the others alone"),
         ]
     for chosen in (candidate for candidate in assignment.candidates if candidate.chosen):
@@ -257,7 +264,8 @@ def _worst(assignment: Assignment) -> Table:
         "Squared errors in the own cluster, in the next best one, and in a basis of the own cluster that was fitted"
         " without the adapter (held out); the adapter whose subspaces hold most of this one, and that share."
     )
-    return Table("Worst adapters", head, rows, frozenset({1, 2, 3, 4, 5, 7}), more + caption)
+    bad = frozenset(row for row, adapter in enumerate(worst) if adapter.squared_error > LARGE_ERROR)
+    return Table("Worst adapters", head, rows, frozenset({1, 2, 3, 4, 5, 7}), more + caption, bad)
 
 
 _REASONS = {

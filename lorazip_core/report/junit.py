@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..bundle.finding import Finding
 from ..text import error, plain
 from ..verify import AdapterReport, VerifyReport
-from .outcome import Gate, gates, kept_as, squared_error
+from .outcome import Gate, gates, kept_as, limits, made_with, squared_error
 
 
 class _Case(NamedTuple):
@@ -64,6 +64,8 @@ def _suite(report: VerifyReport) -> ElementTree.Element:
 
 def _properties(report: VerifyReport) -> list[tuple[str, str]]:
     properties = [("errors_are", report.errors_are), ("against", report.against or "-")]
+    properties += [("made_with", made_with(report) or "-"), ("limits", limits(report))]
+    properties += [(f"warning.{warning.kind}", warning.message) for warning in report.warnings]
     if summary := report.summary:
         for field in summary.__struct_fields__:
             value = getattr(summary, field)

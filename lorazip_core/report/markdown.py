@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..bundle.finding import Finding
 from ..text import error, megabytes, percent, plain, times
 from ..verify import VerifyReport
-from .outcome import gates, kept_as, verdict, worst_first
+from .outcome import gates, kept_as, limits, made_with, verdict, worst_first
 
 _WORST = 10
 _MOST_FINDINGS = 50  # GitHub takes 1 MiB a step, and nobody reads it
@@ -22,7 +22,7 @@ def markdown(report: VerifyReport) -> str:
     mark = "✅" if report.ok else "❌"
     blocks = [f"### {mark} lorazip verify {name(report.bundle)}: {verdict(report)}"]
     if report.summary is not None:
-        blocks += [_figures(report), *_gates(report), *_worst(report)]
+        blocks += [_figures(report), *_made(report), *_gates(report), *_worst(report)]
     blocks += _findings(report.findings)
     return "\n\n".join(blocks) + "\n"
 
@@ -68,7 +68,14 @@ def _gates(report: VerifyReport) -> list[str]:
         for gate in gates(report)
     ]
     head = ("limit", "applies to the", "at most", report.errors_are, "result")
-    return [_table(head, rows, (2, 3))] if rows else []
+    return [_table(head, rows, (2, 3))] if rows else [escape(limits(report))]
+
+
+def _made(report: VerifyReport) -> list[str]:
+    """How the bundle was made, and the warnings about it."""
+    made = made_with(report)
+    lines = [f"⚠️ {escape(f'{warning.message} ({warning.hint})')}" for warning in report.warnings]
+    return [*([escape(f"Made with {made}")] if made else []), *lines]
 
 
 def _worst(report: VerifyReport) -> list[str]:

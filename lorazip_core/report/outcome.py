@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..bundle.finding import Finding
+from ..quality import LARGE_ERROR, above
 from ..text import count
 from ..verify import AdapterReport, VerifyReport
+
+_ALL_TOLD, _TOLD = 10, 3  # findings of one kind that are all told, and how many of more
+# What else differs where the files are not those that the bundle was made from.
+_CONSEQUENCES = {
+    "base-model-differs",
+    "claim-differs",
+    "config-differs",
+    "extras-differ",
+    "modules-differ",
+    "not-zero",
+    "source-differs",
+}
 
 
 class Gate(NamedTuple):
@@ -58,4 +72,72 @@ def kept_as(adapter: AdapterReport) -> str:
 
 
 def verdict(report: VerifyReport) -> str:
-    return "sound" if report.ok else count(len(report.findings), "finding")
+    """Sound or not, and for a sound bundle in the same breath what says how good it is: the limits, or what is lost."""
+    if not report.ok:
+        return count(len(report.findings), "finding")
+    if held := [f"{gate.option} {gate.limit:g}" for gate in gates(report) if gate.held]:
+        return f"sound, within {' and '.join(held)}"
+    large = above([error for _, error in worst_first(report)])
+    return f"sound, but {count(large, 'adapter')} with a squared error above {LARGE_ERROR}" if large else "sound"
+
+
+def is_good(report: VerifyReport) -> bool | None:
+    """What the verdict says at a glance: None for a sound bundle that loses much, where no limit was set."""
+    return report.ok if not report.ok or report.gates.max_error is not None or not report.warnings else None
+
+
+def made_with(report: VerifyReport) -> str:
+    """How the bundle was made and which one it is, in a line; empty where its manifest cannot be read."""
+    parameters = report.parameters
+    if parameters is None:
+        return ""
+    words: list[str] = [parameters.method]
+    if parameters.rank is not None:
+        words.append(f"rank {parameters.rank}")
+    if parameters.clusters:
+        words.append(count(parameters.clusters, "cluster"))
+    words.append(parameters.dtype)
+    if parameters.max_error is not None:
+        words.append(f"--max-error {parameters.max_error:g}")
+    return f"{', '.join(words)}; base model {report.base_model or 'not named'}; manifest {report.manifest_sha256}"
+
+
+def limits(report: VerifyReport) -> str:
+    """Which limits the errors had to keep, in a sentence."""
+    found = gates(report)
+    if not found:
+        return "No limit was given, so none was checked (--max-error, --max-mean-error)."
+    return f"Limits: {', '.join(f'{gate.option} {gate.limit:g}: {gate.verdict}' for gate in found)}."
+
+
+def limit_of_adapters(report: VerifyReport) -> float:
+    """Above what an adapter's error stands out: the limit that was given, else where tasks begin to suffer."""
+    return LARGE_ERROR if report.gates.max_error is None else report.gates.max_error
+
+
+def told(report: VerifyReport) -> list[str]:
+    """The findings in lines for people: all of a kind while they are few, and one cause once, whatever follows from it.
+
+    Where no adapter has the files that the bundle was made from, it does not matter what else of them differs.
+    """
+    findings, lines = list(report.findings), []
+    strangers = {found.adapter for found in findings if found.kind == "source-differs"}
+    if len(findings) > _ALL_TOLD and strangers == {adapter.name for adapter in report.adapters}:
+        rest = [found for found in findings if found.kind not in _CONSEQUENCES]
+        lines.append(
+            f"{report.against}: none of the {count(len(strangers), 'adapter')} has the files that the bundle was made"
+            f" from: is it the right directory? ({len(findings) - len(rest):,} findings; --json has them all)"
+        )
+        findings = rest
+    for kind in dict.fromkeys(found.kind for found in findings):
+        own = [found for found in findings if found.kind == kind]
+        shown = own if len(own) <= _ALL_TOLD else own[:_TOLD]
+        lines += [_line(found) for found in shown]
+        if len(own) > len(shown):
+            lines.append(f"{kind}: {len(own) - len(shown):,} more; --json has them all")
+    return lines
+
+
+def _line(found: Finding) -> str:
+    about = ": ".join(filter(None, (found.adapter, found.path)))
+    return f"{about}: {found.message}" if about else found.message

@@ -22,6 +22,8 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
+    bad: bool = False
+    """Whether it stands out as not good enough."""
 
 
 class Table(NamedTuple):
@@ -31,6 +33,8 @@ class Table(NamedTuple):
     numbers: frozenset[int] = frozenset()
     """The columns that are flush right."""
     caption: str = ""
+    bad: frozenset[int] = frozenset()
+    """The rows that stand out as not good enough."""
 
 
 class Chart(NamedTuple):
@@ -55,6 +59,8 @@ class Page(NamedTuple):
     good: bool | None
     """The colour of the verdict: None for one that is neither."""
     lead: str
+    made: Sequence[str]
+    """Lines below the lead: how what is shown was made, and what was asked of it."""
     tiles: Sequence[Tile]
     sections: Sequence[Table | Chart]
 

@@ -7,11 +7,22 @@ from itertools import groupby
 
 import numpy
 
+from ..quality import LARGE_ERROR, QualityWarning
 from ..text import count, error, megabytes, percent, times
 from ..verify import AdapterReport, ModuleErrors, VerifyReport
 from . import page as skeleton
 from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
-from .outcome import gates, kept_as, squared_error, verdict, worst_first
+from .outcome import (
+    gates,
+    is_good,
+    kept_as,
+    limit_of_adapters,
+    limits,
+    made_with,
+    squared_error,
+    verdict,
+    worst_first,
+)
 from .page import Chart, Page, Table, Tile
 
 _WORST = 20
@@ -38,8 +49,9 @@ def page(report: VerifyReport, module_errors: ModuleErrors | None) -> str:
             kind="lorazip verify",
             title=report.bundle,
             verdict=verdict(report),
-            good=report.ok,
+            good=is_good(report),
             lead=_lead(report, len(worst)),
+            made=list(filter(None, (made_with(report), limits(report), *map(_said, report.warnings)))),
             tiles=_tiles(report),
             sections=sections,
         )
@@ -56,17 +68,24 @@ def _lead(report: VerifyReport, known: int) -> str:
     return text if not missing else f"{text} Those of {count(missing, 'adapter')} could not be: see the findings."
 
 
+def _said(warning: QualityWarning) -> str:
+    return f"Note: {warning.message} ({warning.hint})."
+
+
 def _tiles(report: VerifyReport) -> list[Tile]:
     summary = report.summary
     if summary is None:
         return []
+    limit = limit_of_adapters(report)
+    worst, mean = summary.max_squared_error, summary.mean_squared_error
+    mean_limit = limit if report.gates.max_mean_error is None else report.gates.max_mean_error
     return [
         Tile("Adapters", f"{summary.adapters:,}"),
         Tile("Size", megabytes(summary.bytes_bundle), f"before: {megabytes(summary.bytes_original)}"),
         Tile("Saved", percent(summary.saved_ratio), times(summary.bytes_original, summary.bytes_bundle)),
-        Tile("Mean error", error(summary.mean_squared_error), f"squared, {report.errors_are}"),
+        Tile("Mean error", error(mean), f"squared, {report.errors_are}", mean is not None and mean > mean_limit),
         Tile("p95 error", error(summary.p95_squared_error), f"squared, {report.errors_are}"),
-        Tile("Worst error", error(summary.max_squared_error), f"squared, {report.errors_are}"),
+        Tile("Worst error", error(worst), f"squared, {report.errors_are}", worst is not None and worst > limit),
     ]
 
 
@@ -85,7 +104,9 @@ def _gates(report: VerifyReport) -> Table:
     rows = [
         (gate.option, gate.applies_to, f"{gate.limit:g}", error(gate.found), gate.verdict) for gate in gates(report)
     ]
-    return Table("Limits", ("option", "applies to the", "limit", report.errors_are, "result"), rows, frozenset({2, 3}))
+    head = ("option", "applies to the", "limit", report.errors_are, "result")
+    bad = frozenset(row for row, gate in enumerate(gates(report)) if gate.held is False)
+    return Table("Limits", head, rows, frozenset({2, 3}), bad=bad)
 
 
 def _errors(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Chart:
@@ -97,8 +118,10 @@ def _errors(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> C
         groups=[kept_as(adapter) for adapter, _ in shown],
     )
     figure = bars(data, x=f"squared error, {report.errors_are}", y="adapters, the worst on top")
-    limits = [(gate.limit, f"limit of the {gate.applies_to}: {gate.limit:g}") for gate in gates(report)]
-    limit_lines(figure, limits, rows=len(shown))
+    lines = [(gate.limit, f"limit of the {gate.applies_to}: {gate.limit:g}") for gate in gates(report)]
+    if not lines:
+        lines = [(LARGE_ERROR, f"no limit given; tasks may suffer above {LARGE_ERROR}")]
+    limit_lines(figure, lines, rows=len(shown))
     return Chart("Error of each adapter", figure, _only_worst(len(shown), len(worst)))
 
 
@@ -175,4 +198,6 @@ def _worst(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Ta
     unknown = [adapter.name for adapter in report.adapters if squared_error(report, adapter) is None]
     if unknown:
         caption = f"{caption} Not measured: {', '.join(unknown[:_WORST])}{' …' if len(unknown) > _WORST else ''}."
-    return Table("Worst adapters", head, rows, numbers, caption.strip())
+    limit = limit_of_adapters(report)
+    bad = frozenset(row for row, (_, value) in enumerate(worst[:_WORST]) if value > limit)
+    return Table("Worst adapters", head, rows, numbers, caption.strip(), bad)

@@ -1,0 +1,57 @@
+"""What a bundle loses, or weighs, that people should hear of though it is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from .summary import Summary
+from .text import count, error, megabytes
+
+LARGE_ERROR = 0.1
+"""Up to this squared error the tasks that were measured lose nothing, as docs/method.md has it; above, some do."""
+
+
+class QualityWarning(Struct, frozen=True):
+    """Something about a sound bundle that is hardly what its user wants."""
+
+    kind: Literal["large-errors", "larger-than-originals"]
+    message: str
+    hint: str
+
+
+def above(squared_errors: Sequence[float]) -> int:
+    """How many squared errors are above `LARGE_ERROR`."""
+    return sum(each > LARGE_ERROR for each in squared_errors)
+
+
+def quality_warnings(
+    squared_errors: Sequence[float], summary: Summary, *, method: str, max_error: float | None
+) -> list[QualityWarning]:
+    """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it."""
+    warnings = []
+    large = above(squared_errors)
+    alone = method == "svd"
+    if large and max_error is None:
+        hint = "a higher --rank" if alone else "a higher --rank, more --clusters or --method svd"
+        warnings.append(
+            QualityWarning(
+                "large-errors",
+                f"{large:,} of {count(len(squared_errors), 'adapter')} lose more than {LARGE_ERROR} of their update"
+                f" (squared error, worst {error(max(squared_errors))}), which tasks may show",
+                f"compress with --max-error {LARGE_ERROR}, {hint}",
+            )
+        )
+    if summary.bytes_bundle > summary.bytes_original:
+        warnings.append(
+            QualityWarning(
+                "larger-than-originals",
+                f"the bundle is larger than the adapters that it was made from: {megabytes(summary.bytes_bundle)},"
+                f" which were {megabytes(summary.bytes_original)}",
+                f"compress with a lower --rank{'' if alone else ', or --method svd at a low rank'}"
+                f"{'' if max_error is None else ', or a larger --max-error'}",
+            )
+        )
+    return warnings
