@@ -94,29 +94,30 @@ def compress(
         device_memory=bound(device_memory),
     )
     report: PlanReport | CompressReport
-    if output is None or dry_run:
-        report = plan(
-            directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
-        )
-        if not team.is_first():  # the first process speaks for all
-            return 0
-        if not json:
-            _render_plan(report)
-    else:
-        report = compress_adapters(
-            directory,
-            output,
-            options,
-            allow_pickle=allow_pickle,
-            allow_mixed_base=allow_mixed_base,
-            skip_bad=skip_bad,
-            force=force,
-            progress=progress(quiet or not team.is_first()),
-        )
-        if not team.is_first():
-            return 0
-        if not (json or quiet):
-            _render(report)
+    with team.joined():
+        if output is None or dry_run:
+            report = plan(
+                directory, options, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad
+            )
+            if not team.is_first():  # the first process speaks for all
+                return 0
+            if not json:
+                _render_plan(report)
+        else:
+            report = compress_adapters(
+                directory,
+                output,
+                options,
+                allow_pickle=allow_pickle,
+                allow_mixed_base=allow_mixed_base,
+                skip_bad=skip_bad,
+                force=force,
+                progress=progress(quiet or not team.is_first()),
+            )
+            if not team.is_first():
+                return 0
+            if not (json or quiet):
+                _render(report)
     if json:
         console.json(report)
     return 0

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Interrupted, LocalError, OutputExists, PeerEnded
+from .stopping import check_stop
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MARKER = ".lorazip"
 _WORK = ".work-"  # and the key of the work
+_READ_AT_ONCE = 2**18  # bytes, of a file whose digest is wanted
 _SYNCS = 16  # at a time: a file system brings many small files to the disk in one go
 
 
@@ -38,8 +40,13 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The digest of a file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            check_stop()
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def safe_name(name: str) -> str:

@@ -19,6 +19,7 @@ from ..files import atomic_directory, canonical_json, safe_name, tree, write_fil
 from ..linalg import Factors, squared_norm, truncated_svd
 from ..progress import Progress, Silent
 from ..reconstruct import decode
+from ..stopping import check_stop
 from . import vllm
 from .peft_config import peft_config
 from .readme import Changes, readme
@@ -87,6 +88,7 @@ def export(
         progress.stage("export", len(chosen)) as advance,
     ):
         for adapter, folder in zip(chosen, folders, strict=True):
+            check_stop()
             exported.append(_export_one(bundle, adapter, partial, folder, target, rank, dtype))
             advance(1)
         report = ExportReport(
