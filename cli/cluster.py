@@ -93,26 +93,28 @@ def cluster(
     from lorazip_core.cluster import cluster as cluster_adapters
 
     wanted: int | Literal["auto"] = "auto" if clusters == "auto" else int(clusters)
-    found = cluster_adapters(
-        directory,
-        output,
-        ClusterOptions(
-            clusters=wanted,
-            rank=rank,
-            dtype=dtype,
-            seed=seed,
-            weights=weights,
-            device=device,
-            memory=bound(memory),
-            device_memory=bound(device_memory),
-        ),
-        allow_pickle=allow_pickle,
-        allow_mixed_base=allow_mixed_base,
-        skip_bad=skip_bad,
-        progress=progress(quiet or not team.is_first()),
+    options = ClusterOptions(
+        clusters=wanted,
+        rank=rank,
+        dtype=dtype,
+        seed=seed,
+        weights=weights,
+        device=device,
+        memory=bound(memory),
+        device_memory=bound(device_memory),
     )
-    if not team.is_first():  # the first process writes and speaks for all
-        return 0
+    with team.joined():
+        found = cluster_adapters(
+            directory,
+            output,
+            options,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+            progress=progress(quiet or not team.is_first()),
+        )
+        if not team.is_first():  # the first process writes and speaks for all
+            return 0
     contents = [(output, canonical_json(msgspec.to_builtins(found.assignment)))]
     if html is not None:
         from lorazip_core.report import cluster_page

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lorazip_core.errors import LorazipError
 
-DONE, BUG, INTERRUPTED = 0, 70, 130
+from .interrupt import INTERRUPTED
+
+DONE, BUG = 0, 70
 
 
 def exit_codes() -> dict[int, str]:

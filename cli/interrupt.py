@@ -1,73 +1,86 @@
-"""Ctrl-C and `kill` take one way out, which clears away unfinished output.
+"""Ctrl-C and `kill`: the first asks the command to stop and clear away unfinished output, the second ends the process.
 
 KeyboardInterrupt raised inside a C extension can come out as another exception, or be lost. So the request is also
-remembered: every step of progress asks for it, and whatever a command then fails with counts as interrupted.
+remembered: long work looks at it (`lorazip_core.stopping`), and whatever a command then fails with counts as
+interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from lorazip_core.progress import Advance, Progress, Transfer
+from lorazip_core.stopping import clear_stop, request_stop, stop_requested
 
-_requested = False
+INTERRUPTED = 130  # the exit code
+TOLD = "interrupted; nothing was left half-written"
 
-
-def requested() -> bool:
-    """Whether the command that runs was asked to stop."""
-    return _requested
+_announce: Callable[[], None] | None = None
 
 
-@contextmanager
+def announce_with(announce: Callable[[], None]) -> None:
+    """Have ``announce`` say that the command which runs is about to stop, when it is asked to."""
+    global _announce
+    _announce = announce
+
+
+def leave_when_asked() -> None:
+    """From now on SIGINT and SIGTERM end the process with one line: there is nothing to clear away."""
+    _handle(_leave)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """While in the block, SIGINT and SIGTERM raise KeyboardInterrupt, but for those that the parent has us ignore."""
-    global _requested
-    _requested = False
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, _stop)
-    except ValueError:  # not in the main thread: somebody else handles signals
-        pass
+    """While in the block, SIGINT and SIGTERM ask for a stop and raise KeyboardInterrupt; a second one ends the process.
+
+    Those that the parent has us ignore stay ignored.
+    """
+    global _announce
+    _announce = None
+    clear_stop()
+    hook = sys.unraisablehook
+    before = _handle(_stop)
+    sys.unraisablehook = _quiet_about_interrupts
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+        clear_stop()
 
 
-class Interruptible:
-    """A progress whose steps are the places where a request to stop is heard in any case."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-        self.note = inner.note
-
-    @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Advance]:
-        with self._inner.stage(label, total) as advance:
-
-            def heed(steps: int) -> None:
-                advance(steps)
-                if requested():
-                    raise KeyboardInterrupt
-
-            yield heed
-
-    @contextmanager
-    def transfer(self, label: str, items: int, size: int) -> Iterator[Transfer]:
-        """Its steps are heard in other threads; the one that waits for them gets the signal itself."""
-        with self._inner.transfer(label, items, size) as transfer:
-            yield transfer
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, signal._HANDLER]:
+    """Install ``handler``; the handlers that were there before."""
+    before: dict[int, signal._HANDLER] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: somebody else handles signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    return before
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """The first request ends the command; further ones would only disturb the clearing away."""
-    global _requested
-    if not _requested:
-        _requested = True
-        raise KeyboardInterrupt
+    if stop_requested():
+        os._exit(INTERRUPTED)
+    request_stop()
+    if _announce is not None:
+        with contextlib.suppress(RuntimeError, OSError):  # in the middle of another write to stderr
+            _announce()
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"lorazip: error: {TOLD}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def _quiet_about_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+    """KeyboardInterrupt that a destructor or a callback of the interpreter loses has been remembered."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)

@@ -14,18 +14,19 @@ import typer
 
 from lorazip_core import __version__
 from lorazip_core.errors import Interrupted, UsageError
+from lorazip_core.stopping import stop_requested
 
 from . import console
 from .cluster import cluster
 from .compress import compress
 from .demo import demo
-from .exit_codes import BUG, INTERRUPTED
+from .exit_codes import BUG
 from .export import export
 from .failures import explain
 from .fetch import fetch
 from .help import Program, Verb
 from .info import info
-from .interrupt import interruptible, requested
+from .interrupt import INTERRUPTED, TOLD, interruptible
 from .verify import verify
 
 app = typer.Typer(
@@ -63,22 +64,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "" in arguments:  # as a path it would mean the current directory
         console.error("an argument is empty: is a variable not set?")
         return UsageError.exit_code
+    with interruptible():
+        try:
+            return _run(arguments)
+        except Interrupted as interruption:
+            return _interrupted(str(interruption))
+        except KeyboardInterrupt:
+            return _interrupted()
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command. Only an interruption leaves it as an exception."""
     try:
-        with interruptible():
-            code = _invoke(arguments)
+        code = _invoke(arguments)
         console.flush()
         return code
     except SystemExit as stop:  # how Typer ends --show-completion and --install-completion
         console.flush()
         return int(stop.code or 0)
-    except Interrupted as interruption:
-        return _interrupted(str(interruption))
-    except KeyboardInterrupt:
-        return _interrupted()
     except Exception as error:
         if os.environ.get("LORAZIP_DEBUG"):
             traceback.print_exc()
-        if requested():
+        if stop_requested():
             return _interrupted()
         with suppress(OSError):  # else Python would try again at its end, and fail with a code of its own
             console.flush()
@@ -102,13 +109,13 @@ def _invoke(arguments: list[str]) -> int:
         return stop.exit_code
 
 
-def _interrupted(told: str = "interrupted; nothing was left half-written") -> int:
+def _interrupted(told: str = TOLD) -> int:
     console.error(told)
     return INTERRUPTED
 
 
 def run() -> None:
-    """The console script."""
+    """The command of the command line, as the whole process."""
     if sys.stdout is None or sys.stderr is None:  # closed by the parent (>&-)
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
@@ -117,4 +124,8 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")  # a locale without "é" is no reason to fail
     if _COMPLETE in os.environ:
         app(prog_name="lorazip")
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        # At once: Python would take a second to unload torch, and may end by the signal where it once was lost.
+        os._exit(code)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from lorazip_core.progress import Advance, Progress, Silent, Transfer
 from lorazip_core.text import count, megabytes, plain
 
 from . import console
-from .interrupt import Interruptible
+from .interrupt import announce_with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _OFTEN, _SELDOM = 10.0, 60.0  # seconds between two lines in a log while much happens, and at the most
+_STOPPING = "stopping ... (a second signal ends it at once)"
 _WORTH_A_LINE = 1.0  # seconds that a stage takes before a log hears of its end
 
 
 def progress(quiet: bool) -> Progress:
-    """The one that suits stderr."""
+    """The one that suits stderr; unless it is silent, it also says when the command is asked to stop."""
     if quiet:
-        return Interruptible(Silent())
+        return Silent()
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    return Interruptible(Bars() if terminal else Lines())
+    shown = Bars() if terminal else Lines()
+    announce_with(shown.stopping)
+    return shown
 
 
 class Lines:
@@ -52,8 +55,8 @@ class Lines:
             now = self._clock()
             waited = now - said_at
             if waited >= _SELDOM or (waited >= _OFTEN and done - said >= total / 10):
-                left = (now - start) / done * (total - done) if done else 0
-                console.say(f"{label}: {100 * done // max(total, 1)}%, about {_duration(left)} left")
+                left = f", about {_duration((now - start) / done * (total - done))} left" if done else ""
+                console.say(f"{label}: {100 * done // max(total, 1)}% in {_duration(now - start)}{left}")
                 said, said_at = done, now
 
         yield advance
@@ -70,6 +73,10 @@ class Lines:
 
     def note(self, text: str) -> None:
         console.say(plain(text))
+
+    def stopping(self) -> None:
+        """Say that the command is about to stop; from the handler of a signal."""
+        console.say(_STOPPING)
 
 
 class _TransferLines:
@@ -140,6 +147,12 @@ class Bars:
         else:
             self._live.console.print(plain(text))
 
+    def stopping(self) -> None:
+        """As `Lines.stopping`. A second signal leaves the terminal as it then is: with a cursor."""
+        self.note(_STOPPING)
+        if self._live is not None:
+            self._live.console.show_cursor(True)
+
 
 class _TransferBar:
     """A bar over bytes, with adapters done and the rate."""
@@ -179,12 +192,21 @@ def _stderr() -> Console:
 
 
 def _rich_progress() -> RichProgress:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
         TimeRemainingColumn(),
         console=_stderr(),
         transient=True,

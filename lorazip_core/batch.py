@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .stack import ScaledStack, Stack
+from .stopping import check_stop
 
 _AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in what a step makes besides its result, at the most
 _CANCELLED = 1e-7  # of ‖D‖²: of smaller errors, the sum of three terms loses too many digits
@@ -85,7 +86,12 @@ class _Placed:
         count = len(self.chunks.of)
         if step >= count:
             return self.total(make(slice(0, count)))
-        pieces = ((some, make(some)) for some in (slice(start, start + step) for start in range(0, count, step)))
+
+        def made_of(some: slice) -> tuple[slice, Tensor]:
+            check_stop()
+            return some, make(some)
+
+        pieces = map(made_of, (slice(start, start + step) for start in range(0, count, step)))
         if self.chunks.of.device.type != "cpu":
             return self.total(torch.cat([made for _, made in pieces]))
         sums: Tensor | None = None
@@ -356,8 +362,10 @@ class Batch:
         bases = _Bases.of(u, v)
         cores, errors = [], []
         for part in self._parts:
-            starts = range(0, len(part.bt), part.chunks_at_once)
-            found = [_encoded(part, slice(start, start + part.chunks_at_once), bases, store) for start in starts]
+            found = []
+            for start in range(0, len(part.bt), part.chunks_at_once):
+                check_stop()
+                found.append(_encoded(part, slice(start, start + part.chunks_at_once), bases, store))
             cores.append(torch.cat([each for each, _ in found]))
             errors.append(torch.cat([each for _, each in found]))
         return self._in_order(cores), self._in_order(errors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .stack import Stack
+from .stopping import check_stop
 
 # Of the mean of a Gram matrix's diagonal. It keeps nearly parallel columns from being used with large coefficients that
 # cancel, which costs more in rounding than it gains: bf16 coefficients have an error of about 10⁻⁶ of their square.
@@ -38,6 +39,7 @@ def als_round(stack: Stack, u: Tensor, v: Tensor, *, ridge: float = RIDGE) -> tu
 
     U = (Σ D_i V diag(c_i)) [(VᵀV) ∘ (CᵀC)]⁻¹, then V likewise with the new U.
     """
+    check_stop()
     count = len(u)
     y, x = _times(stack.bt, u), _times(stack.a, v)
     projections = _apart(stack.sums(y * x), count)
@@ -61,6 +63,7 @@ def prune(stack: Stack, u: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor
     c = inverse @ project(stack, u, v).double().mT  # [s, M, n]
     gone = torch.zeros(gram.shape[:2], dtype=gram.dtype, device=u.device)
     for _ in range(u.shape[2] - rank):
+        check_stop()
         diagonal = inverse.diagonal(dim1=1, dim2=2)
         worst = (c.square().sum(2) / diagonal + gone).argmin(1)
         column = inverse[starts, worst]

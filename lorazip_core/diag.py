@@ -19,6 +19,7 @@ from torch import Tensor
 from .cp import als_round, captured, prune, unit
 from .joint import Basis, climb, hosvd
 from .linalg import truncated_svd
+from .progress import Share, part_of, unheard
 from .stack import Stack
 
 _WIDER = 48  # columns of the cores to search on, more than the rank
@@ -34,10 +35,15 @@ _SAME = 1e-5  # of the objective: less between two decompositions, and they are 
 _TOLERANCE, _CALM = 1e-8, 3  # of the objective, per round of the polish, for some rounds
 _LOST = 1e-3  # of the error, likewise: where next to nothing is lost, half of that is still to be won
 _POLISH_RIDGE = 1e-10
+_OF_BREEDING, _OF_POLISH = 0.7, 0.3  # about how the time of a fit is shared
+_OF_REST = 0.2  # how much of what is left is told as done by a round, where it is not known how many there will be
 
 
-def fit_diag(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
-    """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less."""
+def fit_diag(stack: Stack, rank: int, *, seed: int = 0, share: Share = unheard) -> Basis:
+    """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less.
+
+    ``share`` is told how far it is.
+    """
     rank = min(rank, len(stack.a))
     exact = stack.to(torch.float64)
     energy = exact.squared_norms().sum()
@@ -47,7 +53,10 @@ def fit_diag(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
     if rank == len(stack.a):
         u, v = own_components(exact, rank)  # lossless: nothing to search
     else:
-        u, v = polish(exact, *_finalist(exact.to(stack.a.dtype), rank, seed))
+        with part_of(share, _OF_BREEDING) as own:
+            start = _finalist(exact.to(stack.a.dtype), rank, seed, own)
+        with part_of(share, _OF_POLISH) as own:
+            u, v = polish(exact, *start, share=own)
     return Basis(u.to(stack.bt), v.to(stack.a))
 
 
@@ -63,7 +72,7 @@ def own_components(stack: Stack, rank: int) -> Basis:
     return Basis(unit(left[largest].mT), unit(right[largest].mT))
 
 
-def polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
+def polish(stack: Stack, u: Tensor, v: Tensor, *, share: Share = unheard) -> Basis:
     """Climb from U [d_out, R] and V [d_in, R] to the optimum near them; the objective never falls.
 
     ALS, extrapolated from the last few rounds (Anderson 1965): the combination of their moves that leaves the least of
@@ -74,7 +83,8 @@ def polish(stack: Stack, u: Tensor, v: Tensor) -> Basis:
     best = Basis(u[0], v[0])
     moves: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
     last: tuple[Tensor, Tensor] | None = None
-    for _ in range(_ROUNDS):
+    for round_ in range(_ROUNDS):
+        share(_OF_REST * (1 - _OF_REST) ** round_)
         now, next_u, next_v = als_round(stack, u, v, ridge=_POLISH_RIDGE)
         if float(now) < reached and last is not None:
             u, v = plain
@@ -106,11 +116,11 @@ def _extrapolate(moved: Tensor, arrived: Tensor, moves: deque[tuple[Tensor, Tens
     return arrived - torch.linalg.solve(gram, of_moves @ moved) @ of_arrivals
 
 
-def _finalist(stack: Stack, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _finalist(stack: Stack, rank: int, seed: int, share: Share) -> tuple[Tensor, Tensor]:
     """The best of the search, once the best few have had some rounds on the updates themselves."""
     wide = hosvd(stack, rank + _WIDER, seed=seed)
     small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.members, stack.groups)
-    u, v = _breed(small, rank, torch.Generator().manual_seed(seed))
+    u, v = _breed(small, rank, torch.Generator().manual_seed(seed), share)
     u, v = wide.u @ u[:_FINALISTS], wide.v @ v[:_FINALISTS]
     for _ in range(_TRIAL_ROUNDS):
         _, u, v = als_round(stack, u, v)
@@ -118,7 +128,7 @@ def _finalist(stack: Stack, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     return u[best].double(), v[best].double()
 
 
-def _breed(stack: Stack, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _breed(stack: Stack, rank: int, generator: torch.Generator, share: Share) -> tuple[Tensor, Tensor]:
     """A population of decompositions U [s, d_out, R], V [s, d_in, R], the best first, when no child is better any more.
 
     A child has the components of two parents, but for the least useful half of them.
@@ -128,7 +138,8 @@ def _breed(stack: Stack, rank: int, generator: torch.Generator) -> tuple[Tensor,
     for _ in range(_FIRST_ROUNDS):
         _, u, v = als_round(stack, u, v)
     reached, quiet = captured(stack, u, v), 0
-    for _ in range(_GENERATIONS):
+    for generation in range(_GENERATIONS):
+        share(_OF_REST * (1 - _OF_REST) ** generation)
         one = torch.randint(size, (size,), generator=generator)
         other = (one + torch.randint(1, size, (size,), generator=generator)) % size
         both = torch.cat([u[one], u[other]], dim=2), torch.cat([v[one], v[other]], dim=2)

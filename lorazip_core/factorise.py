@@ -17,6 +17,7 @@ from .cp import solve_diag
 from .diag import fit_diag
 from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
 from .linalg import Factors, squared_distance, truncated_svd
+from .progress import Share, part_of, unheard
 from .stack import ScaledStack, Stack
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
@@ -43,11 +44,12 @@ def encode_joint(
     dtype: torch.dtype,
     seed: int,
     effort: Effort = THOROUGH,
+    share: Share = unheard,
 ) -> list[Shared]:
     """Fit and store a basis for each of several problems: min Σ w_i ‖D_i − U Σ_i Vᵀ‖² over the updates D_i of each.
 
     For modules of one shape, all their updates that matter, ``owners`` [n] says which problem each belongs to (−1:
-    none), and ``weights`` [n] holds the w_i; both in the order of the stacks.
+    none), and ``weights`` [n] holds the w_i; both in the order of the stacks. ``share`` is told how far it is.
     """
     if not problems:
         return []
@@ -64,7 +66,9 @@ def encode_joint(
         if not len(chosen):
             break
         own = [_renumbered(owner, chosen, problems) for owner in owners]
-        u, v = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort)
+        with part_of(share, len(chosen) / problems) as of_chosen:
+            scaled = Batch.of(stacks, own, len(chosen), scales)
+            u, v = fit_joint_batch(scaled, rank, seed=seed, effort=effort, share=of_chosen)
         batch = Batch.exact(stacks, own, len(chosen))
         encoded |= zip(chosen.tolist(), _encode_batch(batch, Basis(u, v), dtype), strict=True)
     for problem in plain.nonzero()[:, 0].tolist():
@@ -98,9 +102,12 @@ def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared
     ]
 
 
-def encode_diag(stack: ScaledStack, weights: Tensor, *, rank: int, dtype: torch.dtype, seed: int) -> Shared:
+def encode_diag(
+    stack: ScaledStack, weights: Tensor, *, rank: int, dtype: torch.dtype, seed: int, share: Share = unheard
+) -> Shared:
     """Fit a basis with diagonal cores to the updates D_i with ``weights`` [n] w_i, and store it."""
-    u, v = (side.to(dtype) for side in fit_diag(stack.scaled(weights.sqrt()), rank, seed=seed))
+    fitted = fit_diag(stack.scaled(weights.sqrt()), rank, seed=seed, share=share)
+    u, v = (side.to(dtype) for side in fitted)
     exact, exact_u, exact_v = stack.exact(), u.double(), v.double()
     cores = _diag_cores(exact, exact_u, exact_v).to(dtype)
     errors = _squared_errors(exact, exact_u, exact_v, cores.double())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Interrupted, LocalError, OutputExists, PeerEnded, UsageError
+from .stopping import check_stop
 from .text import megabytes
 
 NotOurs = Callable[[Path], str | None]
@@ -28,6 +29,7 @@ _RENAME_EXCHANGE = 2
 _MARKER = ".lorazip"
 _WORK = ".work-"  # and the key of the work
 _SYSTEM_ERROR = re.compile(r"(?:os error|Os \{ code:) (\d+)")
+_READ_AT_ONCE = 2**18  # bytes, of a file whose digest is wanted
 _SYNCS = 16  # at a time: a file system brings many small files to the disk in one go
 
 
@@ -42,8 +44,13 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with naming(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The digest of a file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_AT_ONCE))
+    with naming(path), path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            check_stop()
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def safe_name(name: str) -> str:

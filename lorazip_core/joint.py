@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .batch import Batch, Cores
 from .linalg import cholesky_qr
+from .progress import Share, part_of, unheard
 from .stack import Stack
+from .stopping import check_stop
 
 _RANGE_ROUNDS = 3
 _SMALL_RANK = 24
@@ -34,6 +36,8 @@ _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
 # Of problems that are searched together: numbers in the Gram matrices of all starts, and in the bases to search within.
 _SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**22, 2**28
+# About how the time of a fit is shared: all corners, in each the rounds of all starts, the finals, and the last climb.
+_OF_SEARCH, _OF_STARTS, _OF_FINALS, _OF_CLIMB = 0.55, 0.8, 0.2, 0.25
 _FEW = 0.7  # of the problems that still climb, and the batch goes on with these alone
 
 
@@ -130,23 +134,31 @@ def is_lossless(rows: int, d_out: int, d_in: int, rank: int) -> bool:
     return rank >= min(rows, d_out) and rank >= min(rows, d_in)
 
 
-def fit_joint_batch(batch: Batch, rank: int, *, seed: int = 0, effort: Effort = THOROUGH) -> Basis:
+def fit_joint_batch(
+    batch: Batch, rank: int, *, seed: int = 0, effort: Effort = THOROUGH, share: Share = unheard
+) -> Basis:
     """What `fit_joint` finds for every problem: U [P, d_out, R_U] and V [P, d_in, R_V].
 
     More rows than ``rank`` in every problem. What is found for one does not depend on the others, but for rounding.
+    ``share`` is told how far it is.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = effort.corners if rank <= _SMALL_RANK else effort.corners[:1]
     wide = _leading_basis(batch, corners[-1].width(rank), generator)
     cores = batch.chunked_cores(*wide)
     ranks = min(rank, batch.shape[0]), min(rank, batch.shape[1])
-    found = [_search(cores, corner, ranks, effort, generator) for corner in corners]
+    found = []
+    for corner in corners:
+        with part_of(share, _OF_SEARCH / len(corners)) as own:
+            found.append(_search(cores, corner, ranks, effort, generator, own))
     u, v = (torch.cat(side, 1) for side in zip(*found, strict=True))
-    u, v, reached = _hooi(cores, u, v, effort.final_rounds)
+    with part_of(share, _OF_FINALS) as own:
+        u, v, reached = _hooi(cores, u, v, effort.final_rounds, own)
     u, v = _best_distinct(u, v, reached, effort.finalists)
     lifted = [Basis(wide.u @ u[:, i], wide.v @ v[:, i]) for i in range(u.shape[1])]
     best = lifted[0] if len(lifted) == 1 else _better([_climb(batch, basis, _TRIAL_ROUNDS) for basis in lifted])
-    best, _ = _climb(batch, best, _CLIMB_ROUNDS, effort.tolerance)
+    with part_of(share, _OF_CLIMB) as own:
+        best, _ = _climb(batch, best, _CLIMB_ROUNDS, effort.tolerance, share=own)
     return Basis(*map(_completed, best))
 
 
@@ -219,7 +231,12 @@ def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basi
 
 
 def _search(
-    cores: Cores, corner: _Corner, ranks: tuple[int, int], effort: Effort, generator: torch.Generator
+    cores: Cores,
+    corner: _Corner,
+    ranks: tuple[int, int],
+    effort: Effort,
+    generator: torch.Generator,
+    share: Share,
 ) -> tuple[Tensor, Tensor]:
     """The best few bases U [P, s, k, R_U], V [P, s, l, R_V] of the cores [k, l], out of the HOSVD's and many random
     starts on a corner of them."""
@@ -229,7 +246,8 @@ def _search(
     count = _start_count(corner, rank)
     u = _starts(small.full_left_gram(), ranks[0], count, generator)
     v = _starts(small.full_right_gram(), ranks[1], count, generator)
-    u, v, reached = _hooi(small, u, v, effort.rounds if rank <= _SMALL_RANK else _LARGE_RANK_ROUNDS)
+    with part_of(share, _OF_STARTS) as own:
+        u, v, reached = _hooi(small, u, v, effort.rounds if rank <= _SMALL_RANK else _LARGE_RANK_ROUNDS, own)
     u, v = _best_distinct(u, v, reached, effort.survivors)
     u, v, reached = _hooi(small, u, v, effort.survivor_rounds)
     u, v = _best_distinct(u, v, reached, effort.corner_finalists)
@@ -264,13 +282,15 @@ def _power(gram: Tensor, basis: Tensor, steps: int = _POWER_STEPS) -> Tensor:
     return cholesky_qr(basis, passes=1)
 
 
-def _hooi(cores: Cores, u: Tensor, v: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+def _hooi(cores: Cores, u: Tensor, v: Tensor, rounds: int, share: Share = unheard) -> tuple[Tensor, Tensor, Tensor]:
     """HOOI (De Lathauwer et al. 2000) from U [P, s, k, R_U] and V [P, s, l, R_V], with power steps for eigenvectors.
 
     Returns U, V and the objective reached [P, s].
     """
     last = None
     for _ in range(rounds):
+        check_stop()
+        share(1 / rounds)
         u = _power(cores.left_gram(v), u)
         gram = cores.right_gram(u)
         v = _power(gram, v)
@@ -313,7 +333,12 @@ def _distances(bases: Tensor) -> Tensor:
 
 
 def _climb(
-    batch: Batch, basis: Basis, rounds: int, tolerance: float = _TOLERANCE, small_rounds: int = _SMALL_ROUNDS
+    batch: Batch,
+    basis: Basis,
+    rounds: int,
+    tolerance: float = _TOLERANCE,
+    small_rounds: int = _SMALL_ROUNDS,
+    share: Share = unheard,
 ) -> tuple[Basis, Tensor]:
     """`climb` for every problem, and the objective reached [P] in float64.
 
@@ -330,6 +355,8 @@ def _climb(
                 cores = batch.chunked_cores(u, v)
                 reached = cores.placed.total(cores.left.double().square().sum((1, 2, 3)))
             break
+        check_stop()
+        share(1 / rounds)
         gradient_u, gradient_v = batch.gradients(u, v)
         wide = Basis(span(u, gradient_u, last_u), span(v, gradient_v, last_v))
         cores = batch.chunked_cores(*wide)

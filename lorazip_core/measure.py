@@ -17,6 +17,7 @@ from .linalg import squared_norm_and_distance
 from .progress import Advance
 from .reading import HOST, Block, Placement, by_layout, in_blocks
 from .reconstruct import Decoder
+from .stopping import check_stop
 from .workers import threads_for
 
 _CPU = torch.device("cpu")
@@ -149,6 +150,7 @@ def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder
         stored = block.stored(rows, [pair.original for pair in pairs[rows]])
         scales = torch.from_numpy(block.group.scales[block.rows][rows]).to(decoder.device)
         for columns, y in decoder.batches([pair.entry for pair in pairs[rows]], parts):
+            check_stop()
             b, a = (side.to(decoder.device).double() for side in stored(columns))
             x = b.mul_(scales[:, columns, None, None]), a
             found = torch.stack(squared_norm_and_distance(x, y), -1).tolist()

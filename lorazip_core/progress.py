@@ -7,6 +7,27 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
+Share = Callable[[float], None]
+"""Told, as one piece of work goes on, which further share of it is done: they add up to 1."""
+
+
+def unheard(share: float) -> None:
+    """A `Share` that tells nobody."""
+
+
+@contextmanager
+def part_of(whole: Share, size: float) -> Iterator[Share]:
+    """The `Share` of a part that is ``size`` of a ``whole``; what it was not told, of work that ends early, it adds."""
+    left = 1.0
+
+    def tell(share: float) -> None:
+        nonlocal left
+        share = min(share, left)
+        left -= share
+        whole(share * size)
+
+    yield tell
+    tell(left)
 
 
 class Transfer(Protocol):
@@ -25,7 +46,10 @@ class Progress(Protocol):
     """What a verb tells its caller while it works."""
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a stage of ``total`` steps; the function it yields is called with each number of steps done."""
+        """Open a stage of ``total`` steps; the function it yields is called with each number of steps done.
+
+        It may be called by other threads than the one that opened the stage, but never by two at once.
+        """
         ...
 
     def transfer(self, label: str, items: int, size: int) -> AbstractContextManager[Transfer]:

@@ -14,6 +14,7 @@ from .batch import Batch
 from .joint import climb_batch, hosvd_batch, span
 from .linalg import Factors, leading_subspaces, squared_distance
 from .progress import Progress
+from .stopping import check_stop
 from .updates import Updates
 from .workers import in_order
 
@@ -63,6 +64,7 @@ def subspace_similarity(
             most = max(1, _AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
             pieces = (torch.split(each, most) for each in (b, a, there[positions]))
             for some_b, some_a, place in zip(*pieces, strict=True):
+                check_stop()
                 captured[here, place] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
         return captured
 
@@ -125,6 +127,7 @@ def _captured_by_others(batch: Batch, rank: int, seed: int) -> Tensor:
 
 def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:
     """‖Uᵀ C_i V‖² of cores [n, k, l] in a basis of the others; where they begin, the first unit vectors serve all."""
+    check_stop()
     n, rank = len(cores), max(rank_u, rank_v)
     if n == 1:
         return cores.new_zeros(1)
@@ -133,6 +136,7 @@ def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:
     if n * n * max(cores.shape[1:]) * rank <= _HELD_OUT_NUMBERS:
         left, right = (side.transpose(0, 1).flatten(0, 1) for side in (cores, cores.mT))  # [k·n, l] and [l·n, k]
         for _ in range(_HELD_OUT_ROUNDS):
+            check_stop()
             without_u = _leading_of_others(left, without_v, rank_u)
             without_v = _leading_of_others(right, without_u, rank_v)
     return (without_u.mT @ cores @ without_v).square().sum((1, 2))
@@ -244,6 +248,7 @@ def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]
             distance[number] = updates.norms[i, module] + updates.norms[j, module]
     for numbers in alike.values():
         for some in (numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)):
+            check_stop()
             left, right = zip(*(pairs[number] for number in some), strict=True)
             distance[some] = squared_distance(_together(factors, left), _together(factors, right)).cpu()
     return distance

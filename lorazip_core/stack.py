@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .linalg import Factors
+from .stopping import check_stop
 
 _AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # numbers in a product with many bases, at the most
 
@@ -101,6 +102,7 @@ class Stack:
         )
 
     def _captured(self, u: Tensor, v: Tensor) -> Tensor:
+        check_stop()
         y, x = (rows @ basis.transpose(0, 1).flatten(1) for rows, basis in ((self.bt, u), (self.a, v)))
         found = []
         for y_g, x_g in self._views(y, x):

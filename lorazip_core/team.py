@@ -2,6 +2,9 @@
 
 They run the same program. What takes long is dealt out, and results are gathered in the order of the work, so that
 they do not depend on how many processes there are. Messages go through gloo and main memory, whatever the devices.
+
+A process is alone until its program says otherwise, with `joined`: variables of torchrun in the environment may be
+those of a training that calls this library in one of its processes.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -21,19 +24,37 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process may work on while the others have nothing to do; torchrun notices a death
 
 
+class _Membership(NamedTuple):
+    """How many processes there are, the number of this one, and its number among those of its host."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> _Membership:
+        """What torchrun says. RANK and WORLD_SIZE alone may be those of whatever job this runs in."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        return cls(*(int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")))
+
+
+_membership = _Membership()
+
+
 def size() -> int:
-    """How many processes there are. RANK and WORLD_SIZE alone may be those of whatever job this runs in."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    """How many processes there are."""
+    return _membership.size
 
 
 def rank() -> int:
     """The number of this one."""
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+    return _membership.rank
 
 
 def local_rank() -> int:
     """Its number among those of its host."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+    return _membership.local_rank
 
 
 def is_first() -> bool:
@@ -43,8 +64,14 @@ def is_first() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that ``torchrun`` started; nothing happens where there is only this one."""
-    if size() == 1 or dist.is_initialized():
+    """Be one of the processes that ``torchrun`` started; nothing happens where there is only this one.
+
+    For programs that torchrun starts to run this work and nothing else: every one of them has to come here. Raises
+    LocalError when they do not find each other.
+    """
+    global _membership
+    found = _Membership.of_environment()
+    if found.size == 1 or size() > 1:
         yield
         return
     try:
@@ -52,9 +79,11 @@ def joined() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise LocalError(f"the processes of this run do not find each other: {reason}", "start it again") from error
+    _membership = found
     try:
         yield
     finally:
+        _membership = _Membership()
         dist.destroy_process_group()
 
 

@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import TypeVar
 
 import torch
+
+from .stopping import check_stop, stop_with
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,25 +60,35 @@ def in_order(
     """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
 
     Few results wait at any time, so that a slow consumer does not fill the memory. Whoever may not use them all closes
-    the generator, which waits for what is under way.
+    the generator: what is under way ends at its next `check_stop`, and nothing runs any more when `close` returns.
     """
     if device.type != "cpu":
-        yield from map(function, items)
+        for item in items:
+            check_stop()
+            yield function(item)
         return
     threads = torch.get_num_threads()
     workers = min(workers, _limit, cores())
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    abandoned = Event()
+    pool = ThreadPoolExecutor(workers, initializer=_start_worker, initargs=(abandoned,))
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
+            check_stop()
             waiting.append(pool.submit(function, item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
+        abandoned.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _start_worker(abandoned: Event) -> None:
+    torch.set_num_threads(1)
+    stop_with(abandoned)
 
 
 def loaded_ahead(load: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:

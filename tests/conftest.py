@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,18 @@ from huggingface_hub import close_session, constants
 
 import lorazip_core.fetch
 from lorazip_core.fetch import FetchOptions, Patience
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal() -> None:
+    """SIGINT and SIGTERM do what they do by default, here and in all that tests start.
+
+    `nohup`, shells for what runs behind them and some CI runners have their children ignore them, who pass it on.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
 
 TOKENS = {"hf_secretofann": "ann", "hf_secretofbob": "bob"}
 
@@ -34,7 +47,7 @@ def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 @pytest.fixture
 def hub(hub_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """An empty Hub that HF_ENDPOINT names, and a `fetch` that does not wait long between attempts."""
-    patience = Patience(attempts=3, first_wait=0.01, seconds=10)
+    patience = Patience(attempts=3, first_wait=0.01, seconds=600)
     monkeypatch.setattr(lorazip_core.fetch, "FetchOptions", partial(FetchOptions, patience=patience))
     with HubServer(tokens=TOKENS, page_size=3) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)

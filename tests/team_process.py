@@ -26,12 +26,16 @@ from lorazip_core.progress import Advance
 
 
 class Stopping(Recorder):
-    """Interrupts as soon as a pack is stored."""
+    """Interrupts as soon as the first pack of this process is stored, in the folder beside ``output``."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__()
+        self._partial = output.with_name(f".{output.name}.partial")
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Advance]:
         def advance(steps: int) -> None:
-            if label == "fitting bases" and steps:
+            if label == "fitting bases" and any(self._partial.glob(f".work-*/pack-0-{team.rank()}.*")):
                 raise KeyboardInterrupt
 
         yield advance
@@ -40,7 +44,7 @@ class Stopping(Recorder):
 def interrupted(root: str, output: str) -> None:
     """`compress`, interrupted in every process after its first pack."""
     with patch("lorazip_core.memory.cores", return_value=1):  # else others are stored before anybody notices
-        compress(Path(root), Path(output), CompressOptions(rank=4, clusters=2), progress=Stopping())
+        compress(Path(root), Path(output), CompressOptions(rank=4, clusters=2), progress=Stopping(Path(output)))
 
 
 def first_fails() -> None:
@@ -84,4 +88,4 @@ if __name__ == "__main__":
     commands, folder = Path(sys.argv[1]), Path(sys.argv[2])
     with team.joined():
         told = [run(command) for command in json.loads(commands.read_text())]
-    (folder / f"{team.rank()}.json").write_text(json.dumps(told))
+        (folder / f"{team.rank()}.json").write_text(json.dumps(told))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_a_process_is_measured() -> None:
     done = process.run([sys.executable, "-c", "print(len(bytearray(50_000_000)))"])
     assert done.stdout == "50000000\n"
     assert 50e6 < done.peak_bytes < 150e6
-    assert 0 < done.seconds < 60
+    assert done.seconds > 0
     with pytest.raises(SystemExit, match="failed with 3"):
         process.run([sys.executable, "-c", "raise SystemExit(3)"])
 
@@ -236,28 +237,35 @@ def test_adapters_of_a_group_are_more_alike_than_others() -> None:
 
 
 def test_a_process_is_watched_with_all_that_it_starts() -> None:
-    child = "import time; kept = bytearray(60_000_000); time.sleep(0.4)"
+    child = "import sys; kept = bytearray(60_000_000); print('there', flush=True); sys.stdin.read()"
     program = f"""
 import subprocess, sys
 files = [open("/dev/null") for _ in range(40)]
 kept = bytearray(50_000_000)
 subprocess.run([sys.executable, "-c", {child!r}])
 """
-    done = process.run([sys.executable, "-c", program], watch=True)
-    assert done.watched is not None
-    assert 110e6 < done.watched.anonymous < 250e6
-    assert done.watched.anonymous <= done.watched.resident
-    assert 40 < done.watched.open_files < 80
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "there\n"
+        seen = process._sample(waiting.pid, True)
+        waiting.communicate()
+    assert 110e6 < seen["anonymous"] < 250e6
+    assert seen["anonymous"] <= seen["resident"]
+    assert 40 < seen["open_files"] < 80
+    done = process.run([sys.executable, "-c", program])  # there is nothing to read, and its child ends
     assert done.peak_bytes < 110e6  # the largest single process, as the kernel counts it
 
 
 def test_a_process_meets_its_limit_or_is_killed() -> None:
-    program = "import time; kept = bytearray(300_000_000); print('there'); time.sleep(60)"
+    program = "import time; kept = bytearray(300_000_000); print('there'); time.sleep(600)"
     limited = process.run([sys.executable, "-c", program], data_limit=200_000_000, check=False)
     assert (limited.exit_code, limited.stdout) == (1, "")
     assert "MemoryError" in limited.stderr
     killed = process.run([sys.executable, "-u", "-c", program], kill_after=0.5, check=False)
-    assert (killed.exit_code, killed.stdout) == (-9, "there\n")
+    assert killed.exit_code == -9
+    assert killed.stdout in ("", "there\n")  # whether it had come so far
 
 
 def test_every_way_to_read_reads_every_byte(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,12 +23,12 @@ from lorazip_cli import console, table
 from lorazip_cli import main as main_module
 from lorazip_cli.exit_codes import exit_codes, markdown_table
 from lorazip_cli.help import TEXTS, usage
-from lorazip_cli.interrupt import interruptible
 from lorazip_cli.main import app, main
 from lorazip_cli.progress import Lines, progress
 from lorazip_core.errors import AdapterError, AdapterErrors, BundleDamaged, LorazipError, Unsupported
 from lorazip_core.plan import DEFAULT_RANK, CompressOptions
 from lorazip_core.sample import sample_path
+from lorazip_core.stopping import check_stop
 
 COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "demo")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "commands.md"
@@ -58,7 +58,7 @@ def process(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -614,7 +614,7 @@ class TestStreams:
                 advance(1)
         assert capsys.readouterr().err.splitlines() == [
             "work ...",
-            *(f"work: {done}%, about {left} left" for done, left in _tenths(500)),
+            *(f"work: {done}% in {elapsed}, about {left} left" for done, elapsed, left in _tenths(500)),
             "work: done in 8 min 20 s",
         ]
 
@@ -636,7 +636,7 @@ class TestStreams:
             fail()
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2
-        assert lines[1].startswith("work: 0%, about ")
+        assert lines[1].startswith("work: 0% in 1 min 1 s, about ")
 
     def test_quiet_says_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         show = progress(quiet=True)
@@ -655,7 +655,6 @@ class TestInterrupt:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell ignores SIGINT for what runs behind it
         )
         assert child.stderr is not None
         for line in child.stderr:
@@ -664,18 +663,11 @@ class TestInterrupt:
         child.send_signal(number)
         said = child.stderr.read()
         child.stderr.close()
-        assert child.wait(timeout=60) == 130
+        assert child.wait(timeout=600) == 130
         assert "Traceback" not in said
         assert said.splitlines()[-1].startswith("lorazip: error: interrupted")
         kept = [".bundle.partial"] if "what was finished is kept" in said else []
         assert [path.name for path in tmp_path.iterdir()] == kept
-
-    def test_a_second_request_does_not_disturb_the_clearing_away(self) -> None:
-        with interruptible():
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)
 
     def test_is_heard_although_a_library_loses_it(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -692,9 +684,8 @@ class TestInterrupt:
 
         def go_on(path: Path) -> None:
             lose(path)
-            with progress(quiet=True).stage("work", 2) as advance:
-                advance(1)
-                pytest.fail("went on")
+            check_stop()
+            pytest.fail("went on")
 
         for library in (rename, go_on):
             monkeypatch.setattr(lorazip_core.info, "info", library)
@@ -727,12 +718,15 @@ class TestInterrupt:
         assert stop.value.code == 2
 
 
-def _tenths(total: int) -> list[tuple[int, str]]:
-    lefts = [total * (10 - tenth) // 10 for tenth in range(1, 11)]
-    return [
-        (10 * tenth, f"{left // 60} min {left % 60} s" if left >= 60 else f"{left} s" if left else "0.0 s")
-        for tenth, left in zip(range(1, 11), lefts, strict=True)
-    ]
+def _tenths(total: int) -> list[tuple[int, str, str]]:
+    """Percent, and the seconds until then and from then on, of ``total``."""
+
+    def written(seconds: int) -> str:
+        if seconds < 60:
+            return f"{seconds} s" if seconds else "0.0 s"
+        return f"{seconds // 60} min {seconds % 60} s"
+
+    return [(10 * tenth, written(total * tenth // 10), written(total * (10 - tenth) // 10)) for tenth in range(1, 11)]
 
 
 def _raiser(error: Exception) -> Callable[[Path], None]:

@@ -76,7 +76,7 @@ def test_wheel_names_the_version_the_script_and_the_licence(wheel: Path) -> None
     }
     assert f"\nVersion: {lorazip_core.__version__}\n" in texts["METADATA"]
     assert "\nLicense-Expression: Apache-2.0\n" in texts["METADATA"]
-    assert "lorazip = lorazip_cli.main:run" in texts["entry_points.txt"]
+    assert "lorazip = lorazip_cli.__main__:run" in texts["entry_points.txt"]
 
 
 def test_reading_the_version_loads_no_torch() -> None:

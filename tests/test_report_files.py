@@ -195,7 +195,7 @@ class TestInPlace:
 
     def run(self, bundle: Path, command: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PY": sys.executable, "B": str(bundle)}
-        return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=600)
 
     def test_stdout_gets_the_report_and_a_log_that_it_is_appended_to_stays(self, bundle: Path) -> None:
         done = self.run(bundle, '"$PY" -m lorazip_cli verify "$B" -q --summary /dev/stdout')

@@ -337,7 +337,7 @@ class TestHarmless:
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert "CONSOLE" not in done.stderr, done.stderr
         assert re.search(r"<title>[^<]*lorazip", done.stdout)

@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
 from lorazip_core import team
+from lorazip_core.bundle import Bundle
+from lorazip_core.cluster import ClusterOptions, cluster
+from lorazip_core.compress import CompressOptions, compress
 
 PROCESS = Path(__file__).with_name("team_process.py")
 VARIANTS = {
@@ -176,6 +179,16 @@ def test_variables_of_another_job_are_not_heeded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert (team.size(), team.rank(), team.is_first()) == (1, 0, True)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
-    assert (team.size(), team.rank(), team.is_first()) == (4, 1, False)
+    with team.joined():
+        assert (team.size(), team.rank(), team.is_first()) == (1, 0, True)
+
+
+def test_a_training_that_calls_the_library_in_one_of_its_processes_does_not_wait_for_the_others(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "a run"}.items():
+        monkeypatch.setenv(name, value)
+    compress(adapters, tmp_path / "out", CompressOptions(rank=4, clusters=2))
+    assert Bundle(tmp_path / "out").manifest.adapters
+    cluster(adapters, tmp_path / "clusters.json", ClusterOptions(clusters=2, rank=4))
+    assert (team.size(), team.is_first()) == (1, True)

@@ -102,7 +102,7 @@ def cluster(
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     hold_to(device, options.device_memory)
-    with at_most(within.workers), threads_for(device), team.joined():
+    with at_most(within.workers), threads_for(device):
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)

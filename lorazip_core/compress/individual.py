@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..factorise import encode_individual
 from ..linalg import truncated_svd
+from ..stopping import check_stop
 from ..summary import is_within, squared_error
 from .pieces import Pieces
 
@@ -78,6 +79,7 @@ def keep_individually(
     if max_error is not None:
         candidates += range(_smallest_rank(batches, limit), full + 1)
     for candidate in candidates:
+        check_stop()
         kept = _truncated(batches, candidate, dtype)
         error = squared_error(kept.squared_errors.values(), [squared_norm])
         if squared_norm == 0 or is_within(error, max_error):
@@ -117,6 +119,7 @@ def _smallest_rank(batches: _Batches, limit: float) -> int:
 def _truncated(batches: _Batches, rank: int, dtype: torch.dtype) -> Individual:
     tensors, errors = {}, {}
     for names, b, a in batches:
+        check_stop()
         (stored_b, stored_a), lost = encode_individual(b, a, rank, dtype)
         for name, module_b, module_a, error in zip(names, stored_b.cpu(), stored_a.cpu(), lost.tolist(), strict=True):
             tensors[f"{name}.B"], tensors[f"{name}.A"], errors[name] = module_b, module_a, error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -35,6 +35,7 @@ from ..plan import CompressOptions, PlannedScheme, bundle_bytes, equal_groups, p
 from ..progress import Progress, Silent
 from ..quality import QualityWarning, quality_warnings
 from ..scan import Scan, scan
+from ..stopping import stop_unmasked
 from ..summary import Summary, summarise
 from ..updates import Updates
 from ..workers import at_most, in_order, threads_for
@@ -190,9 +191,8 @@ def compress(
     with (
         at_most(within.workers),
         threads_for(device),
-        team.joined(),
         _building(output, force) as building,
-        _heard(progress),
+        stop_unmasked(),
     ):
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
@@ -237,17 +237,6 @@ def _pieces(building: Building | None, key: str) -> Pieces:
     pieces = Pieces(building.work(key))
     pieces.check()
     return pieces
-
-
-@contextmanager
-def _heard(progress: Progress) -> Iterator[None]:
-    """An interruption that a library has turned into another failure is one all the same: steps of progress know."""
-    try:
-        yield
-    except Exception:
-        with progress.stage("stopping", 0) as advance:
-            advance(0)
-        raise
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bundle import BundleWriter, ClusterEntry, FileEntry, Method, ShardEntry, TensorLayout
 from ..packs import Problem
+from ..stopping import check_stop
 from ..workers import in_order
 from .pieces import Pieces
 from .shared import Encoded, tensor_name
@@ -73,6 +74,7 @@ class ClusterFiles:
         layouts = {name: self._layout(*source) for name, source in sources.items()}
         with self.writer.tensors(path, layouts) as file:
             for name in file.order:
+                check_stop()
                 problem, side = sources[name]
                 place = self.encoded.places[problem]
                 one = [(place.number, place.number + 1)]
@@ -94,6 +96,7 @@ class ClusterFiles:
                 layouts[name] = TensorLayout(dtype, (len(wanted), *shape))
         with self.writer.tensors(shard.path, layouts, basis_sha256=shard.basis_sha256) as file:
             for name in file.order:
+                check_stop()
                 problem, wanted = sources[name]
                 place = self.encoded.places[problem]
                 rows = place.row + torch.searchsorted(place.members, wanted)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from .. import team
 from ..factorise import Shared, encode_diag, encode_joint
 from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
-from ..progress import Advance, Progress
+from ..progress import Advance, Progress, Share, part_of
 from ..stack import ScaledStack
 from ..summary import is_within, squared_error
 from ..updates import Updates
@@ -24,6 +25,9 @@ from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
 
 _MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
+# Steps of progress, a problem: while it is solved, which takes minutes where adapters are many, and when it is stored.
+_SOLVED, _STORED = 99, 1
+_STEPS = _SOLVED + _STORED
 
 Labels = list[int | None]
 """The cluster of every adapter; None for one that is kept individually."""
@@ -116,7 +120,7 @@ def encode_clusters(
     generation = Generation.of(job, labels)
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
-    with progress.stage("fitting bases", generation.problems) as advance:
+    with progress.stage("fitting bases", _STEPS * generation.problems) as advance:
         encode_packs(job, generation, generation.own, pieces, advance)
     pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
@@ -130,7 +134,7 @@ def encode_clusters(
         solved_in = {problem: place.piece for problem, place in encoded.places.items()}
         if refit:
             generation = generation.after(job, labels, changed)
-            with progress.stage("fitting bases again", generation.problems) as advance:
+            with progress.stage("fitting bases again", _STEPS * generation.problems) as advance:
                 encode_packs(job, generation, generation.own, pieces, advance)
             pieces.wait()
             solved_in |= generation.places()
@@ -141,22 +145,22 @@ def encode_clusters(
 def encode_packs(
     job: SharedJob, generation: Generation, numbers: Iterable[int], pieces: Pieces, advance: Advance
 ) -> None:
-    """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is called with the problems of each."""
+    """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is told `_STEPS` for every problem."""
+    steps = _Steps(advance)
     missing: list[int] = []
-    there = 0
     for number in numbers:
         if generation.piece(number) in pieces:
-            there += len(generation.packs[number])
+            steps.add(_STEPS * len(generation.packs[number]))
         else:
             missing.append(number)
-    if there:
-        advance(there)
 
     def load(number: int) -> PackInput:
         return load_pack(job.updates, generation.packs[number], generation.labels)
 
     def solve(number: int, loaded: PackInput) -> tuple[int, dict[Problem, Shared]]:
-        return number, encode_pack(job, generation.packs[number], loaded)
+        pack = generation.packs[number]
+        with part_of(steps.add, _SOLVED * len(pack)) as share:
+            return number, encode_pack(job, pack, loaded, share)
 
     def store(solved: tuple[int, dict[Problem, Shared]]) -> int:
         number, of = solved
@@ -171,7 +175,24 @@ def encode_packs(
         done = in_order(store, map(solve, missing, inputs), _CPU, workers=1)
     with closing(done):
         for problems in done:
-            advance(problems)
+            steps.add(_STORED * problems)
+
+
+class _Steps:
+    """Steps of progress, which several threads take in parts, told as whole ones and one after another."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._one_at_a_time = Lock()
+        self._taken, self._told = 0.0, 0
+
+    def add(self, steps: float) -> None:
+        with self._one_at_a_time:
+            self._taken += steps
+            whole = int(self._taken + 1e-3) - self._told  # what rounding takes from the sum is no step
+            if whole:
+                self._told += whole
+                self._advance(whole)
 
 
 class PackInput(NamedTuple):
@@ -201,19 +222,24 @@ def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
     return loaded
 
 
-def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput) -> dict[Problem, Shared]:
+def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput, share: Share) -> dict[Problem, Shared]:
     """Solve the problems of one pack."""
     if job.method == "joint":
         many = int((job.updates.ranks > 0).sum()) > _MANY
         effort = QUICK if many else THOROUGH
-        solved = encode_joint(*loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, effort=effort)
+        solved = encode_joint(
+            *loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, effort=effort, share=share
+        )
         return dict(zip(pack, solved, strict=True))
     found: dict[Problem, Shared] = {}
     for stack, owners, weights in zip(*loaded, strict=True):
         for number in torch.unique(owners[owners >= 0]).tolist():
             own = owners == number
             some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
-            found[pack[number]] = encode_diag(some, weights[own], rank=job.rank, dtype=job.dtype, seed=job.seed)
+            with part_of(share, 1 / len(pack)) as of_one:
+                found[pack[number]] = encode_diag(
+                    some, weights[own], rank=job.rank, dtype=job.dtype, seed=job.seed, share=of_one
+                )
     return found
 
 

@@ -21,6 +21,7 @@ from ..errors import AdapterError, BundleDamaged, Unsupported, UsageError
 from ..files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
 from ..places import check_place
 from ..progress import Progress, Silent
+from ..stopping import check_stop
 from ..workers import in_order
 from . import vllm
 from .factors import Written, folded_factors, own_factors
@@ -113,6 +114,7 @@ def export(
         bundle.check_files(_shared_files(bundle, chosen))
 
         def write(place: tuple[AdapterEntry, str]) -> ExportedAdapter:
+            check_stop()
             return _export_one(bundle, place[0], partial, place[1], options)
 
         exported = []

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from ..errors import CheckFailed, LorazipError
 from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, LockedSource
 from ..progress import Progress
+from ..stopping import check_stop
 from .hub import Hub, license_in
 from .listing import Candidate, Failure, Found, Limits, Place, adapter_of, candidates, local_adapters, places
 from .names import Identity, give_names, identity
@@ -170,6 +171,7 @@ class Planner:
                 return candidates(place, pins.get((place.repository, place.revision)), self._hub)
 
             for place, there in zip(asked, self._executor.map(look, asked), strict=True):
+                check_stop()
                 outage.heed(next((each.error for each in there if isinstance(each, Failure)), None))
                 listed += [each for each in there if isinstance(each, Candidate)]
                 answers[place] += [each for each in there if not isinstance(each, Candidate)]
@@ -180,6 +182,7 @@ class Planner:
                 return adapter_of(candidate, self._hub, self._limits)
 
             for candidate, found in zip(listed, self._executor.map(read, listed), strict=True):
+                check_stop()
                 outage.heed(found.error if isinstance(found, Failure) else None)
                 answers[candidate.place].append(found)
                 advance(1)

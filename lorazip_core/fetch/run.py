@@ -16,6 +16,7 @@ from ..adapter import find_adapters, inside
 from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
 from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
 from ..progress import Progress, Silent, Transfer
+from ..stopping import check_stop
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
 from .hub import Hub
@@ -122,6 +123,7 @@ class _Run:
         there = sum(os.path.lexists(self.directory / wanted.name) for wanted in self.plan.wanted)
         with self.progress.stage("checking what is there", there) as advance:
             for wanted, state in zip(self.plan.wanted, executor.map(self._state, self.plan.wanted), strict=True):
+                check_stop()
                 if isinstance(state, LorazipError):
                     self.plan.failures.append(Failure(wanted.label, state))
                 elif not self._would_lose(wanted.label, wanted.name, state.lost):

@@ -14,6 +14,7 @@ from ..adapter.unreadable import unreadable
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..files import sha256_bytes, sha256_file
+from ..stopping import check_stop
 
 
 class Destination(Protocol):
@@ -102,6 +103,7 @@ def _unpickle(adapter: Adapter, number: int, destination: Destination) -> None:
 def _pieces(size: int, most: int) -> Iterator[tuple[int, int]]:
     """(begin, size) of pieces of at most ``most`` bytes, at least one."""
     for begin in range(0, max(size, 1), most):
+        check_stop()
         yield begin, min(most, size - begin)
 
 

@@ -14,6 +14,7 @@ from ..adapter import Adapter, Collection, Layout
 from ..bundle import SourceEntry
 from ..errors import AdapterError
 from ..progress import Advance
+from ..stopping import check_stop
 from .blocks import Block, Contents, in_blocks
 from .groups import by_layout
 from .norms import check, finite_extras, norms_of_adapter, norms_of_rows, tensors_of
@@ -95,6 +96,7 @@ def _on_host(block: Block, adapters: list[Adapter]) -> _Seen:
     norms = torch.zeros(len(adapters), len(block.group.parts), dtype=torch.float64)
     files = list(block.files)
     for row, adapter in enumerate(adapters):
+        check_stop()
         if not isinstance(files[row], AdapterError):
             try:
                 tensor_of = adapter.tensor if block.data is None else tensors_of(adapter, block.data[row])

@@ -133,16 +133,24 @@ class Call:
 class RateLimit:
     """More than so many requests within so many seconds are refused, and told how long to wait."""
 
-    def __init__(self, requests: int, seconds: float, *, ratelimit: bool = False) -> None:
+    def __init__(
+        self,
+        requests: int,
+        seconds: float,
+        *,
+        ratelimit: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.requests = requests
         self.seconds = seconds
         self._ratelimit = ratelimit
+        self._clock = clock
         self._admitted: deque[float] = deque()
         self._lock = threading.Lock()
 
     def __call__(self, answer: Answer, request: Request, chance: random.Random) -> Answer:
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             while self._admitted and self._admitted[0] <= now - self.seconds:
                 self._admitted.popleft()
             if len(self._admitted) < self.requests:
