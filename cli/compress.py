@@ -29,10 +29,12 @@ from .options import (
 )
 from .options import clusters as parse_clusters
 from .progress import progress
-from .table import count, error, megabytes, percent, table, times
+from .table import by_file, count, error, megabytes, percent, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.compress import CompressReport, PlanReport
+
+_BESIDE = "files beside adapters that a bundle does not carry"
 
 
 def compress(
@@ -136,6 +138,7 @@ def _render(report: CompressReport) -> None:
     for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
         if names and report.method != "svd":
             console.say(f"{what}: {count(len(names), 'adapter')}")
+    console.listing(_BESIDE, by_file(report.left_out))
 
 
 def _render_plan(report: PlanReport) -> None:
@@ -156,3 +159,5 @@ def _render_plan(report: PlanReport) -> None:
     console.line(table(("method", "rank", "clusters", "bundle", "saved"), rows))
     for skipped in report.skipped:
         console.line(f"left out: {skipped.name}: {skipped.reason}")
+    for text in by_file(report.left_out):
+        console.line(f"{_BESIDE}: {text}")

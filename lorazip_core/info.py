@@ -45,6 +45,8 @@ class AdapterInfo(Struct, frozen=True):
     bytes_original: int
     bytes_own: int
     origin: Origin | None
+    left_out: list[str] = []
+    """Files that were beside it with weights that are not its own, and are not in the bundle."""
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
@@ -110,6 +112,7 @@ def info(path: Path) -> InfoReport:
                 bytes_own=shares.get(index, 0)
                 + sum(sizes[own] for own in (adapter.individual, adapter.extras, adapter.config) if own is not None),
                 origin=adapter.origin,
+                left_out=adapter.left_out,
             )
             for index, adapter in enumerate(manifest.adapters)
         ],

@@ -10,7 +10,7 @@ import numpy
 from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleError
-from .bundle.check import Finding, check_bundle, printable
+from .bundle.check import Finding, check_bundle
 from .bundle.manifest import MANIFEST_NAME
 from .device import find_device
 from .errors import BundleDamaged, CheckFailed, UsageError
@@ -18,6 +18,7 @@ from .measure import Measured
 from .originals import compare
 from .progress import Progress, Silent
 from .summary import Summary, summarise
+from .text import printable
 
 _SILENT = Silent()
 

@@ -4,8 +4,9 @@ An adapter is a directory with ``adapter_config.json`` and weights. For each tar
 ``B`` [d_out, r] and ``A`` [r, d_in] of an update ``ΔW = scale · B A``, with scale = alpha/r, or alpha/√r with rsLoRA.
 """
 
-from .collection import Collection, Skipped, find_adapters, inside, open_collection
+from .collection import Collection, open_collection
 from .config import LoraConfig, NotLora, parse_config
+from .discovery import AdapterFolder, Found, Skipped, find_adapters, presence, weights_beside
 from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, view, views
 from .module import Kind, Module
 from .reader import Adapter, Part, open_adapter
@@ -15,8 +16,10 @@ from .writer import write_adapter
 __all__ = [
     "TORCH_DTYPES",
     "Adapter",
+    "AdapterFolder",
     "Collection",
     "Descriptor",
+    "Found",
     "Kind",
     "Layout",
     "LoraConfig",
@@ -27,12 +30,13 @@ __all__ = [
     "TensorInfo",
     "aligned",
     "find_adapters",
-    "inside",
     "open_adapter",
     "open_collection",
     "parse_config",
+    "presence",
     "read_fully",
     "view",
     "views",
+    "weights_beside",
     "write_adapter",
 ]

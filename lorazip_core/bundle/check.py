@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import BundleDamaged
 from ..files import sha256_file, tree
 from ..progress import Advance
+from ..text import printable
 from ..workers import in_order
 from .manifest import (
     DTYPES,
@@ -51,11 +52,6 @@ class Finding(Struct, frozen=True):
     message: str
     damage: bool
     adapter: str | None = None
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be written, also one whose bytes are no UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def orthonormality_tolerance(dtype: torch.dtype) -> float:

@@ -101,8 +101,8 @@ def cluster(
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
-        for skipped in scanned.collection.skipped:
-            progress.note(f"left out {skipped.name}: {skipped.reason}")
+        for note in scanned.collection.notes():
+            progress.note(note)
         check_clusters(options.clusters, len(scanned.collection.adapters))
         updates = scanned.updates(options.weights, device, budget)
         assignment, similarity = _assign(scanned, updates, options, progress)

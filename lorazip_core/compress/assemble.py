@@ -127,6 +127,7 @@ class Assembly:
             worst_module=ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst),
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
             origin=self.scan.origins[number],
+            left_out=list(self.scan.collection.left_out.get(adapter.name, ())),
         )
 
     def _individual_path(self, number: int) -> str:

@@ -49,6 +49,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     bytes_original: int
     schemes: list[PlannedScheme]
+    left_out: dict[str, list[str]] = {}
+    """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -78,6 +80,8 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     seconds: float
     device_peak_bytes: int | None
     """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
+    left_out: dict[str, list[str]] = {}
+    """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
 
 
 def plan(
@@ -107,6 +111,7 @@ def plan(
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
         schemes=planned_schemes(collection, options, groups),
+        left_out={name: list(files) for name, files in collection.left_out.items()},
     )
 
 
@@ -151,8 +156,8 @@ def compress(
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
-        for skipped in scanned.collection.skipped:
-            progress.note(f"left out {skipped.name}: {skipped.reason}")
+        for note in scanned.collection.notes():
+            progress.note(note)
         options.check(len(scanned.collection.adapters))
         pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
         run = _Run(scanned, options, device, budget, pieces, progress)
@@ -347,4 +352,5 @@ def _report(output: Path, manifest: Manifest, size: int, seconds: float, device:
         worst=WorstAdapter(worst.name, worst.squared_error),
         seconds=seconds,
         device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        left_out={adapter.name: adapter.left_out for adapter in adapters if adapter.left_out},
     )

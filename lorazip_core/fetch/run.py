@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..adapter import find_adapters, inside
+from ..adapter import find_adapters
 from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
 from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
 from ..progress import Progress, Silent, Transfer
@@ -24,7 +24,7 @@ from .manners import Manners, Stopped
 from .options import FetchOptions
 from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
-from .sources import read_sources, sources_of
+from .sources import read_sources, sources_of, within
 from .state import State, entry_of, identified, state_of
 from .trouble import HubCorrupt, HubDiffers, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
@@ -46,7 +46,7 @@ def fetch(
     if os.path.lexists(directory) and not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "a link to nothing"
         raise UsageError(f"{directory} is {what}", "choose another -o")
-    if inside(Path(os.path.realpath(directory)), Path(constants.HF_HUB_CACHE)):
+    if within(Path(constants.HF_HUB_CACHE), directory):
         raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
     with Manners(progress.note) as manners:
         run = _Run(directory, options, Hub(manners, options.patience), progress)
@@ -227,8 +227,8 @@ class _Run:
         known = set(self.before)
         if not self.options.locked:
             known |= self.journal.keys() | {wanted.name for wanted in self.plan.wanted}
-        there = find_adapters(self.directory) if self.directory.exists() else ()
-        strangers = [name for name, _ in there if name not in known]
+        there = find_adapters(self.directory).adapters if self.directory.exists() else ()
+        strangers = [folder.name for folder in there if folder.name not in known]
         if self.options.locked:
             for name in strangers:
                 where = f"{self.directory / name}: {LOCK_NAME} has no such adapter"

@@ -137,11 +137,12 @@ def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> 
     path = given if given.is_absolute() else base / given
     if not path.is_dir():
         raise UsageError(f"{text!r} is not a directory")
-    if _within(path, target) or _within(target, path):
+    if within(path, target) or within(target, path):
         raise UsageError(f"{text!r} and -o {str(target)!r} lie in each other", "choose another -o")
     recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
     return DirectorySource(recorded.as_posix(), path, filters)
 
 
-def _within(path: Path, folder: Path) -> bool:
+def within(path: Path, folder: Path) -> bool:
+    """Whether ``path``, links resolved, is ``folder`` or below it."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
