@@ -169,6 +169,36 @@ class TestSources:
         assert fetch.names == ["ann/a"]
         assert f"  ann/liar: its base model is org/other, not {BASE}" in fetch.err
 
+    @pytest.mark.parametrize(
+        ("address", "source"),
+        [
+            ("https://huggingface.co/ann/many", "ann/many"),
+            ("https://huggingface.co/ann/many/", "ann/many"),
+            ("http://www.huggingface.co/ann/many?library=peft#files", "ann/many"),
+            ("https://HuggingFace.co/ann/many.git", "ann/many"),
+            ("hf.co/ann/many", "ann/many"),
+            ("https://hf.co/ann/many/tree/main", "ann/many@main"),
+            ("https://huggingface.co/ann/many/tree/main/a/", "ann/many/a@main"),
+            ("https://huggingface.co/ann/many/blob/main/adapter_config.json", "ann/many@main"),
+            ("https://huggingface.co/ann/many/resolve/v1/b/c/README.md?download=true", "ann/many/b/c@v1"),
+            ("https://huggingface.co/ann/many/tree/refs%2Fpr%2F1/b", "ann/many/b@refs/pr/1"),
+            ("https://huggingface.co/collections/ann/best-0?sort=new", "collection:ann/best-0"),
+        ],
+    )
+    def test_a_pasted_address_is_recorded_as_what_it_names(self, fetch: Fetching, address: str, source: str) -> None:
+        files = {f"{folder}/{name}": data for folder in ("a", "b/c") for name, data in adapter_files(3).items()}
+        many = Repository.of("ann/many", files)
+        many.tag("v1")
+        many.tag("refs/pr/1")
+        fetch.hub.catalogue.add(many, Collection("ann/best-0", (Item("ann/many"),)))
+        assert fetch(address) == 0
+        assert [each.source for each in fetch.lock.sources] == [source]
+        lock = (fetch.directory / LOCK_NAME).read_bytes()
+        requests = len(fetch.hub.log.requests)
+        assert fetch(source) == 0
+        assert (fetch.directory / LOCK_NAME).read_bytes() == lock
+        assert len(fetch.hub.log.requests) == requests
+
     def test_a_list_with_comments_and_revisions(self, fetch: Fetching, tmp_path: Path) -> None:
         one, _ = serve(fetch.hub, "ann/sql", "bob/math")
         one.tag("v1")

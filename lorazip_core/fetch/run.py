@@ -14,7 +14,9 @@ from huggingface_hub import constants
 
 from ..adapter import find_adapters
 from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
+from ..kinds import is_adapter, is_bundle
 from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
+from ..places import check_place
 from ..progress import Progress, Silent, Transfer
 from ..text import count
 from .bring import NotAsLocked, bring, check_space
@@ -39,13 +41,18 @@ def fetch(
     """Have the adapters that ``sources`` name in ``directory``, and its lock written when all of them are there.
 
     What fails on its own is in the report's ``failures``; what has arrived stays, and the next run goes on from there.
-    Raises UsageError, CheckFailed for sources that a lock to be kept to lacks, HubError when the Hub cannot be reached
-    at all, LocalError for a full disk or another run at work, and with ``fail_fast`` the first failure.
+    Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that a lock to be
+    kept to lacks, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at work,
+    and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
     if os.path.lexists(directory) and not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "a link to nothing"
         raise UsageError(f"{directory} is {what}", "choose another -o")
+    check_place(directory)
+    if is_bundle(directory) or is_adapter(directory):
+        what = "a bundle" if is_bundle(directory) else "the folder of an adapter"
+        raise UsageError(f"{directory} is {what}, and adapters would go into it", "choose another -o")
     if within(Path(constants.HF_HUB_CACHE), directory):
         raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
     with Manners(progress.note) as manners:
