@@ -33,10 +33,12 @@ from .options import (
 )
 from .options import clusters as parse_clusters
 from .progress import progress
-from .table import count, error, megabytes, percent, table, times
+from .table import by_file, count, error, megabytes, percent, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.compress import CompressReport, PlanReport
+
+_BESIDE = "files beside adapters that a bundle does not carry"
 
 
 def compress(
@@ -163,6 +165,7 @@ def _render(report: CompressReport) -> None:
     for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
         if names and report.method != "svd":
             console.say(f"{what}: {count(len(names), 'adapter')}")
+    console.listing(_BESIDE, by_file(report.left_out))
 
 
 def _render_plan(report: PlanReport, output: Path | None) -> None:
@@ -194,3 +197,5 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
         console.line(f"memory   at most {most} on this machine; the least that --memory can be is {least}")
     if report.output_exists:
         console.line(f"note     {output} exists: without --force, compress would end with exit code 6")
+    for text in by_file(report.left_out):
+        console.line(f"{_BESIDE}: {text}")

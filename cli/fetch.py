@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -14,28 +13,12 @@ from lorazip_core.lock import LOCK_NAME, read_strictly
 from lorazip_core.text import plain
 
 from . import console
-from .options import AllowPickle, Json, Quiet, between
+from .options import AllowPickle, Json, Quiet, between, bound, size
 from .progress import progress
 from .table import count, megabytes, table
 
 if TYPE_CHECKING:
     from lorazip_core.fetch import FetchedAdapter, FetchReport
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def _size(value: str | None) -> str | None:
-    """A number of bytes: 500MB, 2GiB, 1000000."""
-    if value is not None:
-        _bytes(value)
-    return value
-
-
-def _bytes(value: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMG]I?)?B?", value.upper())
-    if match is None or int(match[1]) == 0:
-        raise typer.BadParameter(f"{value!r} is no size such as 500MB or 2GiB", param_hint="'--max-size'")
-    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 def fetch(
@@ -44,7 +27,8 @@ def fetch(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="owner/repo[/subfolder][@revision], collection:owner/slug, org:NAME, user:NAME, @list.txt or ./dir.",
+            help="owner/repo[/subfolder][@revision] or its address, collection:owner/slug, org:NAME, user:NAME,"
+            " @list.txt or ./dir.",
         ),
     ] = None,
     base_model: Annotated[
@@ -68,7 +52,7 @@ def fetch(
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option("--max-size", metavar="SIZE", callback=_size, help="Leave out adapters with more (500MB, 2GiB)."),
+        typer.Option("--max-size", metavar="SIZE", callback=size, help="Leave out adapters with more (500MB, 2GiB)."),
     ] = None,
     locked: Annotated[
         bool, typer.Option("--locked", help="Have just what DIR/lorazip.lock says, or fail with exit code 1.")
@@ -106,7 +90,7 @@ def fetch(
         search=search,
         tags=tuple(tag or ()),
         limit=limit,
-        max_bytes=None if max_size is None else _bytes(max_size),
+        max_bytes=bound(max_size),
         allow_pickle=allow_pickle,
         locked=locked,
         update=update,

@@ -9,7 +9,7 @@ from lorazip_core.text import plain
 
 from . import console
 from .options import Bundle, Json, Quiet
-from .table import count, error, megabytes, table, times
+from .table import by_file, count, error, megabytes, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.info import AdapterInfo, InfoReport
@@ -82,6 +82,11 @@ def _render(report: InfoReport) -> None:
         console.line(f"left out: {count(len(report.skipped), 'adapter')}")
         for skipped in report.skipped:
             console.line(f"  {skipped.name}: {skipped.reason}")
+    if beside := by_file({adapter.name: adapter.left_out for adapter in report.adapters}):
+        console.line()
+        console.line("files that were beside the originals, and are not in the bundle")
+        for text in beside:
+            console.line(f"  {text}")
 
 
 def _alone(adapter: AdapterInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,7 +45,7 @@ def device(value: str) -> str:
 def size(value: str | None) -> str | None:
     """A number of bytes, as `bytes_of` reads it."""
     if value is not None and bytes_of(value) < 1:
-        raise typer.BadParameter(f"{value!r} is no size: give bytes, or MB, GB, MiB, GiB, like 8GiB")
+        raise typer.BadParameter(f"{value!r} is no size: give bytes, or K, M, G, T or Ki, Mi, Gi, Ti, like 500MB or 8G")
     return value
 
 
@@ -54,13 +55,16 @@ def bound(value: str | None) -> int | None:
 
 
 def bytes_of(value: str) -> int:
-    """8GiB, 500 MB or 1000000 in bytes; 0 for anything else."""
-    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(|B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value)
+    """8G, 1.5GB, 500 mb, 8GiB or 1000000 in bytes; 0 for anything else.
+
+    K, M, G and T are powers of 1000, with an i behind them of 1024. Case, a blank before and a B after do not count.
+    """
+    found = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})? ?(?:([kmgt])(i)?)?b?", value, re.IGNORECASE | re.ASCII)
     if not found:
         return 0
-    number, unit = found.groups()
-    power = " KMGT".find(unit[:1]) if len(unit) > 1 else 0
-    return int(float(number) * (1024 if "i" in unit else 1000) ** power)
+    whole, decimals, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    return int(Fraction(f"{whole}{decimals or ''}") * (1024 if binary else 1000) ** power)
 
 
 def clusters(value: str) -> int | Literal["auto"] | Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from lorazip_core.text import count, error, megabytes, percent, plain, times
 
-__all__ = ["count", "error", "megabytes", "percent", "table", "times"]
+__all__ = ["by_file", "count", "error", "megabytes", "percent", "table", "times"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -22,3 +23,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for row in (head, *body)
     )
+
+
+def by_file(files: Mapping[str, Sequence[str]]) -> list[str]:
+    """``files`` by adapter as lines by file: ``value_head.bin of 32 adapters: a, b, c, ...``."""
+    adapters: defaultdict[str, list[str]] = defaultdict(list)
+    for adapter, names in files.items():
+        for name in names:
+            adapters[name].append(adapter)
+    return [
+        f"{name} of {count(len(of), 'adapter')}: {', '.join(of[:3])}{', ...' if of[3:] else ''}"
+        for name, of in sorted(adapters.items())
+    ]

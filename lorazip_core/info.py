@@ -48,6 +48,8 @@ class AdapterInfo(Struct, frozen=True):
     bytes_original: int
     bytes_own: int
     origin: Origin | None
+    left_out: list[str] = []
+    """Files that were beside it with weights that are not its own, and are not in the bundle."""
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
@@ -115,6 +117,7 @@ def info(path: Path) -> InfoReport:
                 + sum(sizes[own] for own in (adapter.individual, adapter.config) if own is not None)
                 + (0 if adapter.extras is None else sizes[adapter.extras] // owners[adapter.extras]),
                 origin=adapter.origin,
+                left_out=adapter.left_out,
             )
             for index, adapter in enumerate(manifest.adapters)
         ],

@@ -10,13 +10,14 @@ import torch
 
 from .adapter import Adapter, open_collection
 from .bundle import AdapterEntry, Bundle, SourceEntry
-from .bundle.finding import Finding, printable
+from .bundle.finding import Finding
 from .bundle.manifest import MANIFEST_NAME
 from .device import free_bytes
 from .errors import AdapterError, AdapterErrors
 from .measure import Measured, Pair, measure
 from .progress import Progress
 from .reading import pass_through
+from .text import printable
 from .workers import in_order
 
 _CPU = torch.device("cpu")
@@ -39,13 +40,13 @@ def compare(
 
     ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
     """
-    originals, bad = _open_originals(root, allow_pickle)
+    originals, bad, no_adapters = _open_originals(root, allow_pickle)
     if not {entry.name for entry in bundle.manifest.adapters} & {*originals, *bad}:
         message = (
             f"none of the {len(bundle.manifest.adapters)} adapters of the bundle is there: is it the right directory?"
         )
         return {}, [Finding("source-missing", None, message, damage=False)]
-    broken = list(_not_in_bundle(bundle, originals, bad))
+    broken = list(_not_in_bundle(bundle, {*originals, *bad} - no_adapters))
     there = [Pair(entry, originals[entry.name]) for entry in bundle.manifest.adapters if entry.name in originals]
 
     def differences(pair: Pair) -> tuple[list[Finding], bool]:
@@ -102,19 +103,20 @@ def compare(
     return measured, broken
 
 
-def _open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """Usable adapters by name, and for each other one why it is not."""
+def _open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
+    """Usable adapters by name, for each other one why it is not, and which of these are no adapters of their own."""
     try:
         found = open_collection(root, skip_bad=True, allow_mixed_base=True, allow_pickle=allow_pickle)
     except AdapterErrors as error:  # not one of them is usable
-        return {}, {printable(each.adapter): each.reason for each in error.errors if each.adapter != str(root)}
+        return {}, {printable(each.adapter): each.reason for each in error.errors if each.adapter != str(root)}, set()
     bad = {printable(skipped.name): skipped.reason for skipped in found.skipped}
-    return {printable(adapter.name): adapter for adapter in found.adapters}, bad
+    originals = {printable(adapter.name): adapter for adapter in found.adapters}
+    return originals, bad, set(map(printable, found.no_adapters))
 
 
-def _not_in_bundle(bundle: Bundle, originals: dict[str, Adapter], bad: dict[str, str]) -> Iterator[Finding]:
+def _not_in_bundle(bundle: Bundle, there: set[str]) -> Iterator[Finding]:
     known = {entry.name for entry in bundle.manifest.adapters} | {entry.name for entry in bundle.manifest.skipped}
-    for name in sorted({*originals, *bad} - known):
+    for name in sorted(there - known):
         yield _source("source-unlisted", name, "the bundle neither has it nor says that it was skipped")
 
 

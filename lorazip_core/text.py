@@ -11,6 +11,11 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
 
 
+def printable(name: str) -> str:
+    """A file name as text that can be written, also one whose bytes are no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def megabytes(size: int) -> str:
     """Bytes in MB = 10⁶ bytes, small ones in bytes."""
     return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"

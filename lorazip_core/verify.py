@@ -10,13 +10,14 @@ import numpy
 from msgspec import Struct
 
 from .bundle import AdapterEntry, Bundle, ModuleError
-from .bundle.finding import Finding, printable
+from .bundle.finding import Finding
 from .bundle.manifest import MANIFEST_NAME, Parameters
 from .errors import BundleDamaged, CheckFailed, UsageError
 from .kinds import check_adapters_path
 from .progress import Progress, Silent
 from .quality import QualityWarning, quality_warnings
 from .summary import Summary, summarise
+from .text import printable
 
 if TYPE_CHECKING:
     from .measure import Measured

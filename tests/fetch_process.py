@@ -61,7 +61,7 @@ def start(hub: HubServer, target: Path, home: Path, *words: str) -> subprocess.P
 def there(target: Path) -> Contents:
     """The adapters in a directory, hidden folders aside; every one must open."""
     found: Contents = {}
-    for name, folder in find_adapters(target) if target.exists() else ():
+    for name, folder, *_ in find_adapters(target).adapters if target.exists() else ():
         open_adapter(name, folder)
         found[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")}
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft_fixtures as fixtures
 import pytest
@@ -62,21 +64,63 @@ def test_root_itself_is_an_adapter(root: Path, made: Path) -> None:
     assert names(open_collection(root)) == [".", "a"]
 
 
-def test_hidden_and_foreign_folders_are_skipped(root: Path, made: Path, tmp_path: Path) -> None:
-    place(made, root / "a", root / ".hidden", root / "b" / ".cache" / "c", tmp_path / "outside")
-    (tmp_path / "outside" / "back").symlink_to(root / "a")
+def left_out(collection: Collection) -> dict[str, str]:
+    assert {skipped.name for skipped in collection.skipped} == collection.no_adapters
+    return dict(collection.skipped)
+
+
+def test_hidden_folders_are_skipped(root: Path, made: Path) -> None:
+    place(made, root / "a", root / ".hidden", root / "b" / ".cache" / "c")
     (root / "notes").mkdir()
-    (root / "link-outside").symlink_to(tmp_path / "outside")
-    (root / "link-up").symlink_to(root)
-    (root / "b" / "loop").symlink_to(root / "b")
-    (root / "broken").symlink_to(root / "nothing")
-    assert names(open_collection(root)) == ["a"]
+    (root / ".link").symlink_to(root / "a")
+    collection = open_collection(root)
+    assert (names(collection), left_out(collection)) == (["a"], {})
 
 
-def test_link_inside_is_an_adapter_of_its_own(root: Path, made: Path) -> None:
-    place(made, root / "a")
-    (root / "b").symlink_to("a")
-    assert names(open_collection(root)) == ["a", "b"]
+def test_links_are_followed_wherever_they_lead(root: Path, made: Path, tmp_path: Path) -> None:
+    place(made, root / "z", tmp_path / "outside" / "one", tmp_path / "outside" / ".hidden", tmp_path / "store" / "two")
+    (root / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside" / "two").symlink_to(tmp_path / "store" / "two")
+    (root / "chain").symlink_to("hop")
+    (root / "hop").symlink_to(tmp_path / "outside" / ".hidden")
+    collection = open_collection(root)
+    assert names(collection) == ["chain", "link/one", "link/two", "z"]
+    assert left_out(collection) == {"hop": "the same folder as 'chain'"}
+
+
+def test_what_links_lead_to_again_is_named(root: Path, made: Path) -> None:
+    place(made, root / "runs" / "a", root / "b")
+    (root / "notes").mkdir()
+    links = {"alias": "b", "again": "runs", "up": ".", "runs/a/self": ".", "gone": "nothing", "knot": "knot"}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    (root / "empty").symlink_to("notes")
+    (root / "notes" / "loop").symlink_to(".")
+    collection = open_collection(root)
+    assert names(collection) == ["b", "runs/a"]
+    assert left_out(collection) == {
+        "again": "the same folder as 'runs'",
+        "alias": "the same folder as 'b'",
+        "gone": "a link to nothing",
+        "knot": "a link to nothing",
+        "runs/a/self": "the same folder as 'runs/a'",
+        "up": "the same folder as '.'",
+    }
+    assert next(collection.notes()) == "left out again: the same folder as 'runs'"
+
+
+def test_a_link_to_a_folder_above_takes_the_rest_of_it(root: Path, made: Path) -> None:
+    place(made, root / "a", root.parent / "beside")
+    (root / "up").symlink_to("..")
+    collection = open_collection(root)
+    assert names(collection) == ["a", "up/beside"]
+    assert left_out(collection) == {"up/root": "the same folder as '.'"}
+
+
+def test_only_links_to_nothing(root: Path) -> None:
+    (root / "a").symlink_to("gone")
+    with pytest.raises(AdapterErrors, match=r"no adapters here \(left out: 'a' \(a link to nothing\)\)"):
+        open_collection(root)
 
 
 def test_root_may_be_a_link(root: Path, made: Path, tmp_path: Path) -> None:
@@ -85,17 +129,122 @@ def test_root_may_be_a_link(root: Path, made: Path, tmp_path: Path) -> None:
     assert names(open_collection(tmp_path / "link")) == ["a"]
 
 
-def test_weights_behind_a_link_outside_do_not_count(root: Path, made: Path, tmp_path: Path) -> None:
+def to_hub_cache(made: Path, cache: Path, repository: str, commit: str) -> Path:
+    """An adapter as `snapshot_download` leaves it: links into the folder of blobs."""
+    of = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = of / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (of / "blobs").mkdir(exist_ok=True)
+    for file in made.iterdir():
+        blob = f"{commit[:8]}{file.name.encode().hex()}"
+        shutil.copyfile(file, of / "blobs" / blob)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob))
+    return snapshot
+
+
+def test_the_cache_of_the_hub(root: Path, made: Path) -> None:
+    """A snapshot, a whole cache, and a folder whose weights lead into it."""
+    snapshot = to_hub_cache(made, root / "hub", "acme/a", "0" * 40)
+    to_hub_cache(made, root / "hub", "acme/a", "1" * 40)
+    assert names(open_collection(snapshot)) == ["."]
+    folder = root / "mine" / "b"
+    folder.mkdir(parents=True)
+    shutil.copyfile(made / fixtures.CONFIG, folder / fixtures.CONFIG)
+    (folder / fixtures.WEIGHTS).symlink_to((snapshot / fixtures.WEIGHTS).resolve())
+    assert names(open_collection(root / "mine")) == ["b"]
+    of = "hub/models--acme--a/snapshots"
+    assert names(open_collection(root)) == [f"{of}/{'0' * 40}", f"{of}/{'1' * 40}", "mine/b"]
+
+
+@pytest.mark.parametrize("name", [fixtures.CONFIG, fixtures.WEIGHTS])
+def test_a_file_that_is_a_link_to_nothing(root: Path, made: Path, name: str) -> None:
     place(made, root / "a", root / "b")
-    (root / "b" / fixtures.WEIGHTS).unlink()
-    (root / "b" / fixtures.WEIGHTS).symlink_to(made / fixtures.WEIGHTS)
-    assert "no weights" in errors(root)["b"]
+    (root / "b" / name).unlink()
+    (root / "b" / name).symlink_to("../blobs/gone")
+    hint = "restore the file or the cache that it leads to"
+    assert errors(root) == {"b": f"{name} is a link to nothing ({hint})"}
+
+
+def test_weights_without_a_configuration_are_named(root: Path, made: Path) -> None:
+    place(made, root / "a", root / "b")
+    (root / "b" / fixtures.CONFIG).unlink()
+    assert left_out(open_collection(root)) == {"b": f"{fixtures.WEIGHTS} without {fixtures.CONFIG}"}
+
+
+def test_weights_beside_an_adapter_are_named(root: Path, made: Path) -> None:
+    place(made, root / "a", root / "b", root / "c")
+    carried_or_worthless = [
+        "adapter_model.bin",
+        "adapter_model-00001-of-00002.safetensors",
+        "optimizer.pt",
+        "optimizer_1.bin",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "random_states_0.pkl",
+        "training_args.bin",
+        "tokenizer.json",
+        "tokenizer.model",
+        "trainer_state.json",
+        "README.md",
+        "config.json",
+        "events.out.tfevents",
+    ]
+    missed = ["Head.PT", "non_lora_trainables.bin", "value_head.safetensors"]
+    for name in carried_or_worthless + missed:
+        (root / "b" / name).touch()
+    (root / "c" / "value_head.bin").symlink_to("../../somewhere")
+    assert open_collection(root).left_out == {"b": tuple(missed), "c": ("value_head.bin",)}
+
+
+def test_shards_of_any_name_are_not_beside(root: Path, made: Path) -> None:
+    place(made, root / "a")
+    fixtures.to_shards(root / "a", 2)
+    index = root / "a" / f"{fixtures.WEIGHTS}.index.json"
+    shards = sorted(path for path in (root / "a").iterdir() if path.suffix == ".safetensors")
+    text = index.read_text()
+    for number, path in enumerate(shards):
+        text = text.replace(path.name, f"part{number}.safetensors")
+        path.rename(path.with_name(f"part{number}.safetensors"))
+    index.write_text(text)
+    assert open_collection(root).left_out == {}
+
+
+def test_checkpoints_below_an_adapter_are_adapters_and_said(root: Path, made: Path) -> None:
+    place(made, root / "run", root / "run" / "checkpoint-1", root / "run" / "x" / "checkpoint-2", root / "run2")
+    collection = open_collection(root)
+    assert names(collection) == ["run", "run/checkpoint-1", "run/x/checkpoint-2", "run2"]
+    where = "in the folder of another adapter, and taken as adapters of their own"
+    assert list(collection.notes()) == [f"{where}: 'run/checkpoint-1' and 1 more"]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "what"),
+    [(os, "scandir", "b"), (os, "open", f"b/{fixtures.WEIGHTS}"), (Path, "read_bytes", f"b/{fixtures.CONFIG}")],
+)
+def test_what_may_not_be_read(
+    root: Path, made: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, what: str
+) -> None:
+    place(made, root / "a", root / "b")
+    original = getattr(module, function)
+
+    def refuse(path: Any, *arguments: Any) -> Any:
+        if os.fspath(path) == str(root / what):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(module, function, refuse)
+    with pytest.raises(PermissionError):
+        open_collection(root)
+    collection = open_collection(root, skip_bad=True)
+    assert names(collection) == ["a"]
+    assert "Permission denied" in dict(collection.skipped)["b"]
 
 
 def test_order_does_not_depend_on_creation(root: Path, made: Path, tmp_path: Path) -> None:
     place(made, *(root / name for name in "abc"))
     place(made, *(tmp_path / "other" / name for name in "cba"))
-    assert [name for name, _ in find_adapters(root)] == [name for name, _ in find_adapters(tmp_path / "other")]
+    other = find_adapters(tmp_path / "other").adapters
+    assert [each.name for each in find_adapters(root).adapters] == [each.name for each in other]
 
 
 def test_nothing_there(root: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -27,6 +28,16 @@ def serve(hub: HubServer, *ids: str, **settings: object) -> list[Repository]:
     repositories = [repository(id, seed, **settings) for seed, id in enumerate(ids)]
     hub.catalogue.add(*repositories)
     return repositories
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def left_out(report: dict[str, Any]) -> dict[str, str]:
+    return {each["what"]: each["reason"] for each in report["left_out"]}
 
 
 class TestSources:
@@ -157,6 +168,36 @@ class TestSources:
         assert fetch("collection:ann/c-1", "--base-model", BASE) == 0
         assert fetch.names == ["ann/a"]
         assert f"  ann/liar: its base model is org/other, not {BASE}" in fetch.err
+
+    @pytest.mark.parametrize(
+        ("address", "source"),
+        [
+            ("https://huggingface.co/ann/many", "ann/many"),
+            ("https://huggingface.co/ann/many/", "ann/many"),
+            ("http://www.huggingface.co/ann/many?library=peft#files", "ann/many"),
+            ("https://HuggingFace.co/ann/many.git", "ann/many"),
+            ("hf.co/ann/many", "ann/many"),
+            ("https://hf.co/ann/many/tree/main", "ann/many@main"),
+            ("https://huggingface.co/ann/many/tree/main/a/", "ann/many/a@main"),
+            ("https://huggingface.co/ann/many/blob/main/adapter_config.json", "ann/many@main"),
+            ("https://huggingface.co/ann/many/resolve/v1/b/c/README.md?download=true", "ann/many/b/c@v1"),
+            ("https://huggingface.co/ann/many/tree/refs%2Fpr%2F1/b", "ann/many/b@refs/pr/1"),
+            ("https://huggingface.co/collections/ann/best-0?sort=new", "collection:ann/best-0"),
+        ],
+    )
+    def test_a_pasted_address_is_recorded_as_what_it_names(self, fetch: Fetching, address: str, source: str) -> None:
+        files = {f"{folder}/{name}": data for folder in ("a", "b/c") for name, data in adapter_files(3).items()}
+        many = Repository.of("ann/many", files)
+        many.tag("v1")
+        many.tag("refs/pr/1")
+        fetch.hub.catalogue.add(many, Collection("ann/best-0", (Item("ann/many"),)))
+        assert fetch(address) == 0
+        assert [each.source for each in fetch.lock.sources] == [source]
+        lock = (fetch.directory / LOCK_NAME).read_bytes()
+        requests = len(fetch.hub.log.requests)
+        assert fetch(source) == 0
+        assert (fetch.directory / LOCK_NAME).read_bytes() == lock
+        assert len(fetch.hub.log.requests) == requests
 
     def test_a_list_with_comments_and_revisions(self, fetch: Fetching, tmp_path: Path) -> None:
         one, _ = serve(fetch.hub, "ann/sql", "bob/math")
@@ -692,3 +733,89 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+class TestLocal:
+    """What is fetched of a directory of the user's own, links followed, and what of it is left out."""
+
+    def test_checkpoints_below_an_adapter_are_left_out_and_said(self, fetch: Fetching, tmp_path: Path) -> None:
+        for number, name in enumerate(("run1", "run1/checkpoint-100", "run1/x/checkpoint-200", "run2")):
+            write_files(tmp_path / "mine" / name, adapter_files(number))
+        report = fetch.json(str(tmp_path / "mine"))
+        assert fetch.names == ["mine/run1", "mine/run2"]
+        assert left_out(report) == {
+            f"{tmp_path}/mine/run1/…": "2 more adapters in folders of an adapter; name a folder to have it"
+        }
+        assert fetch(str(tmp_path / "mine" / "run1" / "checkpoint-100")) == 0
+        assert "local/checkpoint-100" in fetch.names
+
+    def test_checkpoints_below_the_directory_itself(self, fetch: Fetching, tmp_path: Path) -> None:
+        write_files(tmp_path / "mine", adapter_files())
+        write_files(tmp_path / "mine" / "checkpoint-1", adapter_files(1))
+        report = fetch.json(str(tmp_path / "mine"))
+        assert fetch.names == ["local/mine"]
+        assert list(left_out(report)) == [f"{tmp_path}/mine/…"]
+
+    def test_of_a_repository_it_is_the_same(self, fetch: Fetching) -> None:
+        folders = ("run1", "run1/checkpoint-1", "run2")
+        files = {f"{folder}/{name}": data for folder in folders for name, data in adapter_files().items()}
+        fetch.hub.catalogue.add(Repository.of("ann/runs", files))
+        report = fetch.json("ann/runs")
+        assert fetch.names == ["ann/runs--run1", "ann/runs--run2"]
+        assert left_out(report) == {
+            "ann/runs/run1/…": "1 more adapter in folders of an adapter; name a folder to have it"
+        }
+
+    def test_links_are_followed_and_what_they_lead_to_is_copied(self, fetch: Fetching, tmp_path: Path) -> None:
+        mine, store = tmp_path / "mine", tmp_path / "store"
+        write_files(store / "one", adapter_files(1))
+        write_files(store / "two", adapter_files(2))
+        write_files(mine / "cached", {"README.md": b"A card."})
+        (mine / "one").symlink_to(store / "one")
+        (mine / "again").symlink_to("one")
+        (mine / "gone").symlink_to("nothing")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (mine / "cached" / name).symlink_to(f"../../store/two/{name}")
+        report = fetch.json(str(mine))
+        assert fetch.names == ["mine/again", "mine/cached"]
+        assert left_out(report) == {
+            f"{mine}/one": "the same folder as 'again'",
+            f"{mine}/gone": "a link to nothing",
+        }
+        assert not any(path.is_symlink() for path in fetch.directory.rglob("*"))
+        there = fetch.files()
+        assert there["mine/cached/adapter_model.safetensors"] == adapter_files(2)["adapter_model.safetensors"]
+        assert fetch("--locked") == 0
+        shutil.rmtree(fetch.directory / "mine" / "cached")
+        assert fetch() == 0
+        assert fetch.files() == there
+
+    def test_a_link_into_the_output_is_refused(self, fetch: Fetching, tmp_path: Path) -> None:
+        """Else every run would bring what the last one brought."""
+        write_files(fetch.directory / "ann" / "a", adapter_files())
+        write_files(tmp_path / "mine" / "b", adapter_files(1))
+        (tmp_path / "mine" / "all").symlink_to(fetch.directory)
+        assert fetch(str(tmp_path / "mine")) == 2
+        where = f"'{tmp_path}/mine/all/ann/a' is in -o {str(fetch.directory)!r}"
+        assert fetch.errors == [f"{where} (choose another -o, or remove the link)"]
+
+    def test_a_name_that_is_no_text(self, fetch: Fetching, tmp_path: Path) -> None:
+        write_files(tmp_path / "mine" / "a", adapter_files())
+        write_files(tmp_path / "mine" / os.fsdecode(b"\xff"), adapter_files(1))
+        assert fetch(str(tmp_path / "mine")) == 3
+        assert fetch.errors[0].endswith("the name of its folder is not UTF-8 (rename it)")
+
+    @pytest.mark.parametrize("local", [True, False])
+    def test_weights_beside_an_adapter_are_named(self, fetch: Fetching, tmp_path: Path, local: bool) -> None:
+        others = dict.fromkeys(("a.pt", "b.bin", "c.pth", "d.npz"), b"weights")
+        files = adapter_files() | others | {"training_args.bin": b"", "adapter_model.bin": b""}
+        write_files(tmp_path / "mine" / "a", files)
+        fetch.hub.catalogue.add(Repository.of("ann/a", files))
+        report = fetch.json(str(tmp_path / "mine") if local else "ann/a")
+        assert left_out(report) == {
+            f"{tmp_path}/mine/a" if local else "ann/a": (
+                "a.pt, b.bin, c.pth and 1 more: beside the adapter, and not fetched with it"
+            )
+        }
+        assert len(fetch.names) == 1
+        assert fetch("--locked") == 0

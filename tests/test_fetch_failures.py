@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,9 @@ from hub import (
 from huggingface_hub import constants
 from random_adapters import plain, write_collection
 
-from lorazip_core.fetch import Patience, bring, workspace
+import lorazip_core.fetch
+from lorazip_core.fetch import FetchOptions, Patience, bring, workspace
+from lorazip_core.fetch import hub as hub_module
 from lorazip_core.fetch.hub import Hub
 from lorazip_core.fetch.manners import Manners
 from lorazip_core.lock import LOCK_NAME
@@ -37,6 +41,8 @@ LOG_IN = "set HF_TOKEN or run 'hf auth login'"
 KEPT = "what has arrived is kept: run again later"
 GRAMMAR = "none of owner/repo[/subfolder][@revision], collection:owner/slug, org:NAME, user:NAME, @list.txt, ./dir"
 UNFINISHED = f"1 failure: {LOCK_NAME} was not written; what has arrived stays (run again to go on"
+OTHER_ADDRESS = "an address is a source only on https://huggingface.co, and without a password (write owner/repo)"
+ADAPTER = {f"adapter/{name}": data for name, data in adapter_files().items()}
 
 
 @pytest.fixture
@@ -49,6 +55,14 @@ def good(fetch: Fetching) -> Fetching:
 def log_in_page(answer: Answer, request: object, chance: object) -> Answer:
     """A page in place of an answer, as a hotel's network gives it."""
     return Answer(200, {"Content-Type": "text/html"}, b"<html>log in</html>")
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch, patience: Patience) -> list[float]:
+    """A `fetch` of this patience that does not wait; the seconds that it would have waited, as they come."""
+    waits: list[float] = []
+    monkeypatch.setattr(hub_module, "sleep_using_event", lambda stopped: waits.append)
+    monkeypatch.setattr(lorazip_core.fetch, "FetchOptions", partial(FetchOptions, patience=patience))
+    return waits
 
 
 def check(fetch: Fetching, code: int, *lines: str, arrived: bool = True) -> None:
@@ -206,6 +220,32 @@ class TestTrouble:
         monkeypatch.setenv("HF_ENDPOINT", url)
         good("ann/a", "ann/b")
         check(good, 7, f"no answer from {url} after 3 attempts: Connection refused ({KEPT})", arrived=False)
+
+    @pytest.mark.parametrize("arguments", [[], ["-q"]])
+    def test_what_is_tried_again_is_said_once_for_all(
+        self, good: Fetching, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    ) -> None:
+        """Of forty requests that fail side by side, one line for each round, with the reason and the time."""
+        waits = impatient(monkeypatch, Patience(attempts=4, first_wait=4.0))
+        good.hub.faults.add(Status(503, "Service Unavailable"))
+        assert good(*(f"ann/{n}" for n in range(40)), *arguments) == 7
+        lines = [line for line in good.err.splitlines() if "trying again" in line]
+        if arguments:
+            assert lines == []
+            return
+        found = [re.fullmatch(r"the Hub answers 503; trying again in (\d+) s \((\d) of 3\)", line) for line in lines]
+        assert [match and match[2] for match in found] == ["1", "2", "3"]
+        assert {match and match[1] for match in found} <= {f"{seconds:.0f}" for seconds in waits}
+
+    def test_why_nobody_answers_is_said(self, good: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
+        impatient(monkeypatch, Patience(attempts=3, first_wait=4.0))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        assert good("ann/a") == 7
+        lines = [re.sub(r"in \d+ s", "in N s", line) for line in good.err.splitlines() if "trying" in line]
+        why = "the Hub does not answer (Connection refused)"
+        assert lines == [f"{why}; trying again in N s ({number} of 2)" for number in (1, 2)]
 
     def test_no_such_host(self, good: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ENDPOINT", "http://user:password@no-such-host.invalid")
@@ -441,7 +481,27 @@ class TestUsage:
             ([], "{dir} has no lorazip.lock (name a SOURCE, or choose another -o)"),
             (["one"], f"'one': {GRAMMAR}"),
             (["a/b/../c"], "'a/b/../c': '../c' is no folder of a repository"),
-            (["https://user:hf_secret@huggingface.co/a/b"], "an address is no source (write owner/repo)"),
+            (["https://user:hf_secret@huggingface.co/a/b"], OTHER_ADDRESS),
+            (["https://huggingface.co:8443/a/b"], OTHER_ADDRESS),
+            (["https://hub.example/a/b?token=hf_secret"], OTHER_ADDRESS),
+            (["https://huggingface.co.example/a/b"], OTHER_ADDRESS),
+            (["hf://a/b"], OTHER_ADDRESS),
+            (["https://[::1/a/b"], OTHER_ADDRESS),
+            (
+                ["https://huggingface.co/acme/?search=hf_secret"],
+                "'https://huggingface.co/acme/': the page of an organisation or a user"
+                " (for all its adapters write org:acme or user:acme)",
+            ),
+            (
+                ["huggingface.co/datasets/a/b"],
+                "'https://huggingface.co/datasets/a/b': a dataset, not a model",
+            ),
+            (
+                ["https://hf.co/a/b/discussions/7"],
+                "'https://huggingface.co/a/b/discussions/7': neither a repository, nor one of its folders or files,"
+                " nor a collection",
+            ),
+            (["https://hf.co/a/b/tree/main/x/%2e%2e/y"], "'a/b/x/../y@main': 'x/../y' is no folder of a repository"),
             (["a/b--c"], "'a/b--c': 'a/b--c' is no name of a repository"),
             (["~no-such-user/x"], "'~no-such-user/x' is not a directory"),
             (["./none"], "'./none' is not a directory"),
@@ -454,7 +514,8 @@ class TestUsage:
             (["--prune"], "--prune removes what the given sources do not name, and none is given"),
             (
                 ["a/b", "--max-size", "huge"],
-                "Invalid value for '--max-size': 'huge' is no size such as 500MB or 2GiB (see 'lorazip fetch --help')",
+                "Invalid value for '--max-size': 'huge' is no size: give bytes, or K, M, G, T or Ki, Mi, Gi, Ti,"
+                " like 500MB or 8G (see 'lorazip fetch --help')",
             ),
         ],
     )
@@ -462,6 +523,27 @@ class TestUsage:
         assert fetch(*arguments) == 2
         assert fetch.errors == [line.format(dir=fetch.directory)]
         assert not fetch.directory.exists()
+
+    @pytest.mark.parametrize(
+        ("place", "line"),
+        [
+            ("bundle", "{dir} is a bundle, and adapters would go into it (choose another -o)"),
+            ("bundle/x/y", "{dir} is inside the bundle {tmp}/bundle (choose another -o)"),
+            ("adapter", "{dir} is the folder of an adapter, and adapters would go into it (choose another -o)"),
+            (
+                "adapter/x",
+                "{dir} is in the folder of an adapter, {tmp}/adapter (choose another -o: inputs are never changed)",
+            ),
+        ],
+    )
+    def test_into_a_bundle_or_an_adapter(self, fetch: Fetching, tmp_path: Path, place: str, line: str) -> None:
+        for name, content in {"bundle/manifest.json": b'{"format":"lorazip.bundle"}', **ADAPTER}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        before = sorted(tmp_path.rglob("*"))
+        assert fetch("ann/a", output=tmp_path / place) == 2
+        assert fetch.errors == [line.format(dir=tmp_path / place, tmp=tmp_path)]
+        assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://[bad", "ftp://host", "http://"])
     def test_an_address_of_no_hub(self, fetch: Fetching, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:

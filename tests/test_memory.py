@@ -38,6 +38,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
         ("2KiB", 2048),
         ("1TB", 10**12),
         ("0.5TiB", 2**39),
+        ("8G", 8 * 10**9),
+        ("8Gi", 8 * GIB),
+        ("1.5GB", 1_500_000_000),
+        ("500mb", 500_000_000),
+        ("8gib", 8 * GIB),
+        ("0.001 K", 1),
+        ("1.000000001G", 10**9 + 1),
     ],
 )
 def test_sizes_are_read(value: str, expected: int) -> None:
@@ -45,7 +52,9 @@ def test_sizes_are_read(value: str, expected: int) -> None:
     assert size(value) == value
 
 
-@pytest.mark.parametrize("value", ["0", "0GiB", "0.1", "-1", "-1GiB", "lots", "", "GiB", "8 G", "8gib", "1e9", "8GiB "])
+@pytest.mark.parametrize(
+    "value", ["0", "0GiB", "0.1", "-1", "-1GiB", "lots", "", "GiB", "8  G", "1e9", "8GiB ", "8iB", "1,5GB"]
+)
 def test_what_is_no_size_is_refused(value: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no size"):
         size(value)
@@ -191,7 +200,7 @@ class TestTheCommands:
         assert main([verb, str(adapters), "-o", str(tmp_path / "out"), option, "lots"]) == 2
         err = capsys.readouterr().err
         assert option in err
-        assert "'lots' is no size: give bytes, or MB, GB, MiB, GiB, like 8GiB" in err
+        assert "'lots' is no size: give bytes, or K, M, G, T or Ki, Mi, Gi, Ti, like 500MB or 8G" in err
 
     def test_one_worker_and_many_make_the_same_bytes(
         self, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -13,7 +13,8 @@ from .config import LoraConfig, NotLora, parse_config
 from .module import Kind, Module, Parameter
 
 if TYPE_CHECKING:
-    from .collection import Collection, Skipped, find_adapters, inside, open_collection
+    from .collection import Collection, open_collection
+    from .discovery import AdapterFolder, Found, Skipped, find_adapters, presence, weights_beside
     from .experts import fuse
     from .layout import TORCH_DTYPES, Layout, TensorInfo, aligned, deinterleave, view, views
     from .reader import Adapter, Part, open_adapter
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 __all__ = [
     "TORCH_DTYPES",
     "Adapter",
+    "AdapterFolder",
     "Collection",
     "Descriptor",
+    "Found",
     "Kind",
     "Layout",
     "LoraConfig",
@@ -38,36 +41,40 @@ __all__ = [
     "deinterleave",
     "find_adapters",
     "fuse",
-    "inside",
     "open_adapter",
     "open_collection",
     "parse_config",
+    "presence",
     "read_fully",
     "view",
     "views",
+    "weights_beside",
     "write_adapter",
 ]
 
 # Importing torch takes seconds: these are imported when they are asked for.
 _WITH_TORCH = {
     "Adapter": ".reader",
+    "AdapterFolder": ".discovery",
     "Collection": ".collection",
     "Descriptor": ".weights",
+    "Found": ".discovery",
     "Layout": ".layout",
     "Part": ".reader",
-    "Skipped": ".collection",
+    "Skipped": ".discovery",
     "TORCH_DTYPES": ".layout",
     "TensorInfo": ".layout",
     "aligned": ".layout",
     "deinterleave": ".layout",
-    "find_adapters": ".collection",
+    "find_adapters": ".discovery",
     "fuse": ".experts",
-    "inside": ".collection",
     "open_adapter": ".reader",
     "open_collection": ".collection",
+    "presence": ".discovery",
     "read_fully": ".weights",
     "view": ".layout",
     "views": ".layout",
+    "weights_beside": ".discovery",
     "write_adapter": ".writer",
 }
 

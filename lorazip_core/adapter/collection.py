@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import AdapterError, AdapterErrors, UsageError
+from ..text import printable
 from .config import CONFIG_NAME
+from .discovery import Skipped, find_adapters, presence
 from .foreign import foreign_adapters, foreign_format
 from .module import Module
 from .reader import Adapter, Alike, Part, open_adapter
-
-
-class Skipped(NamedTuple):
-    """An adapter that was left out, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -33,49 +25,16 @@ class Collection:
     skipped: tuple[Skipped, ...]
     modules: tuple[Module, ...]
     base_model: str | None
+    no_adapters: frozenset[str] = frozenset()
+    """The names in ``skipped`` of what is no adapter of its own: see `Found.left_out`."""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By adapter, the files in its folder with weights that are not its own (`weights_beside`)."""
 
     def without(self, bad: list[AdapterError]) -> Collection:
         """The collection less adapters that turned out bad later. Raises AdapterErrors when none is left."""
         names = {error.adapter for error in bad}
-        return _collect(self.root, [a for a in self.adapters if a.name not in names], self.skipped, bad)
-
-
-def find_adapters(root: Path) -> Iterator[tuple[str, Path]]:
-    """(name, folder) of every directory at or below ``root`` with an ``adapter_config.json``.
-
-    Hidden folders, and links that lead outside of ``root``, are skipped.
-    """
-    real_root = Path(os.path.realpath(root))
-
-    def is_inside(entry: os.DirEntry[str]) -> bool:
-        return not entry.is_symlink() or inside(real_root, Path(entry.path))  # only a link leads elsewhere
-
-    def walk(folder: str, real: str, name: str, above: frozenset[str]) -> Iterator[str]:
-        if real in above:
-            return
-        try:
-            with os.scandir(folder) as listed:
-                entries = list(listed)
-        except OSError:
-            if not name:
-                raise
-            yield name  # there may be adapters: opening it says why nobody knows
-            return
-        for entry in entries:
-            if entry.name == CONFIG_NAME and entry.is_file() and is_inside(entry):
-                yield name
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.is_dir() and is_inside(entry):
-                real_entry = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                yield from walk(entry.path, real_entry, os.path.join(name, entry.name), above | {real})
-
-    names = (name or "." for name in walk(os.fspath(root), os.fspath(real_root), "", frozenset()))
-    yield from ((name, root / name) for name in sorted(names, key=os.fsencode))
-
-
-def inside(real_root: Path, path: Path) -> bool:
-    """Whether ``path``, links resolved, is ``real_root`` or below it."""
-    return Path(os.path.realpath(path)).is_relative_to(real_root)
+        left = _collect(self.root, [a for a in self.adapters if a.name not in names], self.skipped, bad)
+        return replace(left, no_adapters=self.no_adapters, left_out=self.left_out)
 
 
 def open_collection(
@@ -84,50 +43,54 @@ def open_collection(
     """Open every adapter below ``root``.
 
     Raises AdapterErrors with every adapter that cannot be used, unless ``skip_bad``: then they are listed in
-    ``skipped``, and the errors are raised only when nothing is left.
+    ``skipped``, and the errors are raised only when nothing is left. For what may not be read, PermissionError.
     """
     if not root.is_dir():
         if form := foreign_format(root):
             raise AdapterErrors([AdapterError(str(root), f"it is a LoRA of {form.owner}, not of PEFT", form.hint)])
         raise UsageError(f"{root} is not a directory")
-    real_root = Path(os.path.realpath(root))
-
-    def present(path: Path) -> bool:
-        """Whether it is a file, and inside: its folder is, so that only a link has to be followed."""
-        try:
-            mode = os.lstat(path).st_mode
-        except (FileNotFoundError, ValueError):
-            return False
-        return stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and path.is_file() and inside(real_root, path))
-
+    found = find_adapters(root)
     alike = Alike()
     adapters: list[Adapter] = []
     bad: list[AdapterError] = []
-    folders = dict(find_adapters(root))
-    for name, folder in folders.items():
+    left_out: dict[str, tuple[str, ...]] = {}
+    for name, folder, _, beside in found.adapters:
         try:
             _refuse_unprintable(name)
-            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
+            adapter = open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=presence(name))
         except AdapterError as error:
             bad.append(error)
-    bad += foreign_adapters(root, set(folders.values()))
-    if not adapters and not bad:
-        raise AdapterErrors([AdapterError(str(root), f"no {CONFIG_NAME} at or below it: no adapters here")])
+            continue
+        adapters.append(adapter)
+        own = {path.name for path in adapter.files} if beside else set()  # an index may name shards as it likes
+        if others := tuple(printable(file) for file in beside if file not in own):
+            left_out[name] = others
+    bad += foreign_adapters(root, {each.folder for each in found.adapters})
+    if not found.adapters and not bad:
+        raise AdapterErrors([_nothing(root, found.left_out)])
     for misfits in (_other_base(adapters, allow_mixed_base), _other_shape(adapters)):
         bad += misfits
         names = {error.adapter for error in misfits}
         adapters = [adapter for adapter in adapters if adapter.name not in names]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
-    return _collect(root, adapters, (), bad)
+    collection = _collect(root, adapters, found.left_out, bad)
+    return replace(collection, no_adapters=frozenset(skipped.name for skipped in found.left_out), left_out=left_out)
+
+
+def _nothing(root: Path, left_out: tuple[Skipped, ...]) -> AdapterError:
+    reason = f"no {CONFIG_NAME} at or below it: no adapters here"
+    if not left_out:
+        return AdapterError(str(root), reason)
+    more = f" and {len(left_out) - 1:,} more" if left_out[1:] else ""
+    return AdapterError(str(root), reason, f"left out: {left_out[0].name!r} ({left_out[0].reason}){more}")
 
 
 def _refuse_unprintable(name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        printable = name.encode("utf-8", "backslashreplace").decode()
-        raise AdapterError(printable, "the name of its folder is not UTF-8", "rename it") from None
+        raise AdapterError(printable(name), "the name of its folder is not UTF-8", "rename it") from None
 
 
 def _collect(root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]) -> Collection:

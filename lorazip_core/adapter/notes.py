@@ -18,7 +18,29 @@ def notes(collection: Collection) -> list[str]:
     """Lines for people: what was left out of tensor names, and names that may not be what they seem."""
     distinct = list({id(adapter.parts): adapter.parts for adapter in collection.adapters}.values())
     experts = apart(collection.modules)
-    return [*_removed(collection), *_kept(distinct), *_unshared(distinct), *([experts] if experts else [])]
+    return [
+        *_below(collection),
+        *_removed(collection),
+        *_kept(distinct),
+        *_unshared(distinct),
+        *([experts] if experts else []),
+    ]
+
+
+def _below(collection: Collection) -> Iterator[str]:
+    """Checkpoints of a training, most of all."""
+    names = {adapter.name for adapter in collection.adapters}
+    if below := [name for name in sorted(names, key=str.encode) if not names.isdisjoint(_above(name))]:
+        which = f"{below[0]!r}{f' and {len(below) - 1:,} more' if below[1:] else ''}"
+        yield f"in the folder of another adapter, and taken as adapters of their own: {which}"
+
+
+def _above(name: str) -> Iterator[str]:
+    """The names that an adapter has whose folder ``name`` is in."""
+    if name != ".":
+        yield "."
+    parts = name.split("/")
+    yield from ("/".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _removed(collection: Collection) -> Iterator[str]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..errors import BundleDamaged
 from ..files import tree
 from ..progress import Advance
+from ..text import printable
 from ..workers import in_order
-from .finding import Finding, printable
+from .finding import Finding
 from .manifest import (
     MANIFEST_NAME,
     SHARED_EXTRAS,

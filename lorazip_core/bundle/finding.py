@@ -14,8 +14,3 @@ class Finding(Struct, frozen=True):
     message: str
     damage: bool
     adapter: str | None = None
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be written, also one whose bytes are no UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()

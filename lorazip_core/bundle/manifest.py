@@ -129,10 +129,12 @@ class AdapterEntry(Struct, frozen=True, omit_defaults=True):
     """Why it has its scheme: the method asked for, or that it would exceed ``max_error``, or the dtype, otherwise."""
     origin: Origin | None = None
     """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
+    left_out: list[str] = []
+    """Files in its folder with weights that are not its own, and not in the bundle; the field is left out if none."""
 
 
 class SkippedEntry(Struct, frozen=True):
-    """An adapter that ``--skip-bad`` left out."""
+    """An adapter that ``--skip-bad`` left out, or what looked like one: a link to one of the others, or to nothing."""
 
     name: str
     reason: str

@@ -134,6 +134,7 @@ class Assembly:
             worst_module=worst_module if squared_norm > 0 else None,
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
             origin=self.scan.origins[number],
+            left_out=list(self.scan.collection.left_out.get(adapter.name, ())),
         )
 
     def _individual_path(self, number: int) -> str:

@@ -66,6 +66,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     """The least that ``--memory`` may be."""
     output_exists: bool | None = None
     """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
+    left_out: dict[str, list[str]] = {}
+    """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -96,6 +98,8 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     warnings: list[QualityWarning] = []
     device_peak_bytes: int | None
     """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
+    left_out: dict[str, list[str]] = {}
+    """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
 
 
 def plan(
@@ -135,6 +139,7 @@ def plan(
         memory_bytes=memory and memory[0],
         least_memory_bytes=memory and memory[1],
         output_exists=None if output is None else os.path.lexists(output),
+        left_out={name: list(files) for name, files in collection.left_out.items()},
     )
 
 
@@ -413,4 +418,5 @@ def _report(output: Path, manifest: Manifest, size: int, seconds: float, device:
         seconds=seconds,
         warnings=quality_warnings(errors, summary, method=parameters.method, max_error=parameters.max_error),
         device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        left_out={adapter.name: adapter.left_out for adapter in adapters if adapter.left_out},
     )

@@ -28,6 +28,7 @@ from .trouble import (
     is_rate_limit,
     is_transient,
     is_unreachable,
+    passing,
     translate,
     without_password,
 )
@@ -182,6 +183,7 @@ class Hub:
             ),
             retry=tenacity.retry_if_exception(lambda error: is_transient(error) or isinstance(error, Corrupt)),
             sleep=sleep_using_event(self._manners.stopped),
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
@@ -199,6 +201,13 @@ class Hub:
             if is_unreachable(error) and isinstance(trouble, HubTrouble) and self._manners.last_answer < started:
                 raise trouble.of_all from error
             raise trouble from error
+
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        """Have a person know of an attempt that failed, before the wait for the next one."""
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None and state.next_action is not None:
+            repeats = self._patience.attempts - 1
+            self._manners.told(passing(error), state.next_action.sleep, state.attempt_number, repeats)
 
 
 def license_in(card: Path) -> str | None:

@@ -6,18 +6,18 @@ import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..adapter import NotLora, find_adapters, inside, open_adapter, parse_config
+from ..adapter import AdapterFolder, NotLora, find_adapters, open_adapter, parse_config, presence, weights_beside
 from ..adapter.config import CONFIG_NAME
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
-from ..errors import AdapterError, LorazipError
+from ..errors import AdapterError, LorazipError, UsageError
 from ..files import sha256_file
 from ..lock import LeftOut, Origin, is_inner_path
-from ..text import count, megabytes
+from ..text import count, megabytes, printable
 from .hub import Hub, Snapshot
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
 from .trouble import HubRefused, HubUnavailable, RevisionGone
@@ -118,20 +118,39 @@ def candidates(place: Place, pinned: str | None, hub: Hub) -> list[Candidate | L
         folders[file.path.rpartition("/")[0]].append(file)
     holders = [folder for folder, files in folders.items() if any(file.name == CONFIG_NAME for file in files)]
     start = f"{place.subfolder}/" if place.subfolder else ""
-    below = sorted(folder for folder in holders if folder != place.subfolder and folder.startswith(start))
+    asked = [folder for folder in holders if folder == place.subfolder or folder.startswith(start)]
     found: list[Candidate | LeftOut | Failure] = []
-    if place.subfolder in holders:
-        found.append(Candidate(place, snapshot, place.subfolder, tuple(folders[place.subfolder])))
+    for folder, below in _outermost(asked).items():
+        found.append(Candidate(place, snapshot, folder, tuple(folders[folder])))
         if below:
-            label = "/".join(filter(None, (place.repository, place.subfolder)))
-            reason = f"{count(len(below), 'more adapter')} in folders of an adapter; name a folder to have it"
-            found.append(LeftOut(f"{label}/…", reason))
-    elif below:
-        found += [Candidate(place, snapshot, folder, tuple(folders[folder])) for folder in below]
-    else:
+            found.append(_inner("/".join(filter(None, (place.repository, folder))), below))
+    if not asked:
         within = f" in {place.subfolder}" if place.subfolder else ""
         found.append(_misfit(place, AdapterError(place.repository, f"no {CONFIG_NAME}{within}: not an adapter")))
     return found
+
+
+def _outermost(folders: Iterable[str]) -> dict[str, int]:
+    """The folders that are in none of the others, in order, and how many of these are in each; "" is the root."""
+    known = set(folders)
+    found: dict[str, int] = {}
+    for folder in sorted(known):
+        parts = folder.split("/")
+        above = ("/".join(parts[:length]) for length in range(len(parts)))
+        outer = next((each for each in above if each in known and each != folder), folder)
+        found[outer] = found.get(outer, -1) + 1
+    return found
+
+
+def _inner(label: str, number: int) -> LeftOut:
+    return LeftOut(f"{label}/…", f"{count(number, 'more adapter')} in folders of an adapter; name a folder to have it")
+
+
+def _beside(label: str, names: Sequence[str]) -> LeftOut:
+    """Files with weights that are not the adapter's own."""
+    more = f" and {len(names) - 3:,} more" if names[3:] else ""
+    files = ", ".join(map(printable, names[:3]))
+    return LeftOut(label, f"{files}{more}: beside the adapter, and not fetched with it")
 
 
 def _snapshot(place: Place, pinned: str | None, hub: Hub) -> Snapshot:
@@ -141,23 +160,26 @@ def _snapshot(place: Place, pinned: str | None, hub: Hub) -> Snapshot:
     return hub.snapshot(place.repository, place.revision)
 
 
-def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> Found:
-    """The adapter in a folder, once its configuration has been read; or why it is none. Raises HubUnavailable."""
+def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> list[Found]:
+    """The adapter in a folder, once its configuration has been read, or why it is none; and what is left out beside it.
+
+    Raises HubUnavailable.
+    """
     place, snapshot, folder = candidate.place, candidate.snapshot, candidate.folder
     label = "/".join(filter(None, (snapshot.repository, folder)))
     if folder and not is_inner_path(folder):
-        return LeftOut(label, "the path of its folder is unsafe")
+        return [LeftOut(label, "the path of its folder is unsafe")]
     try:
         files = _chosen(label, candidate.files, limits.allow_pickle)
         config_file = next(file for file in files if file.name == CONFIG_NAME)
         path, _ = hub.file(snapshot.repository, snapshot.commit, config_file, lambda count: None)
         base_model = parse_config(label, path.read_bytes()).base_model
     except NotLora as error:
-        return _misfit(place, error)
+        return [_misfit(place, error)]
     except HubUnavailable:
         raise
     except LorazipError as error:
-        return Failure(label, error)
+        return [Failure(label, error)]
     origin = Origin(
         repository=snapshot.repository,
         revision=place.revision,
@@ -165,7 +187,10 @@ def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> Found:
         subfolder=folder,
         license=snapshot.license,
     )
-    return _within_limits(Wanted(origin, base_model, files), place.base_model, place.named, limits)
+    found = _within_limits(Wanted(origin, base_model, files), place.base_model, place.named, limits)
+    names = {file.name for file in candidate.files} - {file.name for file in files}
+    others = weights_beside(names) if isinstance(found, Wanted) else ()
+    return [found, _beside(label, others)] if others else [found]
 
 
 def _chosen(label: str, files: Iterable[WantedFile], allow_pickle: bool) -> tuple[WantedFile, ...]:
@@ -205,34 +230,57 @@ def _misfit(place: Place, error: AdapterError) -> LeftOut | Failure:
     return failure if place.named else failure.left_out("listing")
 
 
-def local_adapters(source: DirectorySource, limits: Limits, license_of: Callable[[Path], str | None]) -> list[Found]:
-    """The adapters below a local directory."""
-    found: list[Found] = []
-    real_root = Path(os.path.realpath(source.path))
+def local_adapters(
+    source: DirectorySource, target: Path, limits: Limits, license_of: Callable[[Path], str | None]
+) -> list[Found]:
+    """The adapters below a local directory, links followed, but for those in folders of others.
 
-    def present(path: Path) -> bool:
-        return path.is_file() and inside(real_root, path)
+    Raises UsageError for a link that leads to ``target``, where they are to go: each run would bring what the last did.
+    """
+    there = find_adapters(source.path)
+    real_target = os.path.realpath(target)
+    folders = {"" if each.name == "." else each.name: each for each in there.adapters}
 
-    for name, folder in find_adapters(source.path):
-        subfolder = "" if name == "." else name
-        label = "/".join(filter(None, (source.text, subfolder)))
+    def label(name: str) -> str:
+        return "/".join(filter(None, (source.text, printable(name))))
+
+    found: list[Found] = [LeftOut(label(left.name), left.reason) for left in there.left_out]
+    for name, below in _outermost(folders).items():
+        folder = folders[name]
+        if folder.real.is_relative_to(real_target):
+            raise UsageError(f"{label(name)!r} is in -o {str(target)!r}", "choose another -o, or remove the link")
         try:
-            adapter = open_adapter(label, folder, allow_pickle=limits.allow_pickle, present=present)
+            found += _local_adapter(source, name, folder, limits, license_of)
         except NotLora as error:
-            found.append(LeftOut(label, error.reason))
-            continue
+            found.append(LeftOut(label(name), error.reason))
         except AdapterError as error:
-            found.append(Failure(label, error))
-            continue
-        card = folder / README
-        paths = [*adapter.files, *([card] if present(card) else [])]
-        files = tuple(
-            WantedFile(path.name, str(path), path.stat().st_size, sha256_file(path)) for path in sorted(paths)
-        )
-        origin = Origin(directory=source.text, subfolder=subfolder, license=license_of(card))
-        wanted = Wanted(origin, adapter.config.base_model, files, local=folder)
-        found.append(_within_limits(wanted, source.filters.base_model if source.filters else None, False, limits))
-    if not found:
+            found.append(Failure(label(name), error))
+        if below:
+            found.append(_inner(label(name), below))
+    if not folders:
         nothing = AdapterError(source.text, f"no {CONFIG_NAME} at or below it: no adapters here")
         found.append(Failure(source.text, nothing))
     return found
+
+
+def _local_adapter(
+    source: DirectorySource,
+    subfolder: str,
+    place: AdapterFolder,
+    limits: Limits,
+    license_of: Callable[[Path], str | None],
+) -> list[Found]:
+    """One of them, and what is left out beside it. Raises AdapterError."""
+    label = "/".join(filter(None, (source.text, printable(subfolder))))
+    if printable(subfolder) != subfolder:
+        raise AdapterError(label, "the name of its folder is not UTF-8", "rename it")
+    adapter = open_adapter(label, place.folder, allow_pickle=limits.allow_pickle, present=presence(label))
+    card = place.folder / README
+    paths = [*adapter.files, *([card] if card.is_file() else [])]
+    files = tuple(WantedFile(path.name, str(path), path.stat().st_size, sha256_file(path)) for path in sorted(paths))
+    origin = Origin(directory=source.text, subfolder=subfolder, license=license_of(card))
+    wanted = Wanted(origin, adapter.config.base_model, files, local=place.folder)
+    found = _within_limits(wanted, source.filters.base_model if source.filters else None, False, limits)
+    own = {path.name for path in adapter.files}
+    others = [name for name in place.beside if name not in own] if found is wanted else []
+    return [found, _beside(label, others)] if others else [found]

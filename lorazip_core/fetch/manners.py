@@ -29,6 +29,7 @@ from .trouble import HubUnavailable
 
 _TIMEOUT = 30.0  # seconds that a silent server has, where huggingface_hub would wait for ever
 _LONG_WAIT = 5.0  # seconds from which on a person is told
+_WORTH_TELLING = 1.0  # seconds before a request is repeated, and without any answer
 _TOO_LONG = 900.0  # seconds that nobody waits
 
 
@@ -52,6 +53,8 @@ class Manners:
         self.stopped = threading.Event()
         self.last_answer = -math.inf
         """When the Hub last answered something else than that it can't (`time.monotonic`)."""
+        self._repeats_told = 0
+        """The highest number of a repetition that was told since then."""
 
     @contextmanager
     def executor(self, jobs: int) -> Iterator[Executor]:
@@ -111,6 +114,19 @@ class Manners:
         if self.stopped.is_set():
             raise Stopped
 
+    def told(self, what: str, seconds: float, number: int, repeats: int) -> None:
+        """Say once, whichever request fails, that all of them will be repeated: for the ``number``-th of ``repeats``.
+
+        As long as others are answered it is the affair of one request, and waits of less than a second are none at all.
+        """
+        with self._lock:
+            is_outage = time.monotonic() - self.last_answer >= _WORTH_TELLING
+            is_new = is_outage and seconds >= _WORTH_TELLING and number > self._repeats_told
+            if is_new:
+                self._repeats_told = number
+        if is_new:
+            self._note(f"{what}; trying again in {seconds:.0f} s ({number} of {repeats})")
+
     def _before(self, request: Any) -> None:
         while not self.stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
             self.stopped.wait(left)
@@ -121,7 +137,8 @@ class Manners:
         if response.status_code == 429:
             self._wait(_seconds_to_wait(response.headers))
         elif response.status_code < 500:
-            self.last_answer = time.monotonic()
+            with self._lock:
+                self.last_answer, self._repeats_told = time.monotonic(), 0
 
     def _wait(self, seconds: float) -> None:
         if seconds > _TOO_LONG:

@@ -157,7 +157,7 @@ class Planner:
             found[asked] += [each for place in own for each in answers[place]]
         for source in sources:
             if isinstance(source, DirectorySource):
-                found[source] += local_adapters(source, self._limits, license_in)
+                found[source] += local_adapters(source, self._directory, self._limits, license_in)
         return found
 
     def _answers(self, asked: list[Place], pins: Mapping[tuple[str, str | None], str]) -> Mapping[Place, list[Found]]:
@@ -178,13 +178,13 @@ class Planner:
                 advance(1)
         with self._progress.stage("reading configurations", len(listed)) as advance:
 
-            def read(candidate: Candidate) -> Found:
+            def read(candidate: Candidate) -> list[Found]:
                 return adapter_of(candidate, self._hub, self._limits)
 
             for candidate, found in zip(listed, self._executor.map(read, listed), strict=True):
                 check_stop()
-                outage.heed(found.error if isinstance(found, Failure) else None)
-                answers[candidate.place].append(found)
+                outage.heed(next((each.error for each in found if isinstance(each, Failure)), None))
+                answers[candidate.place] += found
                 advance(1)
         return answers
 

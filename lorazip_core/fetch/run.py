@@ -12,9 +12,11 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..adapter import find_adapters, inside
+from ..adapter import find_adapters
 from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
+from ..kinds import is_adapter, is_bundle
 from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
+from ..places import check_place
 from ..progress import Progress, Silent, Transfer
 from ..stopping import check_stop
 from ..text import count
@@ -25,7 +27,7 @@ from .manners import Manners, Stopped
 from .options import FetchOptions
 from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
-from .sources import read_sources, sources_of
+from .sources import read_sources, sources_of, within
 from .state import State, entry_of, identified, state_of
 from .trouble import HubCorrupt, HubDiffers, HubUnavailable, Outage
 from .wanted import Wanted, folder_digests
@@ -40,14 +42,19 @@ def fetch(
     """Have the adapters that ``sources`` name in ``directory``, and its lock written when all of them are there.
 
     What fails on its own is in the report's ``failures``; what has arrived stays, and the next run goes on from there.
-    Raises UsageError, CheckFailed for sources that a lock to be kept to lacks, HubError when the Hub cannot be reached
-    at all, LocalError for a full disk or another run at work, and with ``fail_fast`` the first failure.
+    Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that a lock to be
+    kept to lacks, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at work,
+    and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
     if os.path.lexists(directory) and not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "a link to nothing"
         raise UsageError(f"{directory} is {what}", "choose another -o")
-    if inside(Path(os.path.realpath(directory)), Path(constants.HF_HUB_CACHE)):
+    check_place(directory)
+    if is_bundle(directory) or is_adapter(directory):
+        what = "a bundle" if is_bundle(directory) else "the folder of an adapter"
+        raise UsageError(f"{directory} is {what}, and adapters would go into it", "choose another -o")
+    if within(Path(constants.HF_HUB_CACHE), directory):
         raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
     with Manners(progress.note) as manners:
         run = _Run(directory, options, Hub(manners, options.patience), progress)
@@ -229,8 +236,8 @@ class _Run:
         known = set(self.before)
         if not self.options.locked:
             known |= self.journal.keys() | {wanted.name for wanted in self.plan.wanted}
-        there = find_adapters(self.directory) if self.directory.exists() else ()
-        strangers = [name for name, _ in there if name not in known]
+        there = find_adapters(self.directory).adapters if self.directory.exists() else ()
+        strangers = [folder.name for folder in there if folder.name not in known]
         if self.options.locked:
             for name in strangers:
                 where = f"{self.directory / name}: {LOCK_NAME} has no such adapter"

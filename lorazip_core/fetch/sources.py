@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import UsageError
 from ..lock import Filters, Lock, is_inner_path
+from .address import source_of_address
 
 _ID = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"(?P<repository>{_ID}/{_ID})(?:/(?P<subfolder>[^@]+?))?/?(?:@(?P<revision>[^\s@]+))?")
@@ -109,6 +110,7 @@ def _parse(text: str, base: Path, target: Path, filters: Filters) -> Source:
         return _directory(text, base, target, common)
     if text.startswith("@"):
         raise UsageError(f"{text!r}: a list cannot name another one")
+    text = source_of_address(text) or text
     if match := _COLLECTION.fullmatch(text):
         return CollectionSource(text, match["slug"], common)
     if match := _AUTHOR.fullmatch(text):
@@ -122,8 +124,6 @@ def _parse(text: str, base: Path, target: Path, filters: Filters) -> Source:
         if subfolder and not is_inner_path(subfolder):
             raise UsageError(f"{text!r}: {subfolder!r} is no folder of a repository")
         return RepositorySource(text, match["repository"], subfolder, match["revision"], common)
-    if "://" in text:  # not repeated: an address may carry a password
-        raise UsageError("an address is no source", "write owner/repo")
     if (base / text).is_dir():
         raise UsageError(f"{text!r}: {_GRAMMAR}", f"for the directory write ./{text}")
     raise UsageError(f"{text!r}: {_GRAMMAR}")
@@ -137,11 +137,12 @@ def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> 
     path = given if given.is_absolute() else base / given
     if not path.is_dir():
         raise UsageError(f"{text!r} is not a directory")
-    if _within(path, target) or _within(target, path):
+    if within(path, target) or within(target, path):
         raise UsageError(f"{text!r} and -o {str(target)!r} lie in each other", "choose another -o")
     recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
     return DirectorySource(recorded.as_posix(), path, filters)
 
 
-def _within(path: Path, folder: Path) -> bool:
+def within(path: Path, folder: Path) -> bool:
+    """Whether ``path``, links resolved, is ``folder`` or below it."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -160,6 +160,16 @@ def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: 
     return HubRefused(f"{where}: the Hub answers {status}{f': {said}' if said else ''}")
 
 
+def passing(error: BaseException) -> str:
+    """What is wrong, in words, with a request that will be repeated."""
+    error = _root(error)
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answers {error.response.status_code}"
+    if isinstance(error, HTTPError):
+        return f"the Hub does not answer ({_reason(error)})"
+    return "Xet fails" if _is_xet(error) else "other bytes arrive than the Hub promised"
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether there is not even a connection: no such host, nobody listens there."""
     return "ConnectError" in type(_root(error)).__name__
