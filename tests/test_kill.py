@@ -94,7 +94,7 @@ def test_a_killed_compress_leaves_the_old_bundle_or_the_new_one(tmp_path: Path) 
     compress(adapters, old, CompressOptions(method="svd", rank=2))
     compress(adapters, new, CompressOptions(method="svd", rank=1))
     expected = {
-        ("manifest.json", 1): old,
+        (".partial/manifest.json", 1): old,
         ("renameat2", 1): old,
         ("shutil.rmtree", 1): old,  # the pieces are about to be removed
         ("shutil.rmtree", 2): new,  # what was replaced is
