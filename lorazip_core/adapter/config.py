@@ -26,10 +26,9 @@ _VARIANTS = {
 }
 # What PEFT itself turns into a LoRA.
 _CONVERTIBLE = {
-    *("ADALORA", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "SHIRA"),
+    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA"),
     *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
 }
-_CONVERSION = "convert it: load it with PEFT, then peft.save_as_lora(PATH, model, rank=R)"
 _MLX_FIELDS = {"fine_tune_type", "lora_parameters", "lora_layers"}
 # These initialisations subtract the initial B A from the base weights, so the saved factors are no update of the base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -88,8 +87,9 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
             raise NotLora(adapter, f"{CONFIG_NAME} is of {MLX.owner}, not of PEFT", MLX.hint)
         raise NotLora(adapter, f"{CONFIG_NAME} has no peft_type: not a PEFT adapter")
     if raw["peft_type"] != "LORA":
-        hint = _CONVERSION if str(raw["peft_type"]) in _CONVERTIBLE else None
-        raise NotLora(adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA", hint)
+        raise NotLora(
+            adapter, f"PEFT type {raw['peft_type']} is not supported, only LORA", _conversion(str(raw["peft_type"]))
+        )
     for field, method in _VARIANTS.items():
         if raw.get(field):
             raise AdapterError(adapter, f"{method} is not supported: its update is not B A")
@@ -119,6 +119,15 @@ def parse_config(adapter: str, data: bytes) -> LoraConfig:
         target_parameters=fields.target_parameters or (),
         raw=raw,
     )
+
+
+def _conversion(peft_type: str) -> str | None:
+    """What makes a LoRA of an adapter of another method, if anything does."""
+    if peft_type == "ADALORA":
+        return "convert it: lora_A with its rows times lora_E is the lora_A of a LoRA"
+    if peft_type in _CONVERTIBLE:
+        return "convert it: load it with PEFT, then peft.save_as_lora(PATH, model, rank=R)"
+    return None
 
 
 def _compiled(adapter: str, patterns: dict[str, Any]) -> dict[str, Any]:
