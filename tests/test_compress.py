@@ -454,7 +454,7 @@ def test_force_replaces_bundles_only(alike: Path, tmp_path: Path) -> None:
         with pytest.raises(OutputExists, match="not written by lorazip"):
             compress(alike, tmp_path / name, CompressOptions(rank=2), force=True)
     assert (tmp_path / "thesis/chapter.tex").read_text() == (tmp_path / "file").read_text() == "years"
-    with pytest.raises(OutputExists):
+    with pytest.raises(UsageError, match="is the input itself"):
         compress(alike, alike, CompressOptions(rank=2), force=True)
     assert len(list(alike.iterdir())) == 8
 
@@ -597,6 +597,9 @@ def test_more_adapters_than_a_shard_holds(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_adapters_at_all(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
+    with pytest.raises(UsageError, match="is an empty directory: no adapters here"):
+        compress(tmp_path / "in", tmp_path / "out", CompressOptions())
+    (tmp_path / "in/notes.txt").write_text("none of them is an adapter")
     with pytest.raises(AdapterError, match="no adapters here"):
         compress(tmp_path / "in", tmp_path / "out", CompressOptions())
     with pytest.raises(LorazipError, match="not a directory"):
