@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorazip_core.adapter import Adapter, open_collection
 from lorazip_core.factorise import encode_diag, encode_joint
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 from lorazip_core.workers import in_order
 
 Method = Literal["diag", "joint"]
@@ -106,9 +106,9 @@ def squared_errors(stacks: list[Stack], energy: Tensor, method: Method, rank: in
     def lost(stack: Stack) -> Tensor:
         weights = 1 / energy[list(stack.members)]
         if method == "diag":
-            return encode_diag(stack, weights, rank=rank, dtype=torch.bfloat16, seed=0).squared_errors
+            return encode_diag(ScaledStack.of(stack), weights, rank=rank, dtype=torch.bfloat16, seed=0).squared_errors
         alone = torch.zeros(len(weights), dtype=torch.int64)
-        encoded = encode_joint([stack], [alone], [weights], 1, rank=rank, dtype=torch.bfloat16, seed=0)
+        encoded = encode_joint([ScaledStack.of(stack)], [alone], [weights], 1, rank=rank, dtype=torch.bfloat16, seed=0)
         return encoded[0].squared_errors
 
     found: Iterator[Tensor] = in_order(lost, stacks, torch.device("cpu"))

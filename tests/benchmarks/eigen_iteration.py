@@ -35,7 +35,7 @@ from lorazip_core.adapter import Adapter, open_collection
 from lorazip_core.batch import Batch
 from lorazip_core.bundle import Bundle
 from lorazip_core.joint import QUICK, fit_joint_batch
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 
 CONVERGED = 1e-3  # of the authors
 MOST_ROUNDS = 1000
@@ -85,7 +85,7 @@ def solve_joint(problems: Sequence[Problem], rank: int, seed: int) -> list[dict[
         stacks, owners, keys = [], [], []
         for problem in (each for each in problems if each.shape == shape):
             numbered = [len(keys) + i for i, members in enumerate(problem.clusters.values()) for _ in members]
-            stacks.append(Stack.of(problem.factors(), range(len(numbered))))
+            stacks.append(ScaledStack.of(Stack.of(problem.factors(), range(len(numbered)))))
             owners.append(torch.tensor(numbered)[list(stacks[-1].members)])
             keys += [(problem.module, cluster) for cluster in problem.clusters]
         u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed, effort=QUICK)

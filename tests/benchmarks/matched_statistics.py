@@ -18,7 +18,7 @@ from lorazip_core.assign import Probes, settle
 from lorazip_core.cp import solve_diag
 from lorazip_core.diag import fit_diag
 from lorazip_core.joint import Basis, fit_joint
-from lorazip_core.stack import Stack
+from lorazip_core.stack import ScaledStack, Stack
 from lorazip_core.updates import Updates
 from lorazip_core.workers import in_order
 
@@ -176,7 +176,7 @@ def _held_out(stack: Stack, rank: int, halves: tuple[list[int], list[int]]) -> T
 def _clustered(stacks: Sequence[Stack], weights: Tensor, clusters: int) -> Tensor:
     """Squared error of each adapter over the modules with one basis for each cluster, [n]."""
     updates = Updates(
-        lambda module, members=None: stacks[module].scaled(weights[:, module].sqrt()),
+        lambda module, members=None: ScaledStack.of(stacks[module].scaled(weights[:, module].sqrt())),
         [(stack.bt.shape[1], stack.a.shape[1]) for stack in stacks],
         torch.tensor([stack.ranks for stack in stacks]).T,
         weights.double(),
