@@ -16,7 +16,7 @@ from .device import free_bytes
 from .errors import LocalError
 from .joint import search_size, searched_together
 from .packs import CPU_BUDGET, Budget, Problem, packs
-from .reading import HOST, Placement, place, stays
+from .reading import HOST, MOST_HELD, Placement, place, stays
 from .workers import cores
 
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
@@ -132,6 +132,8 @@ def _whole_bytes(collection: Collection, task: Task) -> int:
     """What one run holds, however many workers there are."""
     n = len(collection.adapters)
     size = _FIXED_BYTES + n * _ADAPTER_BYTES
+    if task.method != "svd":
+        size += min(MOST_HELD, sum(adapter.layout.interleaved_bytes for adapter in collection.adapters))
     if not task.sought:
         return size
     numbers, _ = _counts(collection)

@@ -196,7 +196,6 @@ def refused(folder: Path, *words: str, name: str = "some/name", **options: Any) 
         ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
         ({"kasa_config": {"beta": 1}}, "KaSA"),
         ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"enable_lora": [True, False, True]}, "enable_lora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),

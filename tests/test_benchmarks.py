@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import compressing
 import eigen_iteration
 import errors_of_adapters
+import experts
 import fetch
 import floor
 import grouped_collection
@@ -38,6 +39,15 @@ from lorazip_core.linalg import truncated_svd
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight adapters that stand for the real ones."""
     return write_collection(tmp_path_factory.mktemp("real"), plain(8, groups=2), seed=3)
+
+
+def test_made_up_experts_are_adapters(tmp_path: Path) -> None:
+    experts.write(tmp_path, experts.Shape(experts=3, layers=2, hidden=8, inner=6, rank=2), adapters=2)
+    collection = open_collection(tmp_path)
+    assert len(collection.adapters) == 2
+    shapes = {module.target.rpartition(".")[2]: (module.d_out, module.d_in) for module in collection.modules}
+    assert shapes == {"gate_up_proj": (12, 8), "down_proj": (8, 6)}
+    assert len(collection.modules) == 2 * 2 * 3
 
 
 def test_errors_are_those_of_dense_matrices(real: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
 def a_collection(modules: Sequence[int], adapters: int = 1000, size_bytes: int = 20 * MIB) -> Collection:
     """Adapters that are all alike, with so many numbers in the factors of each of the modules."""
     parts = {f"m{number}": SimpleNamespace(parameters=count) for number, count in enumerate(modules)}
-    one = SimpleNamespace(parts=parts, layout=SimpleNamespace(size=size_bytes))
+    one = SimpleNamespace(parts=parts, layout=SimpleNamespace(size=size_bytes, interleaved_bytes=0))
     shapes = [SimpleNamespace(name=name, d_out=4096, d_in=4096) for name in parts]
     return cast(Collection, SimpleNamespace(adapters=[one] * adapters, modules=shapes))
 

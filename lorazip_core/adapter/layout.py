@@ -115,6 +115,11 @@ class Layout:
         """The first part of every tensor whose parts are interleaved."""
         return [cut for cut in self.cuts.values() if cut.interleaved and cut.expert == 0]
 
+    @cached_property
+    def interleaved_bytes(self) -> int:
+        """The size of these tensors."""
+        return sum(self.tensors[cut.source].size_bytes for cut in self.interleaved)
+
     @property
     def size(self) -> int:
         """Bytes of the data, up to a multiple of 64."""

@@ -8,10 +8,12 @@ from .blocks import Block, in_blocks
 from .groups import by_layout
 from .intake import Intake, Verify, take_in
 from .placement import HOST, Placement, pass_through, place, stays
+from .runs import MOST_HELD
 from .stacks import Files, Resident, Stacks
 
 __all__ = [
     "HOST",
+    "MOST_HELD",
     "Block",
     "Files",
     "Intake",

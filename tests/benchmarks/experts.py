@@ -2,8 +2,9 @@
 
     python tests/benchmarks/experts.py [--experts 128] [--layers 24] [--adapters 8] [--methods svd,joint] [--json FILE]
 
-The adapters have random factors for the parameters gate_up_proj and down_proj of every layer, with 2·E·L modules in all.
-Each verb is a process of its own, so its seconds have the import of PyTorch in them.
+The adapters have random factors for the parameters gate_up_proj and down_proj of every layer, 2·E·L modules in all. Set
+OMP_NUM_THREADS=1, as for all of lorazip's small matrices. Each verb is a process of its own, so its seconds have the
+import of PyTorch in them.
 """
 
 from __future__ import annotations
