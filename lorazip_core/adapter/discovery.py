@@ -18,8 +18,8 @@ from ..text import printable
 from .config import CONFIG_NAME
 from .weights import INDEX, PICKLE, SAFETENSORS
 
-_WEIGHTS = re.compile(r".+\.(bin|ckpt|gguf|h5|msgpack|npy|npz|pkl|pt|pth|safetensors)", re.IGNORECASE)
-_OWN = re.compile(r"adapter_model[.-].*")
+_EXTENSIONS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".pkl", ".pt", ".pth", ".safetensors")
+_OWN = ("adapter_model.", "adapter_model-")
 _TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states|training_args|tokenizer)(_\d+)*\.\w+"
 )
@@ -37,8 +37,8 @@ class AdapterFolder(NamedTuple):
 
     name: str
     folder: Path
-    real: Path
-    """The same folder, links resolved."""
+    real: str
+    """The path of the same folder, links resolved."""
     beside: tuple[str, ...]
     """The names of its files that `weights_beside` selects."""
 
@@ -80,7 +80,7 @@ def weights_beside(names: Iterable[str]) -> tuple[str, ...]:
         sorted(
             name
             for name in names
-            if _WEIGHTS.fullmatch(name) and not (_OWN.fullmatch(name) or _TRAINING_STATE.fullmatch(name))
+            if name.lower().endswith(_EXTENSIONS) and not (name.startswith(_OWN) or _TRAINING_STATE.fullmatch(name))
         )
     )
 
@@ -135,13 +135,13 @@ class _Search:
         except OSError:
             if not name:
                 raise
-            self._adapters.append(AdapterFolder(name, self._root / name, Path(real), ()))
+            self._adapters.append(AdapterFolder(name, self._root / name, real, ()))
             return
         config = entries.get(CONFIG_NAME)
-        is_adapter = config is not None and _may_be_file(config)
+        is_adapter = config is not None and (config.is_file() if not config.is_symlink() else _may_be_file(config.path))
         if is_adapter:
             beside = weights_beside(entries)
-            self._adapters.append(AdapterFolder(name or ".", self._root / name, Path(real), beside))
+            self._adapters.append(AdapterFolder(name or ".", self._root / name, real, beside))
         elif weights := next((own for own in (SAFETENSORS, INDEX, PICKLE) if own in entries), None):
             self._leave_out(name or ".", f"{weights} without {CONFIG_NAME}")
         for entry in entries.values():
@@ -158,7 +158,7 @@ class _Search:
         try:
             mode = _mode(link.path)
         except PermissionError:
-            self._adapters.append(AdapterFolder(link.name, self._root / link.name, Path(link.path), ()))
+            self._adapters.append(AdapterFolder(link.name, self._root / link.name, link.path, ()))
             return
         if stat.S_ISDIR(mode):
             self.folder(link.name, link.path, os.path.realpath(link.path))
@@ -166,33 +166,38 @@ class _Search:
             self._leave_out(link.name, "a link to nothing")
 
     def found(self) -> Found:
-        reals = {os.fspath(above) for each in self._adapters for above in (each.real, *each.real.parents)}
-        names = {os.fspath(above) for each in self._adapters for above in (Path(each.name), *Path(each.name).parents)}
-        for name, real in self._again:
-            there = self._names[real]
-            if real in reals or there in names:
-                self._leave_out(name, f"the same folder as {there!r}")
+        if self._again:
+            self._name_again()
         return Found(
             tuple(sorted(self._adapters, key=lambda each: os.fsencode(each.name))),
             tuple(sorted(self._left_out, key=lambda each: each.name.encode())),
         )
 
+    def _name_again(self) -> None:
+        """Name the other ways to folders, if there is an adapter at or below them."""
+        reals = {os.fspath(above) for each in self._adapters for above in (Path(each.real), *Path(each.real).parents)}
+        names = {os.fspath(above) for each in self._adapters for above in (Path(each.name), *Path(each.name).parents)}
+        for name, real in self._again:
+            there = self._names[real]
+            if real in reals or there in names:
+                self._leave_out(name, f"the same folder as {there!r}")
+
     def _leave_out(self, name: str, reason: str) -> None:
         self._left_out.append(Skipped(printable(name), reason))
 
 
-def _may_be_file(config: os.DirEntry[str]) -> bool:
-    """Whether it is a file, or a link of which nobody knows: opening the adapter says what is wrong with it."""
+def _may_be_file(link: str) -> bool:
+    """Whether a link leads to a file, or to what nobody knows: opening the adapter says what is wrong with it."""
     try:
-        return stat.S_IFMT(_mode(config)) in (0, stat.S_IFREG)
+        return stat.S_IFMT(_mode(link)) in (0, stat.S_IFREG)
     except PermissionError:
         return True
 
 
-def _mode(path: str | os.DirEntry[str]) -> int:
+def _mode(path: str) -> int:
     """The mode of what is at the end of all links; 0 where they end nowhere."""
     try:
-        return (path.stat() if isinstance(path, os.DirEntry) else os.stat(path)).st_mode
+        return os.stat(path).st_mode
     except PermissionError:
         raise
     except OSError:

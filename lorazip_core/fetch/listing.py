@@ -247,7 +247,7 @@ def local_adapters(
     found: list[Found] = [LeftOut(label(left.name), left.reason) for left in there.left_out]
     for name, below in _outermost(folders).items():
         folder = folders[name]
-        if folder.real.is_relative_to(real_target):
+        if Path(folder.real).is_relative_to(real_target):
             raise UsageError(f"{label(name)!r} is in -o {str(target)!r}", "choose another -o, or remove the link")
         try:
             found += _local_adapter(source, name, folder, limits, license_of)
