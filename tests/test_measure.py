@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -221,12 +222,12 @@ def test_an_original_cut_short_between_two_reads_of_it(tmp_path: Path, monkeypat
     small_buffers(monkeypatch)
     bad = pairs[0].original
 
-    def stored_factors(adapter: Adapter, module: str) -> object:
+    def each_stored(adapter: Adapter, modules: Iterable[str]) -> object:
         if adapter is bad:
             raise AdapterError(adapter.name, "it is truncated")
-        return usual(adapter, module)
+        return usual(adapter, modules)
 
-    usual = Adapter.stored_factors
-    monkeypatch.setattr(Adapter, "stored_factors", stored_factors)
+    usual = Adapter.each_stored
+    monkeypatch.setattr(Adapter, "each_stored", each_stored)
     found = measured(bundle, pairs)
     assert {name for name, errors in found.items() if isinstance(errors, str)} == {bad.name}
