@@ -18,7 +18,6 @@ from .progress import Advance
 from .reading import HOST, Block, Placement, by_layout, in_blocks
 from .reconstruct import Decoder
 from .stopping import check_stop
-from .workers import threads_for
 
 _CPU = torch.device("cpu")
 # Numbers in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.
@@ -126,7 +125,7 @@ def measure(
     kinds = {id(original.parts): original.parts for original in originals}.values()
     modules = {name: part.module for parts in kinds for name, part in parts.items()}
     groups = by_layout(originals, list(modules.values()))
-    with threads_for(device), closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
+    with closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
         return dict(chain.from_iterable(results))
 
 

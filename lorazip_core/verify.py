@@ -146,21 +146,25 @@ def verify_by_module(
     from .bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
     from .device import find_device
     from .originals import compare
+    from .workers import one_thread
 
     where = find_device(device)
-    with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
-        findings = check_bundle(bundle, advance)
-    module_errors = None
-    if against is None:
-        adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
-        errors = [report.claimed_squared_error for report in adapters]
-    else:
-        damaged = {finding.path for finding in findings}
-        measured, broken = compare(bundle, against, damaged, allow_pickle=allow_pickle, device=where, progress=progress)
-        findings += broken
-        adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
-        errors = [report.squared_error for report in adapters if report.squared_error is not None]
-        module_errors = _module_errors(bundle, measured)
+    with one_thread():
+        with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
+            findings = check_bundle(bundle, advance)
+        module_errors = None
+        if against is None:
+            adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
+            errors = [report.claimed_squared_error for report in adapters]
+        else:
+            damaged = {finding.path for finding in findings}
+            measured, broken = compare(
+                bundle, against, damaged, allow_pickle=allow_pickle, device=where, progress=progress
+            )
+            findings += broken
+            adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
+            errors = [report.squared_error for report in adapters if report.squared_error is not None]
+            module_errors = _module_errors(bundle, measured)
     summary = _summary(bundle, errors)
     findings += _gates(gates, adapters, summary, measured=against is not None)
     return Verification(_report(path, against, gates, adapters, summary, findings, bundle), module_errors)

@@ -43,11 +43,13 @@ def at_most(workers: int) -> Iterator[None]:
 
 
 @contextmanager
-def threads_for(device: torch.device) -> Iterator[None]:
-    """One thread for what the CPU does beside a GPU: small steps, on which more of them wait for each other."""
+def one_thread() -> Iterator[None]:
+    """One thread of PyTorch for each step of this thread, also beside a GPU: the steps are small.
+
+    More of them would wait for each other, longest where other programs want the cores too.
+    """
     before = torch.get_num_threads()
-    if device.type != "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

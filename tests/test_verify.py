@@ -17,6 +17,7 @@ from random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 from safetensors.torch import load_file, save_file
 
 from lorazip_core import originals
+from lorazip_core.bundle import check
 from lorazip_core.errors import LocalError, Unsupported, UsageError
 from lorazip_core.verify import VerifyReport, verify, verify_by_module
 
@@ -49,6 +50,21 @@ def test_a_sound_bundle_has_no_findings(tmp_path: Path, dtype: str) -> None:
         assert after.squared_error == pytest.approx(before.claimed_squared_error, rel=1e-9, abs=1e-20)
         assert after.mean_module_squared_error == pytest.approx(before.mean_module_squared_error, rel=1e-9, abs=1e-20)
     assert astuple(claimed.summary) == pytest.approx(astuple(measured.summary))
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_each_step_takes_one_thread(root: Path, monkeypatch: pytest.MonkeyPatch, against: bool) -> None:
+    """More of them wait for each other, longest on a machine that has other work."""
+    seen = set()
+    real = check.finite
+    monkeypatch.setattr(check, "finite", lambda tensor: (seen.add(torch.get_num_threads()), real(tensor))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        verify(root / "bundle", against=root / "originals" if against else None)
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_module_errors_are_those_of_the_report(root: Path) -> None:

@@ -26,7 +26,7 @@ from ..progress import Progress, Silent
 from ..scan import Scan, scan
 from ..similarity import held_out_errors, near_duplicates
 from ..updates import Updates
-from ..workers import at_most, threads_for
+from ..workers import at_most, one_thread
 from .choose import choose_clusters
 
 _SILENT = Silent()
@@ -102,7 +102,7 @@ def cluster(
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     hold_to(device, options.device_memory)
-    with at_most(within.workers), threads_for(device):
+    with at_most(within.workers), one_thread():
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)

@@ -38,7 +38,7 @@ from ..scan import Scan, scan
 from ..stopping import stop_unmasked
 from ..summary import Summary, summarise
 from ..updates import Updates
-from ..workers import at_most, in_order, threads_for
+from ..workers import at_most, in_order, one_thread
 from .assemble import Assembly
 from .individual import Kept, as_original, individual_piece, keep_individually, stored
 from .key import work_key
@@ -195,7 +195,7 @@ def compress(
     hold_to(device, options.device_memory)
     with (
         at_most(within.workers),
-        threads_for(device),
+        one_thread(),
         _building(output, force) as building,
         stop_unmasked(),
     ):
