@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import Adapter, Module, Parameter, apart, open_adapter, open_collection
+from lorazip_core.adapter import Adapter, Module, Parameter, open_adapter, open_collection
+from lorazip_core.adapter.experts import apart
 from lorazip_core.bundle import Bundle, ParameterEntry
 from lorazip_core.bundle.check import contradictions
 from lorazip_core.compress import CompressOptions, compress
