@@ -22,6 +22,7 @@ _EXPORT = "export.json"
 _MARKER = ".lorazip"
 _BUNDLE_FORMAT = "lorazip.bundle"
 _BUNDLE_FOLDERS = ("bases", "cores", "individual", "extras", "configs")
+_VERBS = {"clusters": "cluster", "lock": "fetch", "plan": "compress"}  # of schemas that are not named for theirs
 _LOOKED_INTO = 10_000  # folders, before adapters are given up that would only be named
 
 
@@ -45,10 +46,9 @@ def check_bundle_path(path: Path) -> None:
         return
     if not path.exists():
         raise UsageError(f"{path} is not a directory")
-    found = _file(path) or _unfinished(path)
-    if found is None and any((path / name).is_dir() for name in _BUNDLE_FOLDERS):
+    found = _file(path) or _unfinished(path) or _inside_bundle(path) or _around_bundle(path) or _adapters(path)
+    if found is None and any(_has_bundle_files(path / name) for name in _BUNDLE_FOLDERS):
         return
-    found = found or _inside_bundle(path) or _around_bundle(path) or _adapters(path)
     if found is not None:
         raise UsageError(f"{path} is {found.what}, not a bundle", found.hint)
     what = "its manifest.json is not that of a bundle" if (path / _MANIFEST).exists() else f"it has no {_MANIFEST}"
@@ -56,10 +56,15 @@ def check_bundle_path(path: Path) -> None:
 
 
 def check_adapters_path(path: Path, *, may_be_empty: bool = False) -> None:
-    """Raise UsageError for what is no directory of adapters at first sight; adapters are not looked for."""
+    """Raise UsageError for what is no directory of adapters at first sight; adapters are not looked for.
+
+    A file that is not lorazip's is let through: whoever looks for adapters knows those of other tools by name.
+    """
     if not path.exists():
         raise UsageError(f"{path} is not a directory")
-    found = _file(path) or _unfinished(path)
+    if not path.is_dir() and _known_file(path) is None:
+        return
+    found = _known_file(path) or _unfinished(path) or _inside_bundle(path)
     if is_bundle(path):
         found = Kind("a bundle", f"'lorazip export {path} -o DIR' makes adapters of it")
     if found is not None:
@@ -86,10 +91,15 @@ def schema_of(path: Path) -> str | None:
 def wrote(schema: str) -> str:
     """Who wrote a file of ``schema``: lorazip.verify/1 comes from 'lorazip verify'."""
     verb = schema.removeprefix("lorazip.").partition("/")[0]
-    return f"'lorazip {'cluster' if verb == 'clusters' else verb}'"
+    return f"'lorazip {_VERBS.get(verb, verb)}'"
 
 
 def _file(path: Path) -> Kind | None:
+    return None if path.is_dir() else _known_file(path) or Kind("a file", "name a directory")
+
+
+def _known_file(path: Path) -> Kind | None:
+    """A file of a bundle, of an adapter, or that a command wrote."""
     if path.is_dir():
         return None
     folder = path.parent
@@ -100,7 +110,7 @@ def _file(path: Path) -> Kind | None:
     schema = schema_of(path) if path.is_file() else None
     if schema is not None and schema.startswith("lorazip."):
         return Kind(f"a file of {wrote(schema)}", "name a directory")
-    return Kind("a file", "name a directory")
+    return None
 
 
 def _unfinished(path: Path) -> Kind | None:
@@ -109,6 +119,11 @@ def _unfinished(path: Path) -> Kind | None:
     return Kind(
         "what an unfinished run has left", "the same command goes on from there, and removes it when it is done"
     )
+
+
+def _has_bundle_files(folder: Path) -> bool:
+    """Whether it may be a folder of a bundle whose manifest is lost."""
+    return folder.is_dir() and any(entry.suffix in (".json", ".safetensors") for entry in folder.iterdir())
 
 
 def _inside_bundle(path: Path) -> Kind | None:

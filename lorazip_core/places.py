@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import UsageError
@@ -17,8 +18,9 @@ def check_place(output: Path, inputs: Iterable[Path] = (), option: str = "-o") -
     """
     real, hint = Path(os.path.realpath(output)), f"choose another {option}"
     for folder in real.parents:
-        if is_bundle(folder):
-            raise UsageError(f"{output} is inside the bundle {folder}", hint)
+        with suppress(PermissionError):  # what may not be read is none of ours
+            if is_bundle(folder):
+                raise UsageError(f"{output} is inside the bundle {folder}", hint)
         if is_adapter(folder):
             raise UsageError(f"{output} is in the folder of an adapter, {folder}", f"{hint}: inputs are never changed")
     for given in inputs:

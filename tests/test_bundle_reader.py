@@ -15,7 +15,7 @@ from random_bundle import make_bundle
 
 from lorazip_cli.main import main
 from lorazip_core.bundle import Bundle, reader
-from lorazip_core.errors import BundleDamaged, LocalError
+from lorazip_core.errors import BundleDamaged
 from lorazip_core.export import export
 from lorazip_core.info import info
 from lorazip_core.verify import verify
@@ -123,5 +123,5 @@ def test_a_file_that_may_not_be_read_is_no_damage(bundle: Path, monkeypatch: pyt
 
     opened = Bundle(bundle)
     monkeypatch.setattr(reader.os, "open", refused)
-    with pytest.raises(LocalError, match=r"bases/.*Permission denied"):
+    with pytest.raises(PermissionError, match=r"Permission denied.*bases/"):
         opened.names(opened.manifest.clusters[0].basis)

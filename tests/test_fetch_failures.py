@@ -352,7 +352,11 @@ class TestAdapters:
                 "no weights: neither adapter_model.safetensors nor adapter_model.safetensors.index.json",
             ),
             (adapter_files(1, peft_type="IA3"), "PEFT type IA3 is not supported, only LORA"),
-            (adapter_files(1, use_dora=True), "DoRA is not supported: its update is not B A"),
+            (
+                adapter_files(1, use_dora=True),
+                "DoRA (use_dora), but module model.layers.0.self_attn.q_proj has no lora_magnitude_vector "
+                "(save it again with PEFT)",
+            ),
             (adapter_files(1) | {"adapter_config.json": b"{"}, None),
             (adapter_files(1) | {"adapter_model.safetensors": b"no weights"}, None),
             (adapter_files(1, r=3), None),

@@ -13,10 +13,10 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "text", "workers", "team", "device", "sample"},
-    {"adapter", "bundle", "assignment", "lock"},
+    {"errors", "progress", "files", "text", "workers", "team", "device", "sample", "stopping", "linalg"},
+    {"adapter", "bundle", "assignment", "lock", "kinds", "places"},
     {
-        *{"linalg", "stack", "batch", "packs", "updates", "summary", "plan"},
+        *{"stack", "batch", "packs", "updates", "summary", "quality", "plan"},
         *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
     },
     {

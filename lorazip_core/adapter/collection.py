@@ -48,6 +48,8 @@ def open_collection(
     if not root.is_dir():
         if form := foreign_format(root):
             raise AdapterErrors([AdapterError(str(root), f"it is a LoRA of {form.owner}, not of PEFT", form.hint)])
+        if root.exists():
+            raise UsageError(f"{root} is a file, not a directory of adapters", "name a directory")
         raise UsageError(f"{root} is not a directory")
     found = find_adapters(root)
     alike = Alike()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleDamaged
-from ..files import sha256_bytes
-from ..workers import in_order
+from ..files import naming, sha256_bytes, system_error
 from .manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -138,7 +137,7 @@ class Bundle:
         """The adapter's original ``adapter_config.json``, byte for byte."""
         path, entry = self.path / adapter.config, self._files[adapter.config]
         try:
-            with _opened(path) as file:
+            with _opened(path) as file, naming(path):
                 data = file.read()
         except _NOT_THERE as error:
             raise BundleDamaged(f"{path}: {error.strerror}", _RESTORE) from None
@@ -151,6 +150,10 @@ class Bundle:
 
         Files that many threads share are best checked so: a thread that needs a file waits until it is hashed.
         """
+        import torch  # takes seconds: not for whoever reads the manifest only
+
+        from ..workers import in_order
+
         with closing(in_order(self._handle, files, torch.device("cpu"))) as handles:
             for _ in handles:
                 pass
@@ -208,14 +211,23 @@ class Bundle:
 
     def _open(self, file: str) -> Any:
         path = self.path / file
-        try:
-            with _opened(path) as opened:
-                if damage := self._check(file, opened):
-                    raise BundleDamaged(f"{path}: {damage[1]}", _RESTORE)
-                # By its descriptor: whoever puts another file in its place meanwhile does not get that one read.
-                return safe_open(f"/dev/fd/{opened.fileno()}", framework="pt")
-        except (SafetensorError, *_NOT_THERE) as error:
-            raise BundleDamaged(f"{path}: {error}", _RESTORE) from None
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(_opened(path))
+            except _NOT_THERE as error:
+                raise BundleDamaged(f"{path}: {error.strerror}", _RESTORE) from None
+            if damage := self._check(file, opened):
+                raise BundleDamaged(f"{path}: {damage[1]}", _RESTORE)
+            # By its descriptor: whoever puts another file in its place meanwhile does not get that one read.
+            with naming(path):
+                try:
+                    return safe_open(f"/dev/fd/{opened.fileno()}", framework="pt")
+                except SafetensorError as error:
+                    if system_error(error) is not None:
+                        raise
+                    raise BundleDamaged(f"{path}: {error}", _RESTORE) from None
+                except (FileNotFoundError, RuntimeError):  # it is open, so this is want of descriptors
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(path)) from None
 
     def _check(self, file: str, opened: BufferedReader) -> tuple[str, str] | None:
         """Hold an open file against its entry in the manifest, unless it is the one that was found sound before."""
@@ -225,7 +237,9 @@ class Bundle:
             return None
         if status.st_size != entry.size_bytes:
             return _differs(entry, status.st_size, "")
-        if found := _differs(entry, status.st_size, hashlib.file_digest(opened, "sha256").hexdigest()):
+        with naming(self.path / file):
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found := _differs(entry, status.st_size, digest):
             return found
         self._checked[file] = identity
         return None
