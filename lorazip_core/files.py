@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,16 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """The digest of a file, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_AT_ONCE))
     with naming(path), path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            check_stop()
-            digest.update(buffer[:count])
+        return sha256_stream(file)
+
+
+def sha256_stream(file: RawIOBase) -> str:
+    """The digest of what is left in an unbuffered file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_AT_ONCE))
+    while count := file.readinto(buffer):
+        check_stop()
+        digest.update(buffer[:count])
     return digest.hexdigest()
 
 

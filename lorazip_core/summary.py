@@ -9,8 +9,9 @@ import numpy
 from msgspec import Struct
 
 # What rounding in float64 may add to a squared error. A sum of Gram products is off by some 1e-16 · ‖B‖²‖A‖²/‖B A‖² of
-# ‖ΔW‖², and that ratio is about the rank; where it would be much of a small error, nothing that cancels is used.
-_ROUNDING, _ROUNDING_OF_SMALL, _ROUNDING_OF_ZERO = 1e-12, 0.01, 1e-24
+# ‖ΔW‖². That ratio is about the rank; for factors that cancel each other there is room up to 10⁷. Where it would be
+# much of a small error, nothing that cancels is used.
+_ROUNDING, _ROUNDING_OF_SMALL, _ROUNDING_OF_ZERO = 1e-9, 0.01, 1e-24
 
 
 class Summary(Struct, frozen=True):

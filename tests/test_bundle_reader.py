@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
 
 import pytest
@@ -31,12 +31,12 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often the reader has hashed each inode."""
     counts: Counter[int] = Counter()
 
-    def counted(file: object, algorithm: str) -> object:
-        counts[os.fstat(file.fileno()).st_ino] += 1  # type: ignore[attr-defined]
-        return real(file, algorithm)  # type: ignore[arg-type]
+    def counted(file: RawIOBase) -> str:
+        counts[os.fstat(file.fileno()).st_ino] += 1
+        return real(file)
 
-    real = hashlib.file_digest
-    monkeypatch.setattr(reader.hashlib, "file_digest", counted)
+    real = reader.sha256_stream
+    monkeypatch.setattr(reader, "sha256_stream", counted)
     return counts
 
 

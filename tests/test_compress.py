@@ -501,7 +501,7 @@ def test_an_interruption_leaves_the_old_bundle(
         with pytest.raises(KeyboardInterrupt):
             compress(alike, tmp_path / "out", options, force=force, progress=Interrupt(label, after, KeyboardInterrupt))
     assert {path.name for path in tmp_path.iterdir()} == set(["out"] * force + [".out.partial"] * goes_on)
-    assert contents(tmp_path / "out") == before
+    assert (contents(tmp_path / "out") if force else {}) == before
     checked(alike, tmp_path / "out", options, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

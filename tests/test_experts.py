@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import peft_fixtures as fixtures
@@ -228,9 +229,10 @@ def test_stacks_of_experts_from_files(most: int, tmp_path: Path, monkeypatch: py
     stacks = Stacks(collection, cpu, files)
     for number, module in enumerate(collection.modules):
         having = [i for i, adapter in enumerate(collection.adapters) if module.name in adapter.parts]
-        expected = Stack.of([collection.adapters[i].factors(module.name) for i in having], having)
-        found = stacks.load(number)
-        assert found.members == expected.members
+        expected = Stack.of([collection.adapters[i].factors(module.name, torch.float64) for i in having], having)
+        loaded = stacks.load(number)
+        assert loaded.members == expected.members
+        found = loaded.exact()
         assert torch.equal(found.bt, expected.bt)
         assert torch.equal(found.a, expected.a)
 
@@ -251,6 +253,40 @@ def test_a_tensor_is_read_once_for_all_its_experts(tmp_path: Path, monkeypatch: 
         experts = [key for key in read if "experts" in key]
         assert experts
         assert len(experts) == len(set(experts))
+
+
+@pytest.mark.parametrize("method", ["joint", "svd"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(({"target_modules": ["w1"]}, {"target_parameters": ["w1.weight"]}), id="module and matrix"),
+        pytest.param(({"target_parameters": ["mlp.w1"]}, {"target_parameters": ["mlp.v1"]}), id="two parameters"),
+    ],
+)
+def test_equal_tensors_of_other_parameters(
+    fields: tuple[dict[str, object], ...], method: Literal["joint", "svd"], tmp_path: Path
+) -> None:
+    """What tensors belong to is in the configuration; those of two adapters are named and shaped alike."""
+    holder = "m.mlp.w1" if "target_modules" in fields[0] else "m.mlp"
+    for seed, own in enumerate(fields):
+        torch.manual_seed(seed)
+        folder = tmp_path / "adapters" / str(seed)
+        folder.mkdir(parents=True)
+        rows = 4 if "target_modules" in fields[0] else 8
+        save_file(
+            {
+                f"base_model.model.{holder}.lora_A.weight": torch.randn(rows, 12),
+                f"base_model.model.{holder}.lora_B.weight": torch.randn(16, rows),
+            },
+            folder / "adapter_model.safetensors",
+        )
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": None} | own
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    compress(tmp_path / "adapters", tmp_path / "bundle", CompressOptions(method=method, rank=8, dtype="f32"))
+    report = verify(tmp_path / "bundle", against=tmp_path / "adapters")
+    assert report.findings == []
+    assert report.summary is not None
+    assert report.summary.max_squared_error == pytest.approx(0, abs=1e-9)
 
 
 def test_all_adapters_of_one_layout_are_together(tmp_path: Path) -> None:

@@ -480,6 +480,26 @@ def test_a_bias_of_lora_b_comes_back_under_the_own_scale(tmp_path: Path) -> None
     torch.testing.assert_close(fixtures.logits(exported, base), fixtures.logits(original, base))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bias_of_an_original_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Under √8, which no dtype holds."""
+    fields = Q_UP | {"target_modules": ["up"], "lora_bias": True, "r": 8, "lora_alpha": 8, "use_rslora": True}
+    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), dtype=dtype, **fields)
+    fixtures.edit_weights(
+        tmp_path / "in" / "a",
+        lambda tensors: tensors.update(
+            {key: torch.randn(value.shape).to(dtype) for key, value in tensors.items() if key.endswith(".bias")}
+        ),
+    )
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "original", 4, dtype="bf16", error=0.0)
+    export(bundle, tmp_path / "out")
+    before, after = (load_file(tmp_path / side / "a" / fixtures.WEIGHTS) for side in ("in", "out"))
+    biases = [key for key in before if key.endswith(".lora_B.bias")]
+    assert biases
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in biases)
+    assert verify(bundle, against=tmp_path / "in").findings == []
+
+
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [

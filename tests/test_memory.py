@@ -209,12 +209,13 @@ class TestTheCommands:
         options = ["--rank", "4", "--clusters", "2", "--max-error", "0.02", "-q", "--device", "cpu"]
         for name, bound in (("free", []), ("bounded", ["--memory", "400MiB"])):
             assert main(["compress", str(adapters), "-o", str(tmp_path / name), *options, *bound]) == 0
-            assert main(["cluster", str(adapters), "-o", str(tmp_path / name / "clusters.json"), "-q", *bound]) == 0
+            assert main(["cluster", str(adapters), "-o", str(tmp_path / f"{name}.json"), "-q", *bound]) == 0
         free, bounded = (
             {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             for folder in (tmp_path / "free", tmp_path / "bounded")
         )
         assert free == bounded
+        assert (tmp_path / "free.json").read_bytes() == (tmp_path / "bounded.json").read_bytes()
 
 
 def test_a_process_knows_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ranks from 2 to 10, and a quarter of the modules missing."""
     recipes = [
         ra.Recipe(
-            f"m{i}", 2 + i, tuple(m for j, m in enumerate(LARGE) if (i + j) % 4), extras={"x.weight": torch.ones(40, 9)}
+            f"m{i}",
+            2 + i,
+            tuple(m for j, m in enumerate(LARGE) if (i + j) % 4),
+            extras={"x.weight": torch.full((40, 9), float(i))},
         )
         for i in range(9)
     ]

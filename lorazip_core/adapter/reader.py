@@ -93,10 +93,18 @@ class Adapter:
         return parted[cut.source][cut.expert]
 
     def extra(self, key: str) -> Tensor:
-        """A tensor that is no LoRA factor. A bias of lora_B comes with the scale folded in, like B itself."""
+        """A tensor that is no LoRA factor. A bias of lora_B comes with the scale folded in, like B itself.
+
+        It is of its own dtype where that holds the products exactly, else of F32, or F64 where it is F32 itself.
+        """
         tensor = self.tensor(key)
+        if not key.endswith(".lora_B.bias"):
+            return tensor
         module = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
-        return tensor * self.parts[module].scale if key.endswith(".lora_B.bias") else tensor
+        folded = tensor.double() * self.parts[module].scale
+        if torch.equal(folded.to(tensor.dtype).double(), folded):
+            return folded.to(tensor.dtype)
+        return folded.to(torch.float32 if tensor.dtype.itemsize < 4 else torch.float64)
 
     def tensor(self, key: str) -> Tensor:
         """Any tensor of the layout, by its name there, read into memory of its own."""
@@ -170,7 +178,8 @@ class Alike:
         found = self._tensors.get(key)
         if found is None:
             parts, extras, own = _sorted_out(adapter, config, layout)
-            own = self._cut.setdefault((layout, tuple(own.cuts.items())), own)
+            # Adapters of one layout have the same modules, which tensors alone do not tell of parameters.
+            own = self._cut.setdefault((layout, tuple(own.cuts.items()), tuple(parts)), own)
             found = self._tensors[key] = parts, extras, own
         return found
 
@@ -274,7 +283,7 @@ def _parts(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[str, 
         cuts |= own_cuts
     if targets:
         parts = dict(sorted(parts.items()))
-    return parts, replace(layout, tensors=tensors | infos, cuts=cuts) if cuts else layout
+    return parts, replace(layout, tensors=tensors | infos, cuts=cuts) if targets else layout
 
 
 def _whole(adapter: str, name: str, keys: dict[str, str], embedding: bool, tensors: dict[str, TensorInfo]) -> Whole:

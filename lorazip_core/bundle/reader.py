@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -11,7 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleDamaged
-from ..files import naming, sha256_bytes, system_error
+from ..files import naming, sha256_bytes, sha256_stream, system_error
 from .manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -229,7 +228,7 @@ class Bundle:
                 except (FileNotFoundError, RuntimeError):  # it is open, so this is want of descriptors
                     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(path)) from None
 
-    def _check(self, file: str, opened: BufferedReader) -> tuple[str, str] | None:
+    def _check(self, file: str, opened: FileIO) -> tuple[str, str] | None:
         """Hold an open file against its entry in the manifest, unless it is the one that was found sound before."""
         entry, status = self._files[file], os.fstat(opened.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -238,7 +237,7 @@ class Bundle:
         if status.st_size != entry.size_bytes:
             return _differs(entry, status.st_size, "")
         with naming(self.path / file):
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = sha256_stream(opened)
         if found := _differs(entry, status.st_size, digest):
             return found
         self._checked[file] = identity
@@ -268,10 +267,10 @@ class Bundle:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _opened(path: Path) -> Iterator[FileIO]:
     """A plain file, open for reading. Raises BundleDamaged for anything else, such as a pipe, which would block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BundleDamaged(f"{path}: not a file", _RESTORE)
         yield file

@@ -278,8 +278,15 @@ def _extras(bundle: Bundle, adapter: AdapterEntry, updates: dict[Module, Written
     for module, update in updates.items():
         key = f"{module.keys[0].removesuffix('.weight')}.bias"
         if key in extras and update.scale not in (0, 1):
-            extras[key] = (extras[key].double() / update.scale).to(extras[key].dtype)
+            extras[key] = _unfolded(extras[key], update)
     return extras
+
+
+def _unfolded(bias: Tensor, update: Written) -> Tensor:
+    """A bias of lora_B without the scale of its module, in the dtype of B where that holds it, as it mostly does."""
+    exact = bias.double() / update.scale
+    own = exact.to(update.b.dtype)
+    return own if torch.allclose(own.double(), exact, rtol=1e-6, atol=0) else exact.to(torch.float32)
 
 
 def _module(entry: ModuleEntry) -> Module:
