@@ -141,7 +141,8 @@ def verify_by_module(
     try:
         bundle = Bundle(path)
     except BundleDamaged as error:
-        finding = Finding("manifest", MANIFEST_NAME, str(error), damage=True)
+        message = str(error).removeprefix(f"{path / MANIFEST_NAME}: ")  # the finding names the file itself
+        finding = Finding("manifest", MANIFEST_NAME, message, damage=True)
         return Verification(_report(path, against, gates, [], None, [finding], None), None)
     from .bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
     from .device import find_device

@@ -34,6 +34,7 @@ from lorazip_core.bundle import (
 )
 from lorazip_core.errors import BundleDamaged, OutputExists, Unsupported, UsageError
 from lorazip_core.export import ExportReport, export, exporter, vllm
+from lorazip_core.export.size import export_bytes
 from lorazip_core.files import safe_name, sha256_file, tree
 from lorazip_core.linalg import truncated_svd
 from lorazip_core.reconstruct import decode
@@ -557,6 +558,50 @@ def test_ranks_are_padded_to_one(tmp_path: Path) -> None:
     loads_as(tmp_path / "out" / "a", fixtures.llama, with_updates(fixtures.llama(), stored_updates(bundle, "a")))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("original", {}),
+        ("original", {"dtype": "f32"}),
+        ("original", {"target": "vllm"}),
+        ("original", {"rank": 5}),
+        ("svd", {}),
+        ("svd", {"pad": False}),
+        ("svd", {"rank": 4, "dtype": "f32"}),
+        ("svd", {"rank": 4, "pad": False}),
+    ],
+)
+def test_the_space_that_is_planned_is_that_taken(tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
+    """Also of ranks 3 and 31 padded to one, and where a truncated SVD was asked for more than there is."""
+    fields = LLAMA | {"r": 3, "rank_pattern": {"up_proj": 31}}
+    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.llama(), dtype=torch.float16, **fields)
+    opened = Bundle(bundle_of(tmp_path / "in", tmp_path / "bundle", scheme, 64, dtype="f16"))
+    export(opened.path, tmp_path / "out", **options)
+    taken = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "a" / fixtures.WEIGHTS).values())
+    wanted = {"rank": None, "dtype": None} | options
+    wanted["one_rank"] = wanted.pop("target", None) == "vllm"
+    planned = export_bytes(opened, opened.manifest.adapters, **wanted)
+    assert taken <= planned < 1.5 * taken
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, ["its own factors, as they were.", "Its own factors, float16, with"]),
+        ({"dtype": "bf16"}, ["its own factors.", "Its own factors, bfloat16, with"]),
+        ({"rank": 2}, ["from which the export computed others", "of each truncated update, else its own"]),
+        ({"target": "vllm"}, ["from which the export computed others", "its own A, and its own B with the scale"]),
+    ],
+)
+def test_the_card_of_an_original_says_which_factors(tmp_path: Path, options: dict[str, Any], told: list[str]) -> None:
+    fields = LLAMA | {"r": 3, "rank_pattern": {"up_proj": 7}}
+    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.llama(), dtype=torch.float16, **fields)
+    export(bundle_of(tmp_path / "in", tmp_path / "bundle", "original", 4), tmp_path / "out", **options)
+    card = readme_of(tmp_path / "out" / "a")
+    assert all(words in card for words in told)
+    assert ("as they were" in card) == (not options)
+
+
 def test_ranks_stay_uneven_if_asked(tmp_path: Path) -> None:
     bundle = uneven(tmp_path)
     assert main(["export", str(bundle), "-o", str(tmp_path / "out"), "--no-pad", "-q"]) == 0
@@ -646,6 +691,13 @@ def test_force_does_not_delete_what_others_wrote(simple: Path, tmp_path: Path, f
     with pytest.raises(OutputExists, match="not written by lorazip"):
         export(simple, out, force=True)
     assert (out / foreign).read_text() == "mine"
+
+
+def test_a_folder_in_place_of_the_report_is_not_that_of_an_export(simple: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "export.json").mkdir(parents=True)
+    assert main(["export", str(simple), "-o", str(out), "--force", "-q"]) == OutputExists.exit_code
+    assert (out / "export.json").is_dir()
 
 
 def test_force_does_not_delete_the_bundle(simple: Path, tmp_path: Path) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import random_adapters as ra
 from made_up import made_up
+from msgspec.structs import replace
 
 from lorazip_cli.main import main
 from lorazip_core.bundle.check import Finding
 from lorazip_core.compress import CompressOptions, key
 from lorazip_core.errors import UsageError
 from lorazip_core.packs import CPU_BUDGET
-from lorazip_core.quality import LARGE_ERROR, quality_warnings
+from lorazip_core.quality import LARGE_ERROR, QualityWarning, quality_warnings
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import markdown
-from lorazip_core.report.outcome import is_good, told, verdict
+from lorazip_core.report.outcome import is_good, limit_of_adapters, told, verdict
 from lorazip_core.summary import summarise
 from lorazip_core.verify import verify
 
@@ -129,6 +130,22 @@ def test_reports_say_how_a_bundle_was_made_and_which_limit_holds(unlike: Path, l
     assert "No limit was given" in markdown(free)
     assert digest in markdown(free)
     assert "12 of 12 adapters lose more" in markdown(free)
+
+
+def test_a_verdict_counts_what_is_warned_of(unlike: Path, lossy: Path, tmp_path: Path) -> None:
+    argv = ["compress", str(unlike), "-o", str(tmp_path / "b"), "--rank", "2", "--max-error", "0.999", "-q"]
+    assert main(argv) == 0
+    bounded = verify(tmp_path / "b")
+    assert max(adapter.claimed_squared_error for adapter in bounded.adapters) > LARGE_ERROR
+    assert (bounded.warnings, verdict(bounded), is_good(bounded), limit_of_adapters(bounded)) == (
+        [],
+        "sound",
+        True,
+        0.999,
+    )
+    larger = QualityWarning("larger-than-originals", "larger", "compress with a lower --rank")
+    assert is_good(replace(bounded, warnings=[larger])) is True
+    assert limit_of_adapters(verify(lossy)) == LARGE_ERROR
 
 
 def test_pages_colour_what_is_above_the_limit(unlike: Path, lossy: Path) -> None:

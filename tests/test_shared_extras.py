@@ -8,7 +8,7 @@ import numpy as np
 import peft_fixtures as fixtures
 import pytest
 import torch
-from broken import edit_manifest
+from broken import edit_manifest, reseal
 from random_bundle import ALIKE, EXTRA, SKETCHES, make_bundle
 from reference_reader import ReferenceReader
 from safetensors.torch import load_file
@@ -32,6 +32,13 @@ def test_shared_extras_are_sound_and_true(bundle: Path) -> None:
     assert len({entry.extras for entry in manifest.adapters if entry.name in "adg"}) == 1
     assert len(list((bundle / "extras").iterdir())) == 2
     assert verify(bundle, against=bundle.with_name("originals")).findings == []
+
+
+def test_a_shared_file_that_is_damaged_is_named_once(bundle: Path) -> None:
+    (path,) = {str(entry.extras) for entry in Bundle(bundle).manifest.adapters if entry.name in "adg"}
+    (bundle / path).write_bytes(b"nonsense")
+    reseal(bundle)
+    assert [(found.kind, found.path) for found in verify(bundle).findings] == [("unreadable", path)]
 
 
 def test_each_owner_gets_them(bundle: Path, tmp_path: Path) -> None:

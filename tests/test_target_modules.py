@@ -85,6 +85,11 @@ def test_full_paths_where_a_module_would_be_left_out() -> None:
     }
 
 
+def test_layer_0_alone_is_a_choice_of_layers() -> None:
+    changed = selection({"target_modules": ["q_proj"], "layers_to_transform": 0}, [linear("model.layers.1.q_proj")])
+    assert changed == {"target_modules": ["model.layers.1.q_proj"], "layers_to_transform": None}
+
+
 def test_a_module_at_the_top_is_not_mistaken_for_one_below() -> None:
     changed = selection({"target_modules": ["other"]}, [linear("proj"), linear("inner.other")])
     assert changed == {"target_modules": r"inner\.other|proj"}

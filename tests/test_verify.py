@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from broken import ALL, Broken, edit_manifest, flip, swap
+from broken import ALL, Broken, edit_manifest, find, flip, reseal, swap
 from msgspec.structs import astuple
 from random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 from safetensors.torch import load_file, save_file
@@ -98,6 +98,30 @@ def test_each_damage_gives_its_finding(root: Path, broken: Broken) -> None:
     assert report.exit_code == 4
     assert not report.ok
     assert as_json(verify(root / "bundle", against=root / "originals"))["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("configs/a-*", b"{", "not the JSON of a configuration: Expecting"),
+        ("extras/a-*", b"nonsense", "Error while deserializing header"),
+        ("individual/g-*", b"nonsense", "Error while deserializing header"),
+        ("manifest.json", b"{", "not the JSON of a manifest (restore the bundle"),
+        ("manifest.json", None, "no such file: not a lorazip bundle"),
+    ],
+)
+def test_a_finding_names_its_file_and_cause_once(root: Path, file: str, content: bytes | None, message: str) -> None:
+    path = root / "bundle" / find(root / "bundle", file)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+        if file != "manifest.json":
+            reseal(root / "bundle")
+    (found,) = verify(root / "bundle").findings
+    assert found.path == path.relative_to(root / "bundle").as_posix()
+    assert found.message.startswith(message)
+    assert path.name not in found.message
+    assert "lorazip verify" not in found.message
 
 
 def _corrupt(bundle: Path, rng: random.Random) -> str:

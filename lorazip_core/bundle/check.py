@@ -90,6 +90,10 @@ class _Check:
     def _found(self, kind: str, path: str, message: str) -> None:
         self.findings.append(Finding(kind, path, message, damage=True))
 
+    def _unreadable(self, path: str, error: BundleDamaged) -> None:
+        """A finding of what the reader says of a file: less the path, which it names itself, and the hint to verify."""
+        self._found("unreadable", path, error.message.removeprefix(f"{self.bundle.path / path}: "))
+
     def manifest(self) -> None:
         """What the manifest says must fit together beyond the references that its reader checks."""
         for message in contradictions(self.bundle.manifest):
@@ -134,6 +138,9 @@ class _Check:
                     self._shard(cluster, shard, ranks)
         for adapter in self.bundle.manifest.adapters:
             self._adapter(adapter)
+        for extras in dict.fromkeys(adapter.extras for adapter in self.bundle.manifest.adapters):
+            if extras in self._sound:
+                self._extras(extras)
 
     def _basis(self, cluster: ClusterEntry) -> dict[str, tuple[int, int]]:
         """Check U and V; the columns (R_U, R_V) of each module that has both in order."""
@@ -194,19 +201,21 @@ class _Check:
         return [manifest.modules[index] for index in sorted({i for each in sets for i in manifest.module_sets[each]})]
 
     def _adapter(self, adapter: AdapterEntry) -> None:
-        """The files of one adapter: its factors if it is kept individually, its extras, its configuration."""
+        """The files of one adapter alone: its factors if it is kept individually, its configuration."""
         if adapter.individual in self._sound:
             self._individual(adapter, adapter.individual)
-        if adapter.extras in self._sound:
-            try:
-                self.bundle.names(adapter.extras)
-            except BundleDamaged as error:
-                self._found("unreadable", adapter.extras, str(error))
         if adapter.config in self._sound:
             try:
                 self.bundle.config(adapter)
-            except (BundleDamaged, TypeError, ValueError, RecursionError) as error:
-                self._found("unreadable", adapter.config, f"not the JSON of a configuration: {error}")
+            except BundleDamaged as error:
+                self._unreadable(adapter.config, error)
+
+    def _extras(self, path: str) -> None:
+        """A file of extras, which several adapters may share."""
+        try:
+            self.bundle.names(path)
+        except BundleDamaged as error:
+            self._unreadable(path, error)
 
     def _individual(self, adapter: AdapterEntry, path: str) -> None:
         rank = _ANY if adapter.rank is None else range(1, adapter.rank + 1)
@@ -232,7 +241,7 @@ class _Check:
         try:
             names = set(self.bundle.names(path))
         except BundleDamaged as error:
-            self._found("unreadable", path, str(error))
+            self._unreadable(path, error)
             return
         for name in sorted(names - expected.keys()):
             self._found("unexpected-tensor", path, f"tensor {name} belongs to nothing in the manifest")

@@ -194,7 +194,7 @@ def read_manifest(bundle: Path, operations: tuple[str, ...]) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise BundleDamaged(f"{bundle}: no {MANIFEST_NAME}: not a lorazip bundle, or an unfinished one") from None
+        raise BundleDamaged(f"{path}: no such file: not a lorazip bundle, or an unfinished one") from None
     try:
         fields = json.loads(data)
         claimed = fields.pop("manifest_sha256")

@@ -105,8 +105,8 @@ def export(
     if target == "vllm":
         vllm.check_adapters(bundle, chosen)
     check_output(output, force=force, not_ours=not_of_export)
-    check_space(output, export_bytes(bundle, chosen, rank, dtype))
     options = _Options(rank, dtype, pad, one_rank=target == "vllm")
+    check_space(output, export_bytes(bundle, chosen, rank, dtype, pad=pad, one_rank=options.one_rank))
     with (
         atomic_directory(output, force=force, not_ours=not_of_export) as partial,
         progress.stage("export", len(chosen)) as advance,
@@ -140,7 +140,7 @@ def not_of_export(folder: Path) -> str | None:
         report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=ExportReport)
     except FileNotFoundError:
         return f"it has no {REPORT_NAME}"
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (IsADirectoryError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return f"{REPORT_NAME} is not that of an export"
     ours = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in _ADAPTER_FILES}
     for path in tree(folder):

@@ -59,9 +59,9 @@ The adapter {_code(adapter.name)}{_source(origin)}, read from these files. {_lic
 
 ## Compression
 
-- {_scheme(bundle, adapter)}
+- {_scheme(bundle, adapter, changes)}
 - {_error(adapter, changes)}
-- {_factors(changes)}
+- {_factors(adapter, changes)}
 
 ## Use
 
@@ -93,14 +93,16 @@ def _license(origin: Origin) -> str:
     return f"Its licence is that of the original adapter{named}."
 
 
-def _scheme(bundle: Bundle, adapter: AdapterEntry) -> str:
+def _scheme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
     if adapter.cluster is not None:
         cluster = bundle.manifest.clusters[adapter.cluster]
         sharing = sum(len(shard.adapters) for shard in cluster.shards)
         core = "a diagonal core" if cluster.method == "diag" else "a full core"
         return f"Scheme `{adapter.scheme}`: a basis of rank {cluster.rank} shared by {sharing} adapters, and {core}."
     if adapter.scheme == "original":
-        return "Scheme `original`: its own factors, as they were."
+        if changes.rank is not None:
+            return "Scheme `original`: the bundle has its own factors, from which the export computed others."
+        return f"Scheme `original`: its own factors{', as they were' if changes.squared_distance == 0 else ''}."
     return f"Scheme `{adapter.scheme}`: a truncated SVD of each update on its own, rank {adapter.rank}."
 
 
@@ -118,12 +120,18 @@ def _error(adapter: AdapterEntry, changes: Changes) -> str:
     )
 
 
-def _factors(changes: Changes) -> str:
+def _factors(adapter: AdapterEntry, changes: Changes) -> str:
     if changes.rank is None:
         return f"Its own factors, {changes.dtype}, with the ranks and scales of its own configuration."
     padded = ", padded with zeros to one rank for all modules" if changes.padded else ""
+    if adapter.scheme != "original":
+        form = "A = Vᵀ and B = U Σ"
+    elif changes.truncated:
+        form = "A = Vᵀ and B = U Σ of each truncated update, else its own A and B,"
+    else:
+        form = "its own A, and its own B"
     return (
-        f"Rank {changes.rank}{padded}, {changes.dtype}: A = Vᵀ and B = U Σ with the scale folded in, so that "
+        f"Rank {changes.rank}{padded}, {changes.dtype}: {form} with the scale folded in, so that "
         "`lora_alpha` equals the rank of every module."
     )
 

@@ -1,37 +1,80 @@
-"""What an export will take on disk, from the manifest alone."""
+"""What an export will take on disk, before any tensor is read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..adapter import parse_config
 from ..bundle import DTYPES, AdapterEntry, Bundle
+from ..errors import AdapterError
+
+_ORIGINAL_ITEMSIZE = 2
+"""Bytes of an element of the original factors: at least, as the manifest does not say their dtype."""
 
 
-def export_bytes(bundle: Bundle, adapters: Sequence[AdapterEntry], rank: int | None, dtype: str | None) -> int:
+def export_bytes(
+    bundle: Bundle,
+    adapters: Sequence[AdapterEntry],
+    rank: int | None,
+    dtype: str | None,
+    *,
+    pad: bool = True,
+    one_rank: bool = False,
+) -> int:
     """About the bytes of ``adapters`` written out, each truncated to ``rank`` and stored in ``dtype``, where given.
 
-    The factors of one in a cluster take as much as the shared bases of its modules do.
+    The factors of one in a cluster take as much as the shared bases of its modules do, or with ``pad`` as much as if
+    all had its largest rank; ``one_rank`` pads the originals with patterns, too. Raises BundleDamaged for a
+    configuration that is not what the manifest says.
     """
     manifest = bundle.manifest
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     sides = [module.d_out + module.d_in for module in manifest.modules]
     widths = [sum(sides[index] for index in indices) for indices in manifest.module_sets]
+    inputs = [max(manifest.modules[index].d_in for index in indices) for indices in manifest.module_sets]
     whole = []  # per cluster, d_out + d_in over all modules of its basis
     for cluster in manifest.clusters:
         sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
         whole.append(sum(sides[index] for index in {i for each in sets for i in manifest.module_sets[each]}))
-    stored = DTYPES[manifest.parameters.dtype].itemsize
     total = 0.0
     for adapter in adapters:
+        width = widths[adapter.module_set]
+        original = adapter.scheme == "original"
         if adapter.cluster is None:
-            size, kept = float(sizes[str(adapter.individual)]), adapter.rank
+            size, (kept, patterns) = float(sizes[str(adapter.individual)]), _own_rank(bundle, adapter)
         else:
             cluster = manifest.clusters[adapter.cluster]
-            size = sizes[cluster.basis] * widths[adapter.module_set] / whole[adapter.cluster]
-            kept = cluster.rank
-        if rank is not None and kept is not None:
-            size *= min(1, rank / kept)
-        if dtype is not None and adapter.scheme != "original":
-            size *= DTYPES[dtype].itemsize / stored
+            size, patterns = sizes[cluster.basis] * width / whole[adapter.cluster], False
+            kept = min(cluster.rank, inputs[adapter.module_set])
+        stored = _ORIGINAL_ITEMSIZE if original else DTYPES[manifest.parameters.dtype].itemsize
+        itemsize = stored if dtype is None else DTYPES[dtype].itemsize
+        size *= itemsize / stored
+        if kept is not None:
+            truncated = rank is not None and rank < kept
+            written = min(kept, rank or kept)
+            padded = pad and (not original or truncated or (one_rank and patterns))
+            of_one_rank = float(width * written * itemsize)
+            # Modules below the largest rank lose less of theirs than its share, or are padded to it.
+            size = max(size * written / kept, of_one_rank if padded else min(size, of_one_rank))
         total += size + (sizes[adapter.extras] if adapter.extras is not None else 0)
     return round(total)
+
+
+def _own_rank(bundle: Bundle, adapter: AdapterEntry) -> tuple[int | None, bool]:
+    """The largest rank of an adapter kept individually, if known, and whether its configuration has patterns.
+
+    An SVD keeps no more than the configuration's rank and the smaller side of a module, whatever rank was asked for;
+    the updates of DoRA have a higher rank than their configuration.
+    """
+    svd = adapter.rank
+    if svd is not None:
+        svd = min(svd, max(min(module.d_out, module.d_in) for module in bundle.modules(adapter)))
+    try:
+        config = parse_config(adapter.name, bundle.config_text(adapter))
+    except AdapterError:  # a configuration that did not make these factors
+        return svd, False
+    patterns = bool(config.rank_pattern or config.alpha_pattern)
+    if config.use_dora:
+        return svd, patterns
+    largest = max(config.r, *config.rank_pattern.values(), 1)
+    return largest if svd is None else min(svd, largest), patterns

@@ -29,7 +29,7 @@ def selection(original: dict[str, Any], modules: Iterable[Module]) -> dict[str, 
     if any("." not in name for name in names):
         # PEFT matches a listed name at the end of a path, where the name of a module at the top says too little.
         targets = "|".join(map(re.escape, names))
-    return {field: None for field in _DECIDE if original.get(field)} | {"target_modules": targets}
+    return {field: None for field in _DECIDE if original.get(field) is not None} | {"target_modules": targets}
 
 
 def selects(config: dict[str, Any], module: Module) -> bool:

@@ -77,13 +77,20 @@ def verdict(report: VerifyReport) -> str:
         return count(len(report.findings), "finding")
     if held := [f"{gate.option} {gate.limit:g}" for gate in gates(report) if gate.held]:
         return f"sound, within {' and '.join(held)}"
+    if not _loses_much(report):
+        return "sound"
     large = above([error for _, error in worst_first(report)])
-    return f"sound, but {count(large, 'adapter')} with a squared error above {LARGE_ERROR}" if large else "sound"
+    return f"sound, but {count(large, 'adapter')} with a squared error above {LARGE_ERROR}"
 
 
 def is_good(report: VerifyReport) -> bool | None:
     """What the verdict says at a glance: None for a sound bundle that loses much, where no limit was set."""
-    return report.ok if not report.ok or report.gates.max_error is not None or not report.warnings else None
+    return None if report.ok and _loses_much(report) else report.ok
+
+
+def _loses_much(report: VerifyReport) -> bool:
+    """Whether it is warned of large errors, as it is where neither ``verify`` nor ``compress`` had a limit on them."""
+    return any(warning.kind == "large-errors" for warning in report.warnings)
 
 
 def made_with(report: VerifyReport) -> str:
@@ -111,8 +118,11 @@ def limits(report: VerifyReport) -> str:
 
 
 def limit_of_adapters(report: VerifyReport) -> float:
-    """Above what an adapter's error stands out: the limit that was given, else where tasks begin to suffer."""
-    return LARGE_ERROR if report.gates.max_error is None else report.gates.max_error
+    """Above what an adapter's error stands out: the limit that was given, or that the bundle was made with, else where
+    tasks begin to suffer.
+    """
+    made_with = report.parameters.max_error if report.parameters else None
+    return next(limit for limit in (report.gates.max_error, made_with, LARGE_ERROR) if limit is not None)
 
 
 def told(report: VerifyReport) -> list[str]:
