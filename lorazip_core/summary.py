@@ -47,6 +47,12 @@ def is_within(squared_error: float, max_error: float | None) -> bool:
     return squared_error + rounding <= max_error
 
 
+def is_adapter_within(lost: Iterable[float], norms: Iterable[float], max_error: float | None) -> bool:
+    """`is_within` for the ‖ΔW−ΔŴ‖² and ‖ΔW‖² of the modules of an adapter; one that is zero is within any limit."""
+    norms = list(norms)
+    return not any(norms) or is_within(squared_error(lost, norms), max_error)
+
+
 def summarise(adapters: int, squared_errors: Sequence[float], bytes_original: int, bytes_bundle: int) -> Summary:
     """Mean, 95th percentile (linear interpolation) and maximum; saved ratio = 1 − bytes after / bytes before."""
     mean, p95, worst = (

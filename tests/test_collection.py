@@ -313,8 +313,11 @@ def test_ranks_dtypes_and_modules_may_differ(root: Path) -> None:
 
 def test_without_names_who_left(root: Path, made: Path) -> None:
     place(made, root / "a", root / "b")
+    for name in "ab":
+        (root / name / "value_head.bin").touch()
     collection = open_collection(root).without([AdapterError("a", "NaN in a tensor")])
     assert names(collection) == ["b"]
+    assert collection.left_out == {"b": ("value_head.bin",)}
     assert [tuple(skipped) for skipped in collection.skipped] == [("a", "NaN in a tensor")]
     with pytest.raises(AdapterErrors, match="NaN"):
         collection.without([AdapterError("b", "NaN in a tensor")])

@@ -16,7 +16,7 @@ from lorazip_core.bundle import AdapterEntry, Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.errors import AdapterErrors
 from lorazip_core.stack import ScaledStack, Stack
-from lorazip_core.summary import is_within
+from lorazip_core.summary import is_adapter_within, is_within
 from lorazip_core.verify import verify
 
 # None of them is a float32 number: folded into a factor, each is rounded.
@@ -89,6 +89,19 @@ def test_what_is_within_a_limit_leaves_room_for_rounding() -> None:
     assert not is_within(0.0, 0.0)
     assert is_within(0.9, None)
     assert not is_within(float("inf"), None)
+
+
+@pytest.mark.parametrize("method", ["joint", "diag", "svd"])
+def test_an_adapter_that_is_zero_is_within_any_limit(tmp_path: Path, method: Any) -> None:
+    assert is_adapter_within([0.0, 0.0], [0.0, 0.0], 0.0)
+    assert not is_adapter_within([0.0, 0.0], [0.0, 1.0], 0.0)
+    recipes = ra.plain(3, modules=(ra.Q, ra.V))
+    ra.write_collection(tmp_path / "in", (*recipes, ra.Recipe("zero", 4, (ra.Q, ra.V), zero=True)))
+    compress(tmp_path / "in", tmp_path / "out", CompressOptions(method=method, rank=3, max_error=0))
+    checked = verify(tmp_path / "out", against=tmp_path / "in", max_error=0)
+    assert checked.findings == []
+    assert [adapter.squared_error for adapter in checked.adapters] == [0] * 4
+    assert entry(tmp_path / "out", "zero").scheme == method
 
 
 MAGNITUDES = {"whisper": 1e-40, "quiet": 1e-30, "soft": 1e-12, "loud": 1e18, "shout": 1e25}

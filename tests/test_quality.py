@@ -176,3 +176,15 @@ def test_work_is_resumed_on_a_like_processor_only(unlike: Path, monkeypatch: pyt
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         keys.add(key.work_key(scanned, CompressOptions(), torch.device("cpu"), CPU_BUDGET))
     assert len(keys) == 3
+    monkeypatch.setattr(key, "_processor_model", lambda: "of the same instructions")
+    assert key.work_key(scanned, CompressOptions(), torch.device("cpu"), CPU_BUDGET) not in keys
+
+
+def test_the_model_of_the_processor_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key.platform, "processor", lambda: "arm")
+    told = tmp_path / "cpuinfo"
+    assert key._processor_model(told) == "arm"
+    told.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert key._processor_model(told) == "arm"
+    told.write_text("processor\t: 0\nmodel\t\t: 106\nmodel name\t: Some CPU @ 2.60GHz\nmodel name\t: Another\n")
+    assert key._processor_model(told) == "Some CPU @ 2.60GHz"

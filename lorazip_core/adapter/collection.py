@@ -33,8 +33,8 @@ class Collection:
     def without(self, bad: list[AdapterError]) -> Collection:
         """The collection less adapters that turned out bad later. Raises AdapterErrors when none is left."""
         names = {error.adapter for error in bad}
-        left = _collect(self.root, [a for a in self.adapters if a.name not in names], self.skipped, bad)
-        return replace(left, no_adapters=self.no_adapters, left_out=self.left_out)
+        left = [adapter for adapter in self.adapters if adapter.name not in names]
+        return replace(_collect(self.root, left, self.skipped, bad, self.left_out), no_adapters=self.no_adapters)
 
 
 def open_collection(
@@ -76,8 +76,8 @@ def open_collection(
         adapters = [adapter for adapter in adapters if adapter.name not in names]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
-    collection = _collect(root, adapters, found.left_out, bad)
-    return replace(collection, no_adapters=frozenset(skipped.name for skipped in found.left_out), left_out=left_out)
+    collection = _collect(root, adapters, found.left_out, bad, left_out)
+    return replace(collection, no_adapters=frozenset(skipped.name for skipped in found.left_out))
 
 
 def _nothing(root: Path, left_out: tuple[Skipped, ...]) -> AdapterError:
@@ -95,7 +95,13 @@ def _refuse_unprintable(name: str) -> None:
         raise AdapterError(printable(name), "the name of its folder is not UTF-8", "rename it") from None
 
 
-def _collect(root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], bad: list[AdapterError]) -> Collection:
+def _collect(
+    root: Path,
+    adapters: list[Adapter],
+    skipped: tuple[Skipped, ...],
+    bad: list[AdapterError],
+    left_out: Mapping[str, tuple[str, ...]],
+) -> Collection:
     if not adapters:
         raise AdapterErrors(bad)
     modules = {part.module for parts, _ in _distinct(adapters) for part in parts.values()}
@@ -105,6 +111,7 @@ def _collect(root: Path, adapters: list[Adapter], skipped: tuple[Skipped, ...], 
         tuple(sorted((*skipped, *(Skipped(error.adapter, error.reason) for error in bad)))),
         tuple(sorted(modules)),
         adapters[0].config.base_model,
+        left_out={adapter.name: left_out[adapter.name] for adapter in adapters if adapter.name in left_out},
     )
 
 

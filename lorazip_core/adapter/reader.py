@@ -194,8 +194,8 @@ def open_adapter(
 ) -> Adapter:
     """Open the adapter in ``folder``. Raises AdapterError with all that can be known from the headers.
 
-    ``present`` decides which files count as being there: a collection leaves out links that lead outside of it. With
-    ``alike``, what adapters have in common is shared between them.
+    ``present`` decides which files count as being there: links are followed, and a collection refuses one that leads to
+    nothing (`presence`). With ``alike``, what adapters have in common is shared between them.
     """
     alike = alike or Alike()
     config_file = folder / CONFIG_NAME

@@ -13,7 +13,7 @@ from ..adapter import Adapter
 from ..factorise import encode_individual
 from ..linalg import truncated_svd
 from ..stopping import check_stop
-from ..summary import is_within, squared_error
+from ..summary import is_adapter_within
 from .pieces import Pieces
 
 
@@ -81,8 +81,7 @@ def keep_individually(
     for candidate in candidates:
         check_stop()
         kept = _truncated(batches, candidate, dtype)
-        error = squared_error(kept.squared_errors.values(), [squared_norm])
-        if squared_norm == 0 or is_within(error, max_error):
+        if is_adapter_within(kept.squared_errors.values(), [squared_norm], max_error):
             return kept
     return as_original(adapter)
 

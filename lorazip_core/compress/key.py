@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from pathlib import Path
 
 import torch
@@ -16,7 +18,8 @@ from ..scan import Scan
 def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget) -> str:
     """A digest of all that decides the bytes of a piece: adapters, options, versions, and what computes.
 
-    Another processor, or one that is told to do without some of its instructions, sums in another order.
+    Another processor, or one that is told to do without some of its instructions, sums in another order: BLAS chooses
+    its kernels by the model.
     """
     names = [adapter.name for adapter in scanned.collection.adapters]
     clusters = sha256_file(options.clusters) if isinstance(options.clusters, Path) else options.clusters
@@ -32,6 +35,7 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
                 "packs": list(budget),
                 "processors": [
                     torch.backends.cpu.get_cpu_capability(),
+                    _processor_model(),
                     torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                 ],
                 "rank": options.kept_rank,
@@ -41,3 +45,12 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
             }
         )
     )
+
+
+def _processor_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model name of the processor as the kernel tells it, else what `platform` has, which may be nothing."""
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        told = None
+    return told[1].strip() if told else platform.processor()

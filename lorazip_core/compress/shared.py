@@ -19,7 +19,7 @@ from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
 from ..progress import Advance, Progress, Share, part_of
 from ..stack import ScaledStack
-from ..summary import is_within, squared_error
+from ..summary import is_adapter_within
 from ..updates import Updates
 from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
@@ -125,8 +125,9 @@ def encode_clusters(
     pieces.wait()
     encoded = read_encoded(job, labels, generation.places(), pieces)
     for refit in (True, False):
-        shares = map(squared_error, encoded.lost.tolist(), job.updates.norms.tolist())  # as the manifest has them
-        failing = {i for i, share in enumerate(shares) if not is_within(share, max_error)} - _alone(labels)
+        errors = zip(encoded.lost.tolist(), job.updates.norms.tolist(), strict=True)
+        failing = {i for i, (lost, norms) in enumerate(errors) if not is_adapter_within(lost, norms, max_error)}
+        failing -= _alone(labels)
         if not failing:
             break
         changed = {labels[i] for i in failing}
