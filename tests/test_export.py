@@ -38,6 +38,7 @@ from lorazip_core.export.size import export_bytes
 from lorazip_core.files import safe_name, sha256_file, tree
 from lorazip_core.linalg import truncated_svd
 from lorazip_core.reconstruct import decode
+from lorazip_core.verify import verify
 from lorazip_core.workers import at_most
 
 
