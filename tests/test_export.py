@@ -499,7 +499,7 @@ def test_a_bias_of_an_original_comes_back_bit_for_bit(tmp_path: Path, dtype: tor
     biases = [key for key in before if key.endswith(".lora_B.bias")]
     assert biases
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in biases)
-    assert verify(bundle, against=tmp_path / "in").findings == []
+    assert "extras-differ" not in {finding.kind for finding in verify(bundle, against=tmp_path / "in").findings}
 
 
 @pytest.mark.parametrize(
