@@ -55,8 +55,8 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def qwen3() -> nn.Module:
-    sizes = {**SIZES, "moe_intermediate_size": 12, "num_experts": EXPERTS, "head_dim": 4}
+def qwen3(experts: int = EXPERTS) -> nn.Module:
+    sizes = {**SIZES, "moe_intermediate_size": 12, "num_experts": experts, "head_dim": 4}
     return _seeded(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
 
 
@@ -228,8 +228,8 @@ def test_stacks_of_experts_from_files(most: int, tmp_path: Path, monkeypatch: py
     stacks = Stacks(collection, cpu, files)
     for number, module in enumerate(collection.modules):
         having = [i for i, adapter in enumerate(collection.adapters) if module.name in adapter.parts]
-        expected = Stack.of([collection.adapters[i].factors(module.name) for i in having], having)
-        found = stacks.load(number)
+        expected = Stack.of([collection.adapters[i].factors(module.name, torch.float64) for i in having], having)
+        found = stacks.load(number).exact()
         assert found.members == expected.members
         assert torch.equal(found.bt, expected.bt)
         assert torch.equal(found.a, expected.a)
@@ -251,6 +251,38 @@ def test_a_tensor_is_read_once_for_all_its_experts(tmp_path: Path, monkeypatch: 
         experts = [key for key in read if "experts" in key]
         assert experts
         assert len(experts) == len(set(experts))
+
+
+def test_adapters_of_all_layouts_have_room_for_their_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for the experts of one layout, but ten layouts share it: each reads for a few experts at a time."""
+    experts, layouts = 64, 10
+    targets = [f"layers.{layer}.self_attn.{side}_proj" for layer in (0, 1) for side in "qkvo"]
+    first = tmp_path / "0"
+    for number in range(layouts):  # they differ in what else they have
+        own = targets[:number] if number < len(targets) else targets[number - len(targets) + 1 :]
+        parameters = ["layers.0.mlp.experts.down_proj"]
+        save(tmp_path / str(number), qwen3(experts), r=1, target_modules=own, target_parameters=parameters)
+    collection = open_collection(tmp_path)
+    assert len({id(adapter.layout) for adapter in collection.adapters}) == layouts
+    source = next(iter(open_adapter("one", first).layout.interleaved)).source
+    size = open_adapter("one", first).layout.tensors[source].size_bytes
+    read: list[str] = []
+    usual = Adapter.tensor
+
+    def tensor(self: Adapter, key: str) -> Tensor:
+        read.append(key)
+        return usual(self, key)
+
+    monkeypatch.setattr(Adapter, "tensor", tensor)
+    cpu = torch.device("cpu")
+    files = Files(collection.adapters, cpu)
+    monkeypatch.setattr(files, "_runs", runs.ExpertRuns(8 * size))
+    stacks = Stacks(collection, cpu, files)
+    for number, module in enumerate(collection.modules):
+        if "experts" in module.name:
+            stacks.load(number)
+    assert experts // layouts == 6  # as many in a run, which makes 11 runs, one read twice: 10 comes before 2
+    assert read.count(source) == layouts * (11 + 1)  # one of each expert would be 640
 
 
 def test_all_adapters_of_one_layout_are_together(tmp_path: Path) -> None:
