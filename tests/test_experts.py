@@ -56,8 +56,8 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def qwen3() -> nn.Module:
-    sizes = {**SIZES, "moe_intermediate_size": 12, "num_experts": EXPERTS, "head_dim": 4}
+def qwen3(experts: int = EXPERTS) -> nn.Module:
+    sizes = {**SIZES, "moe_intermediate_size": 12, "num_experts": experts, "head_dim": 4}
     return _seeded(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
 
 

@@ -77,9 +77,13 @@ class Cut(NamedTuple):
 
     def all_of(self, source: Tensor) -> Tensor:
         """All parts of the source, [E, …], each in one piece."""
+        return self.some_of(source, 0, self.experts)
+
+    def some_of(self, source: Tensor, start: int, stop: int) -> Tensor:
+        """The parts from ``start`` to before ``stop``, [stop − start, …], each in one piece; no other is copied."""
         if self.interleaved:
-            return deinterleaved(source, self.experts)
-        return source.reshape(self.experts, -1, source.shape[-1])
+            return deinterleaved(source, self.experts, start, stop)
+        return source.reshape(self.experts, -1, source.shape[-1])[start:stop]
 
 
 class Region(NamedTuple):
@@ -156,10 +160,14 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def deinterleaved(tensor: Tensor, experts: int) -> Tensor:
-    """Every E-th of the columns of [..., d_out, r·E] together: [..., E, d_out, r], in one piece."""
+def deinterleaved(tensor: Tensor, experts: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Every E-th of the columns of [..., d_out, r·E] together: [..., E, d_out, r], in one piece.
+
+    Of the E, those from ``start`` to before ``stop``; only these are copied.
+    """
     *lead, d_out, columns = tensor.shape
-    return tensor.reshape(*lead, -1, experts).mT.contiguous().view(*lead, experts, d_out, columns // experts)
+    some = tensor.reshape(*lead, -1, experts)[..., start:stop]
+    return some.mT.contiguous().view(*lead, some.shape[-1], d_out, columns // experts)
 
 
 def deinterleave(data: Tensor, layout: Layout) -> None:

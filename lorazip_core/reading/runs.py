@@ -28,28 +28,35 @@ class ExpertRuns:
     """Reads the tensors that hold all experts whole, and keeps those runs of experts at hand that were used last.
 
     The bytes of one expert are scattered all over its tensor, so reading it costs as much as reading the tensor. A run
-    is as many experts as there is room for in ``most`` bytes if all adapters that are read together have theirs.
+    is as many experts as there is room for in ``most`` bytes if all adapters that are read together, whatever their
+    layouts, have theirs.
     """
 
     def __init__(self, most: int = MOST_HELD) -> None:
         self._most = most
         self._held = 0
         self._lock = Lock()
-        self._runs: OrderedDict[tuple[int, str, int], _Run] = OrderedDict()
+        self._runs: OrderedDict[tuple[int, str, int, int], _Run] = OrderedDict()
 
     def read_into(self, adapter: Adapter, number: int, key: str, buffer: memoryview, together: int) -> None:
-        """The bytes of a part that is cut out of others; ``number`` is that of the adapter, one of ``together``."""
+        """The bytes of the part ``key`` of the adapter of this ``number``, cut out of the tensor that has all of them.
+
+        ``together`` is how many adapters have the part, those of all layouts: one expert of all of them is read before
+        the next one.
+        """
         cut, size = adapter.layout.cuts[key], len(buffer)
         length = max(1, min(cut.experts, self._most // (_RUNS * together * size)))
-        place, offset = divmod(cut.expert, length)
-        run = self._run((number, cut.source, place), min(length, cut.experts - place * length) * size)
+        offset = cut.expert % length
+        start = cut.expert - offset
+        stop = min(start + length, cut.experts)
+        run = self._run((number, cut.source, start, stop), (stop - start) * size)
         with run.lock:
             if run.data is None:
-                parts = cut.all_of(adapter.tensor(cut.source))[place * length : (place + 1) * length]
-                run.data = parts.reshape(-1).view(torch.uint8).clone()
+                parts = cut.some_of(adapter.tensor(cut.source), start, stop)
+                run.data = parts.view(-1).view(torch.uint8)
             buffer[:] = run.data.numpy().data[offset * size : (offset + 1) * size]
 
-    def _run(self, key: tuple[int, str, int], size: int) -> _Run:
+    def _run(self, key: tuple[int, str, int, int], size: int) -> _Run:
         """The run of this key, of ``size`` bytes; those that were not used for longest make room for it."""
         with self._lock:
             if key not in self._runs:

@@ -26,11 +26,15 @@ _ORDINARY_EXPONENT = 32
 
 
 class Pick(NamedTuple):
-    """One module of some adapters of one layout: its column in the group, and their positions there."""
+    """One module of some adapters of one layout: its column in the group, and their positions there.
+
+    ``having`` is how many adapters have the module, those of all layouts.
+    """
 
     group: LayoutGroup
     column: int
     chosen: Numbers
+    having: int
 
     @property
     def rank(self) -> int:
@@ -84,10 +88,11 @@ class Stacks:
         """
         wanted = None if members is None else np.asarray(members, dtype=np.int64)
         picks = []
+        having = sum(len(group.adapters) for group, _ in self._having[module])
         for group, column in self._having[module]:
             chosen = np.arange(len(group.adapters)) if wanted is None else _positions(group.adapters, wanted)
             if len(chosen):
-                picks.append(Pick(group, column, chosen))
+                picks.append(Pick(group, column, chosen, having))
         return self._source.stacked(lambda: self._stack(module, picks))
 
     def _stack(self, module: int, picks: list[Pick]) -> ScaledStack:
@@ -200,14 +205,14 @@ class Files:
             some = numbers[start : start + step]
             half = self._halves[turn % 2]
             staged = (half.pinned(step * size) if buffer is None else buffer)[: len(some) * size]
-            self._read(some, spans, size, staged, len(pick.group.adapters))
+            self._read(some, spans, size, staged, pick.having)
             data = staged.view(len(some), size)
             if buffer is None:
                 data = half.sent(data, self._device)
             yield Factors(slice(start, start + len(some)), view(data, info_b), view(data, info_a))
 
-    def _read(self, numbers: list[int], spans: _Spans, size: int, staged: Tensor, alike: int) -> None:
-        """``alike`` is how many adapters have that layout."""
+    def _read(self, numbers: list[int], spans: _Spans, size: int, staged: Tensor, having: int) -> None:
+        """``having`` is that of the pick."""
         buffer = staged.numpy().data
 
         def read(start: int, stop: int) -> None:
@@ -216,7 +221,7 @@ class Files:
                 for keys, at, count in spans.reads:
                     room = buffer[row * size + at : row * size + at + count]
                     if spans.interleaved == keys:
-                        self._runs.read_into(adapter, numbers[row], keys[0], room, alike)
+                        self._runs.read_into(adapter, numbers[row], keys[0], room, having)
                     else:
                         adapter.read_into(keys, room)
 
