@@ -55,22 +55,24 @@ def check_bundle_path(path: Path) -> None:
     raise UsageError(f"{path} is not a bundle: {what}", "name a directory that 'lorazip compress' wrote")
 
 
-def check_adapters_path(path: Path, *, may_be_empty: bool = False) -> None:
+def check_adapters_path(path: Path, *, may_be_empty: bool = False, typed: str | None = None) -> None:
     """Raise UsageError for what is no directory of adapters at first sight; adapters are not looked for.
 
-    A file that is not lorazip's is let through: whoever looks for adapters knows those of other tools by name.
+    A file that is not lorazip's is let through: whoever looks for adapters knows those of other tools by name. Messages
+    name the path as it was ``typed``, if that is not how it is found.
     """
+    shown = typed or str(path)
     if not path.exists():
-        raise UsageError(f"{path} is not a directory")
+        raise UsageError(f"{shown} is not a directory")
     if not path.is_dir() and _known_file(path) is None:
         return
     found = _known_file(path) or _unfinished(path) or _inside_bundle(path)
     if is_bundle(path):
         found = Kind("a bundle", f"'lorazip export {path} -o DIR' makes adapters of it")
     if found is not None:
-        raise UsageError(f"{path} is {found.what}, not a directory of adapters", found.hint)
+        raise UsageError(f"{shown} is {found.what}, not a directory of adapters", found.hint)
     if not (may_be_empty or any(path.iterdir())):
-        raise UsageError(f"{path} is an empty directory: no adapters here", "'lorazip fetch' brings some")
+        raise UsageError(f"{shown} is an empty directory: no adapters here", "'lorazip fetch' brings some")
 
 
 def is_bundle(folder: Path) -> bool:

@@ -583,6 +583,37 @@ class TestUsage:
         assert fetch("mine") == 2
         assert fetch.errors[0].endswith("(for the directory write ./mine)")
 
+    @pytest.mark.parametrize(
+        ("source", "line"),
+        [
+            ("./bundle", "'./bundle' is a bundle, not a directory of adapters ('lorazip export bundle -o DIR' makes"),
+            ("./bundle/../bundle/", "'./bundle/../bundle/' is a bundle, not a directory of adapters ("),
+            (
+                "./bundle/cores",
+                "'./bundle/cores' is a folder of a bundle, not a directory of adapters (name the bundle,",
+            ),
+            ("@list.txt", "list.txt:1: './bundle' is a bundle, not a directory of adapters ("),
+        ],
+    )
+    @pytest.mark.parametrize("options", [[], ["--dry-run"]])
+    def test_a_bundle_as_the_source(
+        self,
+        fetch: Fetching,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        source: str,
+        line: str,
+        options: list[str],
+    ) -> None:
+        (tmp_path / "bundle" / "cores").mkdir(parents=True)
+        (tmp_path / "bundle" / "manifest.json").write_bytes(b'{"format":"lorazip.bundle"}')
+        (tmp_path / "list.txt").write_text("./bundle\n")
+        monkeypatch.chdir(tmp_path)
+        assert fetch(source, *options) == 2
+        (error,) = fetch.errors
+        assert error.startswith(line)
+        assert not (fetch.directory / "lorazip.lock").exists()
+
     def test_directories_in_each_other(self, fetch: Fetching, tmp_path: Path) -> None:
         assert fetch(str(tmp_path)) == 2
         assert fetch.errors == [

@@ -64,6 +64,12 @@ WRAPPED: dict[str, tuple[Rename, list[str]]] = {
         lambda key: "_fsdp_wrapped_module.module." + key.replace(".q.", "._checkpoint_wrapped_module._orig_mod.q."),
         ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"],
     ),
+    "peft twice": (lambda key: PREFIX + key, ["the repeated base_model.model (PEFT around PEFT)"]),
+    "peft four times": (lambda key: PREFIX * 3 + key, ["the repeated base_model.model"]),
+    "peft in parallel in peft": (
+        lambda key: f"module.{PREFIX}module.{PREFIX}{after_prefix(lambda inner: f'module._orig_mod.{inner}')(key)}",
+        ["the repeated base_model.model", "module (", "_orig_mod"],
+    ),
     "default": (with_adapter, ["default"]),
     "named": (lambda key: with_adapter(key, "my_task"), ["my_task"]),
     "named like a wrapper": (lambda key: with_adapter(f"module.{key}", "module"), ["module"]),
@@ -128,6 +134,10 @@ def put(key: str, shape: tuple[int, ...] = (4, 12)) -> Change:
         (put("_orig_mod.layers.0.q.lora_A.weight"), ["_orig_mod.layers.0.q.lora_A.weight", "both"]),
         (put("layers.0._orig_mod.head.weight"), []),
         (put("_orig_mod.head.weight", (5, 12)), ["_orig_mod.head.weight", "both"]),
+        (
+            put(f"{PREFIX}layers.0.q.lora_A.weight"),
+            [f"tensors {PREFIX * 2}layers.0.q", f"and {PREFIX}layers.0.q", "both"],
+        ),
         (put("layers.0.q.lora_A.default.weight"), ["lora_A.default.weight", "'default'", "carries none"]),
     ],
 )

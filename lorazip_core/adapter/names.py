@@ -1,7 +1,8 @@
 """The names that PEFT gives to tensors, out of those in a file: without training wrappers and the adapter's own name.
 
 A model is wrapped to be compiled or trained on several devices, and saved from within the wrapper its tensors carry the
-wrapper's name. PEFT finds no layer of such a name and applies nothing, without a word.
+wrapper's name, or, from a PEFT model within another, PEFT's own prefix again. PEFT finds no layer of such a name and
+applies nothing, without a word.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _WRAPPERS = {
 PARALLEL = "module"
 _BEFORE_PREFIX = re.compile(rf"^(?:{PARALLEL}\.)+(?={re.escape(PREFIX)})")
 _WITHIN_PREFIX = f"{PREFIX}{PARALLEL}."
+_REPEATS = re.compile(rf"^(?:{re.escape(PREFIX)})+(?={re.escape(PREFIX)})")
 
 # A tensor of one of several adapters in a model, as state_dict() names it: X.lora_A.default.weight, and so on.
 _WITH_ADAPTER = re.compile(
@@ -60,9 +62,18 @@ def ordinary_names(adapter: str, stored: Sequence[str]) -> Names:
         if part in _WRAPPERS
     }
     parallel = any(_BEFORE_PREFIX.match(_unwrapped(key)) for key in stored)
-    while _all_parallel(ordinary.values()):
-        parallel = True
-        ordinary = {key: name.replace(_WITHIN_PREFIX, PREFIX, 1) for key, name in ordinary.items()}
+    repeated = False
+    while True:  # each may be within the other
+        if _all_parallel(ordinary.values()):
+            parallel = True
+            ordinary = {key: name.replace(_WITHIN_PREFIX, PREFIX, 1) for key, name in ordinary.items()}
+        elif any(name.startswith(PREFIX * 2) for name in ordinary.values()):
+            repeated = True
+            ordinary = {key: _REPEATS.sub("", name) for key, name in ordinary.items()}
+        else:
+            break
+    if repeated:
+        removed.add(f"the repeated {PREFIX.rstrip('.')} (PEFT around PEFT)")
     if parallel:
         removed.add(f"{PARALLEL} (DistributedDataParallel or DeepSpeed)")
     if own := _adapter_name(adapter, ordinary.values()):
@@ -118,6 +129,6 @@ def _refuse_equal(adapter: str, ordinary: dict[str, str]) -> None:
     seen: dict[str, str] = {}
     for key, name in ordinary.items():
         if name in seen:
-            reason = f"tensors {seen[name]} and {key} are both {name} without the names of training wrappers"
+            reason = f"tensors {seen[name]} and {key} are both {name} without the names of wrappers"
             raise AdapterError(adapter, reason, "which of them is right? save the adapter again from the model itself")
         seen[name] = key

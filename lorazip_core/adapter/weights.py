@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import zipfile
 from collections import OrderedDict
@@ -30,6 +32,7 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _MOST_OPEN = 256
+_NO_TENSOR = re.compile(r"GLOBAL (\S{1,100})")  # how torch names what it does not load with weights_only=True
 _FIRST_READ = 2**15  # bytes; the header of 192 tensors takes about 20 KiB
 
 
@@ -230,8 +233,17 @@ def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
         # Mapped, so that pooled files are not in memory; only what torch wrote before 1.6 has to be read whole.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what a pickle raises depends on what is in it
-        reason = (str(error).splitlines() or [""])[0]
-        raise AdapterError(adapter, f"{path.name} cannot be read with weights_only=True: {reason}") from None
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise  # for want of memory, or of the device; EINVAL is what a truncated archive gives
+        # In words of our own: torch advises to load without weights_only, which would run what is in there.
+        if other := _NO_TENSOR.search(str(error)):
+            raise AdapterError(
+                adapter,
+                f"{path.name} holds more than tensors ({other[0]}), which may run code and is not loaded",
+                "save it again as safetensors",
+            ) from None
+        reason = f"{path.name} is truncated, or nothing that torch.save wrote of tensors alone"
+        raise AdapterError(adapter, reason, "fetch it again, or save it again as safetensors") from None
     dense = isinstance(state, dict) and all(
         isinstance(value, Tensor) and value.layout == torch.strided for value in state.values()
     )

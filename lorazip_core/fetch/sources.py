@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation
 
 from ..errors import UsageError
+from ..kinds import check_adapters_path
 from ..lock import Filters, Lock, is_inner_path
 from .address import source_of_address
 
@@ -137,6 +138,7 @@ def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> 
     path = given if given.is_absolute() else base / given
     if not path.is_dir():
         raise UsageError(f"{text!r} is not a directory")
+    check_adapters_path(path, may_be_empty=True, typed=repr(text))
     if within(path, target) or within(target, path):
         raise UsageError(f"{text!r} and -o {str(target)!r} lie in each other", "choose another -o")
     recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
