@@ -33,7 +33,7 @@ from .options import (
 )
 from .progress import progress
 from .report_file import check_report_files, write_data
-from .table import count, error, megabytes, percent, table
+from .table import count, error, megabytes, saved, table
 
 if TYPE_CHECKING:
     from lorazip_core.assignment import Candidate, ClusterFigures
@@ -173,7 +173,7 @@ def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
     return (
         f"svd, rank {candidate.rank}" if candidate.method == "svd" else str(candidate.clusters),
         megabytes(candidate.bytes_bundle),
-        percent(candidate.saved_ratio),
+        saved(candidate.saved_ratio),
         error(candidate.mean_squared_error),
         error(candidate.max_squared_error),
         f"{candidate.cost:.4f}",

@@ -33,7 +33,7 @@ from .options import (
 )
 from .options import clusters as parse_clusters
 from .progress import progress
-from .table import by_file, count, error, megabytes, percent, table, times
+from .table import by_file, count, error, megabytes, saved, saving, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.compress import CompressReport, PlanReport
@@ -156,7 +156,7 @@ def _render(report: CompressReport) -> None:
     console.say(
         f"{count(summary.adapters, 'adapter')} of {report.base_model or 'an unnamed base model'} in {report.bundle}:"
         f" {megabytes(summary.bytes_original)} to {megabytes(summary.bytes_bundle)},"
-        f" {percent(summary.saved_ratio)} saved, {times(summary.bytes_original, summary.bytes_bundle)}"
+        f" {saving(summary.saved_ratio)}, {times(summary.bytes_original, summary.bytes_bundle)}"
     )
     console.say(
         f"squared error: mean {error(summary.mean_squared_error)}, p95 {error(summary.p95_squared_error)},"
@@ -179,7 +179,7 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
             "-" if scheme.rank is None else str(scheme.rank),
             str(scheme.clusters or "-"),
             megabytes(scheme.bytes_bundle),
-            percent(scheme.saved_ratio),
+            saved(scheme.saved_ratio),
         )
         for scheme in report.schemes
     ]

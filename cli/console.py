@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from lorazip_core.errors import LocalError
 from lorazip_core.files import canonical_json
 from lorazip_core.text import plain
 
@@ -77,7 +79,8 @@ def _writing(stream: TextIO) -> Iterator[None]:
     except OSError as error:
         _stop_writing(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            raise OSError(error.errno, error.strerror, "stdout") from error
+            hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+            raise LocalError(f"stdout: {error.strerror}", hint) from error
 
 
 def _stop_writing(stream: TextIO) -> None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
 
+from . import console
+
 
 class Text(NamedTuple):
     """What the signature of a command does not say: the shortest call, and calls that people copy."""
@@ -66,6 +68,9 @@ def usage(command: str) -> str:
 class Verb(TyperCommand):
     """A command whose help says how it is called, what its options are, and shows examples."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        return _shown_by_us(super().get_help_option(ctx))
+
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         assert self.name is not None
         formatter.write_usage("lorazip", usage(self.name).removeprefix("lorazip "))
@@ -81,6 +86,9 @@ class Verb(TyperCommand):
 class Program(TyperGroup):
     """``lorazip`` itself."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        return _shown_by_us(super().get_help_option(ctx))
+
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         formatter.write_usage("lorazip", "COMMAND [options]")
 
@@ -91,6 +99,18 @@ class Program(TyperGroup):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         lines = ("lorazip demo", "lorazip compress --help", "lorazip compress adapters -o bundle --dry-run")
         _write_lines("Start with", lines, formatter)
+
+
+def _shown_by_us(option: Any) -> Any:
+    """The option --help, written as all else on stdout, so that a full device is told alike."""
+    option.callback = _show_help
+    return option
+
+
+def _show_help(ctx: Any, _: Any, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        console.line(ctx.get_help())
+        ctx.exit()
 
 
 def _write_parameters(parameters: list[Any], formatter: Any) -> None:

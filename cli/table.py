@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from lorazip_core.text import count, error, megabytes, percent, plain, times
+from lorazip_core.text import count, error, megabytes, plain, saved, saving, times
 
-__all__ = ["by_file", "count", "error", "megabytes", "percent", "table", "times"]
+__all__ = ["by_file", "count", "error", "megabytes", "saved", "saving", "table", "times"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ from . import console
 from .options import AllowPickle, Bundle, Device, Json, MaxMeanError, Quiet, squared_error
 from .progress import progress
 from .report_file import check_report_files, write_data
-from .table import count, error, megabytes, percent, table, times
+from .table import count, error, megabytes, saving, table, times
 
 if TYPE_CHECKING:
     from lorazip_core.verify import AdapterReport, Verification, VerifyReport
@@ -115,7 +115,7 @@ def _render(report: VerifyReport) -> None:
         return
     console.say(
         f"{count(summary.adapters, 'adapter')}, {megabytes(summary.bytes_original)} to"
-        f" {megabytes(summary.bytes_bundle)}: {percent(summary.saved_ratio)} saved,"
+        f" {megabytes(summary.bytes_bundle)}: {saving(summary.saved_ratio)},"
         f" {times(summary.bytes_original, summary.bytes_bundle)}"
     )
     console.say(

@@ -26,13 +26,21 @@ def error(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
 
 
-def percent(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{100 * ratio:.1f}%"
+def saved(ratio: float | None) -> str:
+    """The share of a size that is saved, below or beside the word; of one that has grown, by how much."""
+    return "-" if ratio is None else f"{100 * ratio:.1f}%" if ratio >= 0 else f"{-100 * ratio:.1f}% larger"
+
+
+def saving(ratio: float | None) -> str:
+    """The same within a sentence."""
+    return saved(ratio) if ratio is None or ratio < 0 else f"{saved(ratio)} saved"
 
 
 def times(before: int, after: int) -> str:
-    """How many times smaller ``after`` is."""
-    return f"{before / after:.1f} times smaller" if after else "-"
+    """How many times smaller ``after`` is, or how many times the size where it is larger."""
+    if not (before and after):
+        return "-"
+    return f"{before / after:.1f} times smaller" if after <= before else f"{after / before:.2f} times the size"
 
 
 def count(number: int, noun: str) -> str:

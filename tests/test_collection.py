@@ -218,26 +218,35 @@ def test_checkpoints_below_an_adapter_are_adapters_and_said(root: Path, made: Pa
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "what"),
-    [(os, "scandir", "b"), (os, "open", f"b/{fixtures.WEIGHTS}"), (Path, "read_bytes", f"b/{fixtures.CONFIG}")],
+    ("module", "functions", "what"),
+    [
+        (os, ("scandir", "listdir"), "b"),
+        (os, ("open",), f"b/{fixtures.WEIGHTS}"),
+        (Path, ("read_bytes",), f"b/{fixtures.CONFIG}"),
+    ],
 )
 def test_what_may_not_be_read(
-    root: Path, made: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, what: str
+    root: Path, made: Path, monkeypatch: pytest.MonkeyPatch, module: Any, functions: tuple[str, ...], what: str
 ) -> None:
-    place(made, root / "a", root / "b")
-    original = getattr(module, function)
+    """It is said of the adapter, or of the folder that may have adapters in it, and others need not share it."""
+    place(made, root / "a", root / "b" / "deep" if what == "b" else root / "b")
 
-    def refuse(path: Any, *arguments: Any) -> Any:
-        if os.fspath(path) == str(root / what):
-            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
-        return original(path, *arguments)
+    def refusing(original: Any) -> Any:
+        def refuse(path: Any, *arguments: Any) -> Any:
+            if os.fspath(path) == str(root / what):
+                raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+            return original(path, *arguments)
 
-    monkeypatch.setattr(module, function, refuse)
-    with pytest.raises(PermissionError):
-        open_collection(root)
+        return refuse
+
+    for function in functions:
+        monkeypatch.setattr(module, function, refusing(getattr(module, function)))
+    found = errors(root)
+    denied = f"{os.path.basename(what)} cannot be read: Permission denied (check its permissions)"
+    assert found == {"b": denied}
     collection = open_collection(root, skip_bad=True)
     assert names(collection) == ["a"]
-    assert "Permission denied" in dict(collection.skipped)["b"]
+    assert dict(collection.skipped) == found
 
 
 def test_order_does_not_depend_on_creation(root: Path, made: Path, tmp_path: Path) -> None:

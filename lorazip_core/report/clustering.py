@@ -9,7 +9,7 @@ from plotly.graph_objects import Scatter
 
 from ..assignment import Assignment, Candidate
 from ..quality import LARGE_ERROR
-from ..text import count, error, megabytes, percent
+from ..text import count, error, megabytes, saved, saving
 from . import page as skeleton
 from .charts import COLOURS, GREY, NAMED_ROWS, Grid, Ticks, empty_figure, heat_map, twin_bars
 from .page import Chart, Page, Table, Tile
@@ -73,7 +73,7 @@ def _tiles(assignment: Assignment) -> list[Tile]:
             Tile("Held out", error(float(numpy.mean(held_out))), "mean, by the others alone"),
         ]
     for chosen in (candidate for candidate in assignment.candidates if candidate.chosen):
-        tiles.append(Tile("Saved", percent(chosen.saved_ratio), f"bundle: {megabytes(chosen.bytes_bundle)}"))
+        tiles.append(Tile("Saved", saved(chosen.saved_ratio), f"bundle: {megabytes(chosen.bytes_bundle)}"))
     return tiles
 
 
@@ -201,7 +201,7 @@ def _said(candidate: Candidate) -> str:
     chosen = " (chosen)" if candidate.chosen else ""
     return (
         f"{what}, rank {candidate.rank}{chosen}<br>{megabytes(candidate.bytes_bundle)},"
-        f" {percent(candidate.saved_ratio)} saved<br>worst {error(candidate.max_squared_error)}"
+        f" {saving(candidate.saved_ratio)}<br>worst {error(candidate.max_squared_error)}"
     )
 
 

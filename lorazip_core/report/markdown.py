@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ..bundle.finding import Finding
-from ..text import error, megabytes, percent, plain, times
+from ..text import error, megabytes, plain, saved, times
 from ..verify import VerifyReport
 from .outcome import gates, kept_as, limits, made_with, verdict, worst_first
 
@@ -49,7 +49,7 @@ def _figures(report: VerifyReport) -> str:
                     f"{summary.adapters:,}",
                     megabytes(summary.bytes_original),
                     megabytes(summary.bytes_bundle),
-                    f"{percent(summary.saved_ratio)}, {times(summary.bytes_original, summary.bytes_bundle)}",
+                    f"{saved(summary.saved_ratio)}, {times(summary.bytes_original, summary.bytes_bundle)}",
                     error(summary.mean_squared_error),
                     error(summary.p95_squared_error),
                     error(summary.max_squared_error),

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy
 
 from ..quality import LARGE_ERROR, QualityWarning
-from ..text import count, error, megabytes, percent, times
+from ..text import count, error, megabytes, saved, times
 from ..verify import AdapterReport, ModuleErrors, VerifyReport
 from . import page as skeleton
 from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
@@ -82,7 +82,7 @@ def _tiles(report: VerifyReport) -> list[Tile]:
     return [
         Tile("Adapters", f"{summary.adapters:,}"),
         Tile("Size", megabytes(summary.bytes_bundle), f"before: {megabytes(summary.bytes_original)}"),
-        Tile("Saved", percent(summary.saved_ratio), times(summary.bytes_original, summary.bytes_bundle)),
+        Tile("Saved", saved(summary.saved_ratio), times(summary.bytes_original, summary.bytes_bundle)),
         Tile("Mean error", error(mean), f"squared, {report.errors_are}", mean is not None and mean > mean_limit),
         Tile("p95 error", error(summary.p95_squared_error), f"squared, {report.errors_are}"),
         Tile("Worst error", error(worst), f"squared, {report.errors_are}", worst is not None and worst > limit),
