@@ -25,9 +25,7 @@ _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly
 # Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
 # order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
 _CPU_BYTES, _DIAG_BYTES, _GPU_BYTES = 16, 48, 20
-_WIDE_BYTES = (
-    12  # more, where some factors are F64: of a pack, these as they were read and in the order of the problems
-)
+_WIDE_BYTES = 12  # more where some factors of a pack are F64: what was read, and what errors are computed from
 _AHEAD_BYTES = 4  # of the next pack, which is loaded meanwhile where tensors do not stay on the GPU
 _CORE_BYTES = 2 * 4  # per number in the core of an update on which the search runs: with its transpose
 _DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: products with a population of bases
@@ -98,9 +96,10 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
     sizes = [adapter.layout.size for adapter in collection.adapters]
     resident = stays(sum(sizes), bound)
     left = bound - (sum(sizes) if resident else 0)
-    each_number = _GPU_BYTES if resident else _GPU_BYTES + _AHEAD_BYTES
-    if _wide(collection):
-        each_number += _WIDE_BYTES
+    wide = bool(_wide(collection))
+    each_number = _GPU_BYTES + _WIDE_BYTES if wide else _GPU_BYTES
+    if not resident:
+        each_number += 2 * _AHEAD_BYTES if wide else _AHEAD_BYTES
     numbers, updates = _counts(collection)
     least = max(numbers.values()) * each_number + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
     if left < least:
