@@ -66,19 +66,21 @@ def encode_joint(
         if not len(chosen):
             break
         own = [_renumbered(owner, chosen, problems) for owner in owners]
+        # Neither batch has a name here: only one of them is held at a time.
         with part_of(share, len(chosen) / problems) as of_chosen:
-            scaled = Batch.of(stacks, own, len(chosen), scales)
-            u, v = fit_joint_batch(scaled, rank, seed=seed, effort=effort, share=of_chosen)
-        batch = Batch.exact(stacks, own, len(chosen))
-        encoded |= zip(chosen.tolist(), _encode_batch(batch, Basis(u, v), dtype), strict=True)
+            basis = fit_joint_batch(
+                Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort, share=of_chosen
+            )
+        shared = _encode_batch(Batch.exact(stacks, own, len(chosen)), Basis(*basis), dtype)
+        encoded |= zip(chosen.tolist(), shared, strict=True)
     for problem in plain.nonzero()[:, 0].tolist():
         [(stack, owner)] = [each for each in zip(stacks, owners, strict=True) if (each[1] == problem).any()]
         stack = stack.select(
             {member for member, own in zip(stack.members, owner.tolist(), strict=True) if own == problem}
         )
         u, v = hosvd(stack.rows.to(torch.float32), rank)  # of the span alone, whatever the factors are
-        batch = Batch.exact([stack], [torch.zeros(len(stack.members), dtype=torch.int64)], 1)
-        encoded[problem] = _encode_batch(batch, Basis(u[None], v[None]), dtype)[0]
+        alone = torch.zeros(len(stack.members), dtype=torch.int64)
+        encoded[problem] = _encode_batch(Batch.exact([stack], [alone], 1), Basis(u[None], v[None]), dtype)[0]
     return [encoded[problem] for problem in range(problems)]
 
 

@@ -25,6 +25,7 @@ _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly
 # Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
 # order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
 _CPU_BYTES, _DIAG_BYTES, _GPU_BYTES = 16, 48, 20
+_WIDE_BYTES = 12  # more where some factors of a pack are F64: what was read, and what errors are computed from
 _AHEAD_BYTES = 4  # of the next pack, which is loaded meanwhile where tensors do not stay on the GPU
 _CORE_BYTES = 2 * 4  # per number in the core of an update on which the search runs: with its transpose
 _DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: products with a population of bases
@@ -95,7 +96,10 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
     sizes = [adapter.layout.size for adapter in collection.adapters]
     resident = stays(sum(sizes), bound)
     left = bound - (sum(sizes) if resident else 0)
-    each_number = _GPU_BYTES if resident else _GPU_BYTES + _AHEAD_BYTES
+    wide = bool(_wide(collection))
+    each_number = _GPU_BYTES + _WIDE_BYTES if wide else _GPU_BYTES
+    if not resident:
+        each_number += 2 * _AHEAD_BYTES if wide else _AHEAD_BYTES
     numbers, updates = _counts(collection)
     least = max(numbers.values()) * each_number + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
     if left < least:
@@ -151,12 +155,14 @@ def _worker_bytes(collection: Collection, task: Task) -> int:
     numbers, updates = _counts(collection)
     shapes = [(module.d_out, module.d_in) for module in collection.modules]
     sizes = {Problem(0, number): numbers[module.name] for number, module in enumerate(collection.modules)}
+    wide = _wide(collection)
     most = 0
     for pack in packs(sizes, shapes, CPU_BUDGET):
         names = [collection.modules[module].name for _, module in pack]
         own, count = sum(numbers[name] for name in names), sum(updates[name] for name in names)
-        most = max(most, _pack_bytes(own, count, len(pack), shapes[pack[0].module], task))
-    return _WORKER_BYTES + max(most, alone)
+        more = 0 if wide.isdisjoint(names) else own * _WIDE_BYTES
+        most = max(most, _pack_bytes(own, count, len(pack), shapes[pack[0].module], task) + more)
+    return _WORKER_BYTES + max(most + _source_bytes(collection), alone)
 
 
 def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int], task: Task) -> int:
@@ -174,6 +180,24 @@ def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int]
     search += searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)
     climb = modules * task.clusters * longest * min(3 * task.rank, longest) * _COLUMN_BYTES if task.sought else 0
     return numbers * _CPU_BYTES + max(search, climb)
+
+
+def _source_bytes(collection: Collection) -> int:
+    """What a worker holds to read an expert: the largest tensor that has all of them, and its parts, transposed."""
+    layouts = {id(adapter.layout): adapter.layout for adapter in collection.adapters}.values()
+    sizes = (layout.tensors[cut.source].size_bytes for layout in layouts for cut in layout.interleaved)
+    return 2 * max(sizes, default=0)
+
+
+def _wide(collection: Collection) -> set[str]:
+    """The modules of which some adapter has a factor in F64: their stacks are float64."""
+    kinds = {(id(adapter.parts), id(adapter.layout)): adapter for adapter in collection.adapters}
+    return {
+        name
+        for adapter in kinds.values()
+        for name, part in adapter.parts.items()
+        if any(adapter.layout.tensors[key].dtype == "F64" for key in (part.key_b, part.key_a))
+    }
 
 
 def _kinds(collection: Collection) -> list[tuple[dict[str, Part], int]]:

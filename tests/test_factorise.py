@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import weakref
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from lorazip_core.batch import Batch
 from lorazip_core.factorise import Shared, encode_diag, encode_individual, encode_joint
 from lorazip_core.stack import ScaledStack, Stack
 
@@ -181,3 +183,22 @@ def test_individual_handles_zero_low_rank_and_overflow() -> None:
     (stored_b, _), error = encode_individual(b * 1e6, a, 2, torch.float16)
     assert float(error) == float("inf")
     assert bool(stored_b.isfinite().all())
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_one_batch_is_held_at_a_time(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the basis is fitted to is freed before the cores are solved for; also with nothing to search, at rank 30."""
+    made: list[weakref.ref[Batch]] = []
+    usual = Batch._of
+
+    def only(*args: Any) -> Batch:
+        assert [each() for each in made] == [None] * len(made)
+        batch = usual(*args)
+        made.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(Batch, "_of", only)
+    stacks = [ScaledStack.of(Stack.of(collection(seed), list(range(6)))) for seed in (0, 1)]
+    owners = [torch.full((6,), problem) for problem in (0, 1)]
+    encode_joint(stacks, owners, [torch.ones(6)] * 2, 2, rank=rank, dtype=torch.float32, seed=0)
+    assert len(made) == 2

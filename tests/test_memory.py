@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 import random_adapters as ra
@@ -65,10 +65,24 @@ def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
     return room_for(device, collection, Task("joint", 16, 1, False), bounds)
 
 
-def a_collection(modules: Sequence[int], adapters: int = 1000, size_bytes: int = 20 * MIB) -> Collection:
-    """Adapters that are all alike, with so many numbers in the factors of each of the modules."""
-    parts = {f"m{number}": SimpleNamespace(parameters=count) for number, count in enumerate(modules)}
-    one = SimpleNamespace(parts=parts, layout=SimpleNamespace(size=size_bytes, interleaved_bytes=0))
+def a_collection(
+    modules: Sequence[int],
+    adapters: int = 1000,
+    size_bytes: int = 20 * MIB,
+    dtype: str = "F32",
+    sources: Sequence[int] = (),
+) -> Collection:
+    """Adapters that are all alike, with so many numbers in the factors of each of the modules.
+
+    ``sources`` are the bytes of tensors with the factors of experts.
+    """
+    keys = {"key_b": "b", "key_a": "a"}
+    parts = {f"m{number}": SimpleNamespace(parameters=count, **keys) for number, count in enumerate(modules)}
+    tensors = {"b": SimpleNamespace(dtype="F32"), "a": SimpleNamespace(dtype=dtype)}
+    tensors |= {f"source{number}": SimpleNamespace(size_bytes=size) for number, size in enumerate(sources)}
+    cuts = [SimpleNamespace(source=f"source{number}") for number in range(len(sources))]
+    layout = SimpleNamespace(size=size_bytes, interleaved_bytes=sum(sources), tensors=tensors, interleaved=cuts)
+    one = SimpleNamespace(parts=parts, layout=layout)
     shapes = [SimpleNamespace(name=name, d_out=4096, d_in=4096) for name in parts]
     return cast(Collection, SimpleNamespace(adapters=[one] * adapters, modules=shapes))
 
@@ -117,6 +131,22 @@ class TestOnTheCpu:
         numbers, updates = memory._counts(mixed)
         assert dict(numbers) == {"m0": 500 * 1000, "m1": 200 * 50}
         assert dict(updates) == {"m0": 500, "m1": 200}
+
+    @pytest.mark.parametrize("method", ["joint", "diag"])
+    def test_factors_in_float64_take_more(self, method: Literal["joint", "diag"]) -> None:
+        """A pack of them is a stack and a batch of float64."""
+        task = Task(method, 16, 1, False)
+        base, narrow = memory.host_bytes(CPU, a_collection([100_000, 50]), task)
+        assert memory.host_bytes(CPU, a_collection([100_000, 50], dtype="F64"), task) == (
+            base,
+            narrow + 1000 * 100_000 * memory._WIDE_BYTES,
+        )
+
+    def test_each_worker_holds_a_tensor_of_experts_and_its_parts(self) -> None:
+        task = Task("joint", 16, 1, False)
+        _, without = memory.host_bytes(CPU, a_collection([100_000]), task)
+        _, experts = memory.host_bytes(CPU, a_collection([100_000], sources=[MIB, 48 * MIB, MIB]), task)
+        assert experts == without + 2 * 48 * MIB
 
     def test_the_bound_on_a_gpu_says_nothing_here(self) -> None:
         assert room(CPU, a_collection([1000]), Bounds(None, 1)) == Room(16, CPU_BUDGET, HOST)
@@ -173,6 +203,17 @@ class TestOnAGpu:
         with pytest.raises(LocalError, match=r"--memory: 2048 MiB is too little, \d+ MiB is the least"):
             room(GPU, collection, Bounds(2 * GIB))
         room(GPU, collection, Bounds(3 * GIB))
+
+    def test_factors_in_float64_take_more(self) -> None:
+        wide = a_collection([100_000], dtype="F64")
+        for bound in (80, 24, 8):
+            found = room(GPU, wide, Bounds(None, bound * GIB))
+            resident = 1000 * 20 * MIB if found.placement.kind == "resident" else 0
+            assert resident + found.budget.numbers * (memory._GPU_BYTES + memory._WIDE_BYTES) <= bound * GIB
+        least = 1000 * 100_000 * (memory._GPU_BYTES + memory._WIDE_BYTES)
+        room(GPU, a_collection([100_000]), Bounds(None, least))
+        with pytest.raises(LocalError, match="--device-memory"):
+            room(GPU, wide, Bounds(None, least))
 
 
 @pytest.fixture(scope="module")
