@@ -136,6 +136,7 @@ def test_schemas_are_those_of_the_types(name: str) -> None:
 
 def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "0.safetensors").touch()
     damaged = verify(tmp_path)  # a bundle without its manifest
     written = {
         "bundle-1": [json.loads((path / "manifest.json").read_bytes())],

@@ -422,7 +422,7 @@ class TestPermissions:
         def fail(*_: object) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        monkeypatch.setattr(files.hashlib, "file_digest", fail)
+        monkeypatch.setattr("lorazip_core.bundle.reader.sha256_stream", fail)
         assert main(["verify", str(made / "bundle")]) == 8
         assert ".safetensors: Input/output error" in capsys.readouterr().err
 
