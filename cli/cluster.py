@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
-from lorazip_core.files import canonical_json
-from lorazip_core.kinds import check_adapters_path
+from lorazip_core.base.files import canonical_json
+from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.report import check_available
 
 from . import console
@@ -36,8 +36,8 @@ from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, saved, table
 
 if TYPE_CHECKING:
-    from lorazip_core.assignment import Candidate, ClusterFigures
-    from lorazip_core.cluster import ClusterReport
+    from lorazip_core.clustering import ClusterReport
+    from lorazip_core.clustering.clusters_file import Candidate, ClusterFigures
 
 _LISTED = 10
 
@@ -88,9 +88,9 @@ def cluster(
     check_report_files({"-o": output, "--report": html}, inputs=[directory], force=force, json=json)
     if html is not None:
         check_available()
-    from lorazip_core import team
-    from lorazip_core.cluster import ClusterOptions
-    from lorazip_core.cluster import cluster as cluster_adapters
+    from lorazip_core.base import team
+    from lorazip_core.clustering import ClusterOptions
+    from lorazip_core.clustering import cluster as cluster_adapters
 
     wanted: int | Literal["auto"] = "auto" if clusters == "auto" else int(clusters)
     options = ClusterOptions(

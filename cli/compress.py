@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorazip_core.kinds import check_adapters_path
-from lorazip_core.places import check_place
-from lorazip_core.text import plain
+from lorazip_core.base.text import plain
+from lorazip_core.bundle.kinds import check_adapters_path
+from lorazip_core.bundle.places import check_place
 
 from . import console
 from .early import check_new
@@ -90,7 +90,7 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
-    from lorazip_core.plan import CompressOptions
+    from lorazip_core.planning.plan import CompressOptions
 
     options = CompressOptions(
         method=method,
@@ -110,7 +110,7 @@ def compress(
         check_place(output, [directory])
         if not dry_run:
             check_new(output, force=force)
-    from lorazip_core import team
+    from lorazip_core.base import team
     from lorazip_core.compress import compress as compress_adapters
     from lorazip_core.compress import plan
 

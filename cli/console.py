@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
-from lorazip_core.errors import LocalError
-from lorazip_core.files import canonical_json
-from lorazip_core.text import plain
+from lorazip_core.base.errors import LocalError
+from lorazip_core.base.files import canonical_json
+from lorazip_core.base.text import plain
 
 if TYPE_CHECKING:
-    from lorazip_core.quality import QualityWarning
+    from lorazip_core.bundle.quality import QualityWarning
 
 _LISTED = 10
 

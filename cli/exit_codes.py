@@ -1,8 +1,8 @@
-"""The exit codes and what they mean, gathered from the classes of `lorazip_core.errors`."""
+"""The exit codes and what they mean, gathered from the classes of `lorazip_core.base.errors`."""
 
 from __future__ import annotations
 
-from lorazip_core.errors import LorazipError
+from lorazip_core.base.errors import LorazipError
 
 from .interrupt import INTERRUPTED
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorazip_core.kinds import check_bundle_path
-from lorazip_core.places import check_place
+from lorazip_core.bundle.kinds import check_bundle_path
+from lorazip_core.bundle.places import check_place
 
 from . import console
 from .early import check_new

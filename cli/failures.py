@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import typer
 
-from lorazip_core.errors import AdapterErrors, LocalError, LorazipError
-from lorazip_core.files import system_error
-from lorazip_core.text import megabytes
+from lorazip_core.base.errors import AdapterErrors, LocalError, LorazipError
+from lorazip_core.base.files import system_error
+from lorazip_core.base.text import megabytes
 
 from .table import count
 from .usage import explain_usage

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazip_core.lock import LOCK_NAME, read_strictly
-from lorazip_core.text import plain
+from lorazip_core.adapter.lock import LOCK_NAME, read_strictly
+from lorazip_core.base.text import plain
 
 from . import console
 from .options import AllowPickle, Json, Quiet, between, bound, size

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lorazip_core.text import plain
+from lorazip_core.base.text import plain
 
 from . import console
 from .options import Bundle, Json, Quiet
 from .table import by_file, count, error, megabytes, table, times
 
 if TYPE_CHECKING:
+    from lorazip_core.adapter.lock import Origin
     from lorazip_core.info import AdapterInfo, InfoReport
-    from lorazip_core.lock import Origin
 
 _UNKNOWN = "unknown"  # the Hub's own word for it, too
 

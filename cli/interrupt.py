@@ -1,7 +1,7 @@
 """Ctrl-C and `kill`: the first asks the command to stop and clear away unfinished output, the second ends the process.
 
 KeyboardInterrupt raised inside a C extension can come out as another exception, or be lost. So the request is also
-remembered: long work looks at it (`lorazip_core.stopping`), and whatever a command then fails with counts as
+remembered: long work looks at it (`lorazip_core.base.stopping`), and whatever a command then fails with counts as
 interrupted.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from lorazip_core.stopping import clear_stop, request_stop, stop_requested
+from lorazip_core.base.stopping import clear_stop, request_stop, stop_requested
 
 INTERRUPTED = 130  # the exit code
 TOLD = "interrupted; nothing was left half-written"

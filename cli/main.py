@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from lorazip_core import __version__
-from lorazip_core.errors import Interrupted, UsageError
-from lorazip_core.stopping import stop_requested
+from lorazip_core.base.errors import Interrupted, UsageError
+from lorazip_core.base.stopping import stop_requested
 
 from . import console
 from .cluster import cluster

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorazip_core.errors import UsageError
-from lorazip_core.kinds import is_bundle
+from lorazip_core.base.errors import UsageError
+from lorazip_core.bundle.kinds import is_bundle
 
 Dtype = Literal["bf16", "f16", "f32"]
 

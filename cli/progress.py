@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorazip_core.progress import Advance, Progress, Silent, Transfer
-from lorazip_core.text import count, megabytes, plain
+from lorazip_core.base.progress import Advance, Progress, Silent, Transfer
+from lorazip_core.base.text import count, megabytes, plain
 
 from . import console
 from .interrupt import announce_with

@@ -14,9 +14,9 @@ from typing import TextIO
 
 import msgspec
 
-from lorazip_core.errors import OutputExists, UsageError
-from lorazip_core.files import canonical_json, check_parent, naming, settle, write_file
-from lorazip_core.places import check_place
+from lorazip_core.base.errors import OutputExists, UsageError
+from lorazip_core.base.files import canonical_json, check_parent, naming, settle, write_file
+from lorazip_core.bundle.places import check_place
 
 from . import console
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from lorazip_core.text import count, error, megabytes, plain, saved, saving, times
+from lorazip_core.base.text import count, error, megabytes, plain, saved, saving, times
 
 __all__ = ["by_file", "count", "error", "megabytes", "saved", "saving", "table", "times"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from lorazip_core.files import canonical_json
-from lorazip_core.kinds import check_adapters_path, check_bundle_path
+from lorazip_core.base.files import canonical_json
+from lorazip_core.bundle.kinds import check_adapters_path, check_bundle_path
 from lorazip_core.report import check_available
 
 from . import console

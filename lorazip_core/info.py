@@ -9,8 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from .adapter.lock import Origin
 from .bundle import AdapterEntry, Bundle, ModuleEntry, Parameters, ShardEntry, SkippedEntry
-from .lock import Origin
 
 
 class ModuleShape(Struct, frozen=True):

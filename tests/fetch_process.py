@@ -16,8 +16,8 @@ from hub import Answer, HubServer, Repository, Request
 from huggingface_hub import try_to_load_from_cache
 
 from lorazip_core.adapter import find_adapters, open_adapter
+from lorazip_core.adapter.lock import LOCK_NAME
 from lorazip_core.fetch.workspace import FOLDER
-from lorazip_core.lock import LOCK_NAME
 
 LORAZIP = Path(sys.executable).with_name("lorazip")
 TOKEN = "hf_SecretOfTheTestsThatNoOutputMayShow"

@@ -13,7 +13,7 @@ from hub import HubServer, Repository
 from safetensors.numpy import save
 
 from lorazip_cli.main import main
-from lorazip_core.lock import Lock, read_lock
+from lorazip_core.adapter.lock import Lock, read_lock
 
 BASE = "org/base"
 CARD = {"library_name": "peft", "base_model": BASE, "license": "mit"}

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorazip_core.assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
 from lorazip_core.bundle import ModuleError
 from lorazip_core.bundle.check import Finding
-from lorazip_core.summary import summarise
+from lorazip_core.bundle.summary import summarise
+from lorazip_core.clustering.clusters_file import (
+    AssignedAdapter,
+    Assignment,
+    Candidate,
+    ClusterFigures,
+    NearDuplicate,
+    Outlier,
+)
 from lorazip_core.verify import AdapterReport, Gates, ModuleErrors, Verification, VerifyReport
 
 HOSTILE = [

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorazip_core.stack import ScaledStack, Stack
-from lorazip_core.updates import Updates
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.reading.updates import Updates
 
 SHAPES = [(24, 20), (16, 24), (10, 20), (20, 20), (16, 14)]
 Adapters = list[dict[int, tuple[Tensor, Tensor]]]

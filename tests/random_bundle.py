@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from lorazip_core.adapter import Module, write_adapter
+from lorazip_core.adapter.lock import Origin
+from lorazip_core.base.files import safe_name, sha256_file
 from lorazip_core.bundle import (
     DTYPES,
     AdapterEntry,
@@ -28,8 +30,6 @@ from lorazip_core.bundle import (
     SourceEntry,
     required_to_read,
 )
-from lorazip_core.files import safe_name, sha256_file
-from lorazip_core.lock import Origin
 
 BASE = "org/base"
 MODULES = [

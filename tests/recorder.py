@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lorazip_core.progress import Advance
+from lorazip_core.base.progress import Advance
 
 
 class RecordedTransfer:

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from lorazip_core.assignment import Assignment
+from lorazip_core.adapter.lock import Lock
 from lorazip_core.bundle import Manifest
-from lorazip_core.cluster import ClusterReport
+from lorazip_core.clustering import ClusterReport
+from lorazip_core.clustering.clusters_file import Assignment
 from lorazip_core.compress import CompressReport, PlanReport
 from lorazip_core.export import ExportReport
 from lorazip_core.fetch import FetchReport
 from lorazip_core.info import InfoReport
-from lorazip_core.lock import Lock
 from lorazip_core.verify import VerifyReport
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"

@@ -19,10 +19,10 @@ from unittest.mock import patch
 from recorder import Recorder
 
 from lorazip_cli.main import main
-from lorazip_core import team
+from lorazip_core.base import team
+from lorazip_core.base.errors import AdapterError, AdapterErrors, LorazipError
+from lorazip_core.base.progress import Advance
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import AdapterError, AdapterErrors, LorazipError
-from lorazip_core.progress import Advance
 
 
 class Stopping(Recorder):
@@ -43,7 +43,7 @@ class Stopping(Recorder):
 
 def interrupted(root: str, output: str) -> None:
     """`compress`, interrupted in every process after its first pack."""
-    with patch("lorazip_core.memory.cores", return_value=1):  # else others are stored before anybody notices
+    with patch("lorazip_core.reading.memory.cores", return_value=1):  # else others are stored before anybody notices
         compress(Path(root), Path(output), CompressOptions(rank=4, clusters=2), progress=Stopping(Path(output)))
 
 

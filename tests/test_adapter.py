@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorazip_core.adapter import TensorInfo, aligned, open_adapter, view, views, write_adapter
 from lorazip_core.adapter.config import parse_config
-from lorazip_core.errors import AdapterError
+from lorazip_core.base.errors import AdapterError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 Q = "base_model.model.layers.0.q"

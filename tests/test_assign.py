@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import SHAPES, Adapters, collected, groups, rewritten, same_partition, shuffled
 
-from lorazip_core import assign
 from lorazip_core.adapter import open_collection
-from lorazip_core.assign import Clustering, Probes, settle
-from lorazip_core.joint import fit_joint
-from lorazip_core.scan import scan
-from lorazip_core.stack import Stack
+from lorazip_core.clustering import alternation as assign
+from lorazip_core.clustering.alternation import Clustering, Probes, settle
+from lorazip_core.maths.stack import Stack
+from lorazip_core.maths.tucker import fit_joint
+from lorazip_core.reading.scan import scan
 
 REAL = Path(__file__).parents[2] / "shared/data/smollm2-r16"
 

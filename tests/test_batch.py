@@ -12,11 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorazip_core import batch as module
-from lorazip_core import joint
-from lorazip_core.batch import Batch, Chunks
-from lorazip_core.joint import QUICK, THOROUGH, Basis, climb_batch, fit_joint, fit_joint_batch, hosvd, hosvd_batch
-from lorazip_core.stack import ScaledStack, Stack
+from lorazip_core.maths import batch as module
+from lorazip_core.maths import tucker as joint
+from lorazip_core.maths.batch import Batch, Chunks
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.maths.tucker import (
+    QUICK,
+    THOROUGH,
+    Basis,
+    climb_batch,
+    fit_joint,
+    fit_joint_batch,
+    hosvd,
+    hosvd_batch,
+)
 
 D_OUT, D_IN = 9, 7
 OWNERS = 3  # problems of a stack, at the most

@@ -32,7 +32,7 @@ import scale
 import scale_cpu
 
 from lorazip_core.adapter import open_collection
-from lorazip_core.linalg import truncated_svd
+from lorazip_core.maths.factored import truncated_svd
 
 
 @pytest.fixture(scope="module")

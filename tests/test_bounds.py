@@ -9,14 +9,15 @@ import random_adapters as ra
 import torch
 
 from lorazip_cli.main import main
-from lorazip_core import batch, memory
 from lorazip_core.adapter import Collection, open_collection
-from lorazip_core.batch import Batch
+from lorazip_core.base.errors import LocalError
+from lorazip_core.base.files import tree
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import LocalError
-from lorazip_core.files import tree
-from lorazip_core.memory import Bounds, Task, room
-from lorazip_core.stack import ScaledStack, Stack
+from lorazip_core.maths import batch
+from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.reading import memory
+from lorazip_core.reading.memory import Bounds, Task, room
 
 CPU = torch.device("cpu")
 ONE = Task("joint", 4, 1, False)

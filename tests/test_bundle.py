@@ -15,11 +15,11 @@ from broken import flip
 from random_bundle import EXTRA, HUB, LOCAL, SKETCHES, as_json, make_bundle
 from reference_reader import DamagedError, ReferenceReader
 
+from lorazip_core.base.errors import BundleDamaged
 from lorazip_core.bundle import DTYPES, Bundle
 from lorazip_core.bundle.check import finite, orthonormality_tolerance
-from lorazip_core.errors import BundleDamaged
+from lorazip_core.bundle.decoder import decode
 from lorazip_core.info import info
-from lorazip_core.reconstruct import decode
 from lorazip_core.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent

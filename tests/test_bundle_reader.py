@@ -14,8 +14,8 @@ from broken import flip
 from random_bundle import make_bundle
 
 from lorazip_cli.main import main
+from lorazip_core.base.errors import BundleDamaged
 from lorazip_core.bundle import Bundle, reader
-from lorazip_core.errors import BundleDamaged
 from lorazip_core.export import export
 from lorazip_core.info import info
 from lorazip_core.verify import verify

@@ -25,10 +25,10 @@ from lorazip_cli.exit_codes import exit_codes, markdown_table
 from lorazip_cli.help import TEXTS, usage
 from lorazip_cli.main import app, main
 from lorazip_cli.progress import Lines, progress
-from lorazip_core.errors import AdapterError, AdapterErrors, BundleDamaged, LorazipError, Unsupported
-from lorazip_core.plan import DEFAULT_RANK, CompressOptions
+from lorazip_core.base.errors import AdapterError, AdapterErrors, BundleDamaged, LorazipError, Unsupported
+from lorazip_core.base.stopping import check_stop
+from lorazip_core.planning.plan import DEFAULT_RANK, CompressOptions
 from lorazip_core.sample import sample_path
-from lorazip_core.stopping import check_stop
 
 COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "demo")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "commands.md"

@@ -16,10 +16,10 @@ from recorder import Recorder
 from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
-from lorazip_core.assignment import Assignment
 from lorazip_core.bundle import Bundle
-from lorazip_core.cluster import ClusterOptions, cluster
-from lorazip_core.cluster.choose import _ladder
+from lorazip_core.clustering import ClusterOptions, cluster
+from lorazip_core.clustering.choose import _ladder
+from lorazip_core.clustering.clusters_file import Assignment
 from lorazip_core.sample import sample_path
 
 MODULES = tuple(

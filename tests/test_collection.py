@@ -15,7 +15,7 @@ import torch
 from lorazip_core.adapter import Collection, open_collection
 from lorazip_core.adapter.collection import find_adapters
 from lorazip_core.adapter.notes import notes
-from lorazip_core.errors import AdapterError, AdapterErrors, UsageError
+from lorazip_core.base.errors import AdapterError, AdapterErrors, UsageError
 
 LINEAR = {"target_modules": ["q", "up"], "r": 4, "lora_alpha": 12}
 

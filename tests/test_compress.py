@@ -19,12 +19,12 @@ from peft_fixtures import edit_weights
 from recorder import Recorder
 from reference_reader import ReferenceReader
 
+from lorazip_core.base.errors import AdapterError, AdapterErrors, LocalError, LorazipError, OutputExists, UsageError
+from lorazip_core.base.files import safe_name, tree
+from lorazip_core.base.progress import Advance
 from lorazip_core.bundle import AdapterEntry, Bundle
 from lorazip_core.compress import CompressOptions, CompressReport, compress
-from lorazip_core.errors import AdapterError, AdapterErrors, LocalError, LorazipError, OutputExists, UsageError
-from lorazip_core.files import safe_name, tree
-from lorazip_core.packs import Budget
-from lorazip_core.progress import Advance
+from lorazip_core.reading.packs import Budget
 from lorazip_core.verify import VerifyReport, verify
 
 NAMES = [recipe.name for recipe in ra.MIXED]
@@ -491,7 +491,7 @@ class Interrupt:
 def test_an_interruption_leaves_the_old_bundle(
     alike: Path, tmp_path: Path, label: str, force: bool, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorazip_core.memory.CPU_BUDGET", Budget(1, 1))  # many packs
+    monkeypatch.setattr("lorazip_core.reading.memory.CPU_BUDGET", Budget(1, 1))  # many packs
     options = CompressOptions(rank=2, clusters=2, max_error=0.001)
     before = {}
     if force:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorazip_core import diag
-from lorazip_core.cp import als_round, captured, prune, solve_diag, unit
-from lorazip_core.diag import fit_diag, own_components, polish
-from lorazip_core.joint import Basis, fit_joint
-from lorazip_core.stack import Stack
+from lorazip_core.maths import cp_search as diag
+from lorazip_core.maths.cp import als_round, captured, prune, solve_diag, unit
+from lorazip_core.maths.cp_search import fit_diag, own_components, polish
+from lorazip_core.maths.stack import Stack
+from lorazip_core.maths.tucker import Basis, fit_joint
 
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorazip_cli.main import main
 from lorazip_core.adapter import open_adapter
-from lorazip_core.errors import AdapterError
+from lorazip_core.base.errors import AdapterError
 
 LINEAR = {"target_modules": ["q", "up"], "r": 4, "lora_alpha": 12, "use_dora": True}
 KEY = "base_model.model.layers.0.q.lora_magnitude_vector"

@@ -26,13 +26,13 @@ from transformers import (
 from lorazip_cli.main import main
 from lorazip_core.adapter import Adapter, Module, Parameter, open_adapter, open_collection
 from lorazip_core.adapter.experts import apart
+from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.bundle import Bundle, ParameterEntry
 from lorazip_core.bundle.check import contradictions
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import AdapterError, AdapterErrors
+from lorazip_core.maths.stack import Stack
 from lorazip_core.reading import Files, blocks, buffers, runs
 from lorazip_core.reading.stacks import Stacks
-from lorazip_core.stack import Stack
 from lorazip_core.verify import verify
 
 SIZES = {

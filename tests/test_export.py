@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorazip_cli.main import main
 from lorazip_core.adapter import Adapter, Module, open_adapter, open_collection, write_adapter
+from lorazip_core.base.errors import BundleDamaged, OutputExists, Unsupported, UsageError
+from lorazip_core.base.files import safe_name, sha256_file, tree
+from lorazip_core.base.threads import at_most
 from lorazip_core.bundle import (
     DTYPES,
     AdapterEntry,
@@ -32,14 +35,11 @@ from lorazip_core.bundle import (
     ShardEntry,
     SourceEntry,
 )
-from lorazip_core.errors import BundleDamaged, OutputExists, Unsupported, UsageError
+from lorazip_core.bundle.decoder import decode
 from lorazip_core.export import ExportReport, export, exporter, vllm
 from lorazip_core.export.size import export_bytes
-from lorazip_core.files import safe_name, sha256_file, tree
-from lorazip_core.linalg import truncated_svd
-from lorazip_core.reconstruct import decode
+from lorazip_core.maths.factored import truncated_svd
 from lorazip_core.verify import verify
-from lorazip_core.workers import at_most
 
 
 def bundle_of(

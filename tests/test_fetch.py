@@ -20,8 +20,8 @@ from random_adapters import plain, write_collection
 
 from lorazip_cli.main import main
 from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.lock import LOCK_NAME
 from lorazip_core.fetch import FetchReport, run, workspace
-from lorazip_core.lock import LOCK_NAME
 
 
 def serve(hub: HubServer, *ids: str, **settings: object) -> list[Repository]:

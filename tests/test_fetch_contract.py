@@ -12,7 +12,7 @@ import pytest
 from fetching import Fetching, adapter_files, repository
 
 from lorazip_core.adapter import open_collection
-from lorazip_core.lock import LOCK_NAME
+from lorazip_core.adapter.lock import LOCK_NAME
 
 
 class Place(NamedTuple):

@@ -31,11 +31,11 @@ from huggingface_hub import constants
 from random_adapters import plain, write_collection
 
 import lorazip_core.fetch
+from lorazip_core.adapter.lock import LOCK_NAME
 from lorazip_core.fetch import FetchOptions, Patience, bring, workspace
 from lorazip_core.fetch import hub as hub_module
 from lorazip_core.fetch.hub import Hub
 from lorazip_core.fetch.manners import Manners
-from lorazip_core.lock import LOCK_NAME
 
 LOG_IN = "set HF_TOKEN or run 'hf auth login'"
 KEPT = "what has arrived is kept: run again later"

@@ -20,7 +20,7 @@ from fetch_process import TOKEN, Killer, contents, environment, left, repositori
 from hub import SIGNATURE, Drip, HubServer, Repository
 from random_adapters import plain, write_collection
 
-from lorazip_core.lock import LOCK_NAME, read_lock
+from lorazip_core.adapter.lock import LOCK_NAME, read_lock
 
 # Forks a `lorazip` for each line of JSON on stdin, says its process id, and how it ended. With a step it kills itself:
 # when Python reports, for the n-th time, a use of the file system in the folder; or "finishing", once the new lock is

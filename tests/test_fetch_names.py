@@ -9,9 +9,9 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorazip_core.adapter.lock import Origin, is_inner_path
 from lorazip_core.fetch.names import give_names, identity
 from lorazip_core.fetch.wanted import Wanted
-from lorazip_core.lock import Origin, is_inner_path
 
 part = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/\\"), min_size=1, max_size=8).filter(
     lambda text: text not in (".", "..")

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorazip_core import files
-from lorazip_core.bundle.manifest import InnerPath
-from lorazip_core.errors import Interrupted, LocalError, OutputExists, PeerEnded
-from lorazip_core.files import (
+from lorazip_core.base import files
+from lorazip_core.base.errors import Interrupted, LocalError, OutputExists, PeerEnded
+from lorazip_core.base.files import (
     Building,
     atomic_directory,
     canonical_json,
@@ -28,6 +27,7 @@ from lorazip_core.files import (
     sha256_file,
     tree,
 )
+from lorazip_core.bundle.manifest import InnerPath
 
 
 def not_ours(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lorazip_cli.main import main
 from lorazip_core.adapter import open_adapter
-from lorazip_core.errors import AdapterError
+from lorazip_core.base.errors import AdapterError
 
 UNET = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DIFFUSERS = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"

@@ -15,8 +15,8 @@ import torch
 from reference_reader import ReferenceReader
 
 from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.decoder import decode
 from lorazip_core.export import export
-from lorazip_core.reconstruct import decode
 from lorazip_core.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,11 +12,11 @@ import random_adapters as ra
 import torch
 from msgspec import structs
 
+from lorazip_core.base.errors import AdapterErrors
 from lorazip_core.bundle import AdapterEntry, Bundle
+from lorazip_core.bundle.summary import is_adapter_within, is_within
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import AdapterErrors
-from lorazip_core.stack import ScaledStack, Stack
-from lorazip_core.summary import is_adapter_within, is_within
+from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.verify import verify
 
 # None of them is a float32 number: folded into a factor, each is rounded.

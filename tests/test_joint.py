@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazip_core import joint
-from lorazip_core.joint import Basis, climb, fit_joint, hosvd, objective
-from lorazip_core.linalg import truncated_svd
-from lorazip_core.stack import Stack
+from lorazip_core.maths import tucker as joint
+from lorazip_core.maths.factored import truncated_svd
+from lorazip_core.maths.stack import Stack
+from lorazip_core.maths.tucker import Basis, climb, fit_joint, hosvd, objective
 
 Factors = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,40 +12,30 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
-# Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
-ROWS = [
-    {"errors", "progress", "files", "text", "workers", "team", "device", "sample", "stopping", "linalg"},
-    {"adapter", "bundle", "assignment", "lock", "kinds", "places"},
-    {
-        *{"stack", "batch", "packs", "updates", "summary", "quality", "plan"},
-        *{"joint", "cp", "diag", "similarity", "assign", "factorise", "reconstruct"},
-    },
-    {
-        "reading",
-        "memory",
-        "scan",
-        "measure",
-        "originals",
-        "fetch",
-        "cluster",
-        "compress",
-        "verify",
-        "export",
-        "info",
-        "report",
-    },
-]
-ENCODER = {"batch", "joint", "cp", "diag", "factorise", "similarity", "assign", "cluster", "compress", "plan"}
-DECODER = {"reconstruct", "export", "verify", "info", "originals", "measure"}
+# From the ground up: a file imports from its own floor and from those below it.
+FLOORS = (
+    "base",
+    "maths",
+    "schemes",
+    "adapter",
+    "bundle",
+    "fetch",
+    "reading",
+    "clustering",
+    "planning",
+    "compress",
+    "verify",
+    "export",
+    "report",
+    "sample",
+    "info",
+)
+ENCODER = ("maths.batch", "maths.tucker", "maths.cp", "schemes.encode", "clustering", "planning", "compress")
+DECODER = ("bundle.decoder", "export", "verify", "info")
 
 
 def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
-
-
-def unit(path: Path) -> str:
-    """The module or package of the core, one level deep, that a file belongs to."""
-    return path.relative_to(CORE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path, package: Path) -> Iterator[tuple[str, int]]:
@@ -61,24 +52,36 @@ def imports(path: Path, package: Path) -> Iterator[tuple[str, int]]:
                 yield f"{stem}.{alias.name}", node.lineno
 
 
+def module(path: Path) -> str:
+    """The dotted name of a file of the core, below the core."""
+    return ".".join(path.relative_to(CORE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module(path): path for path in sources(CORE)}
+
+
 def core_imports(path: Path) -> set[str]:
-    """The units of the core that a file of the core imports, its own aside."""
-    units = {name.split(".")[1] for name, _ in imports(path, CORE) if name.startswith("lorazip_core.")}
-    return units - {unit(path), "__version__"}
+    """The modules of the core that a file of the core imports, wherever in it."""
+    found = set()
+    for name, _ in imports(path, CORE):
+        inner = name.removeprefix("lorazip_core").lstrip(".")
+        if name.startswith("lorazip_core.") and inner != "__version__":
+            found.add(inner if inner in MODULES else inner.rpartition(".")[0])
+    return found - {"", module(path)}
 
 
-def test_every_module_of_the_core_has_a_row() -> None:
-    placed = set().union(*ROWS)
-    assert {unit(path) for path in sources(CORE)} - {"__init__"} <= placed
-    assert sum(map(len, ROWS)) == len(placed)
+def floor(name: str) -> int:
+    return FLOORS.index(name.split(".")[0])
 
 
-@pytest.mark.parametrize("path", sources(CORE), ids=lambda path: path.relative_to(CORE).as_posix())
-def test_a_module_imports_only_from_its_row_and_those_above(path: Path) -> None:
-    row = {name: number for number, names in enumerate(ROWS) for name in names}
-    own = row.get(unit(path), -1)
-    wrong = {name for name in core_imports(path) if row.get(name, len(ROWS)) > own}
-    assert not wrong, f"{path.name} imports {wrong}"
+def test_every_module_of_the_core_has_a_floor() -> None:
+    assert {name.split(".")[0] for name in MODULES} - {""} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
+def test_a_module_imports_only_from_its_floor_and_those_below(name: str) -> None:
+    wrong = {other for other in core_imports(MODULES[name]) if floor(other) > floor(name)}
+    assert not wrong, f"{name} imports {wrong}"
 
 
 def test_the_reader_of_imports_reads_them(tmp_path: Path) -> None:
@@ -97,17 +100,27 @@ def test_the_reader_of_imports_reads_them(tmp_path: Path) -> None:
     }
 
 
-def test_the_decoder_never_imports_the_encoder() -> None:
-    direct: dict[str, set[str]] = {}
-    for path in sources(CORE):
-        direct.setdefault(unit(path), set()).update(core_imports(path))
-    reached, todo = set(), list(DECODER & direct.keys())
+def reached_from(names: Iterable[str]) -> set[str]:
+    """All that these modules, or those in these packages, import, by whatever way."""
+    reached: set[str] = set()
+    todo = [name for name in MODULES if name.startswith(tuple(names))]
     while todo:
         name = todo.pop()
         if name not in reached:
             reached.add(name)
-            todo += direct.get(name, ())
-    assert not reached & ENCODER
+            todo += core_imports(MODULES[name])
+    return reached
+
+
+def test_the_decoder_never_imports_the_encoder() -> None:
+    assert not {name for name in reached_from(DECODER) if name.startswith(ENCODER)}
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """A circle would make the order of imports matter; a package stands for its modules only where it is imported."""
+    direct = {name: core_imports(path) - {name.rpartition(".")[0]} for name, path in MODULES.items()}
+    order = TopologicalSorter(direct)
+    order.prepare()
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -8,13 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazip_core.linalg import (
-    cholesky_qr,
-    leading_subspaces,
-    squared_distance,
-    squared_norm,
-    truncated_svd,
-)
+from lorazip_core.maths.factored import cholesky_qr, leading_subspaces, squared_distance, squared_norm, truncated_svd
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
 seeds = st.integers(0, 2**32)

@@ -12,8 +12,7 @@ import jsonschema
 import pytest
 import schemas
 
-from lorazip_core.errors import LorazipError, Unsupported, UsageError
-from lorazip_core.lock import (
+from lorazip_core.adapter.lock import (
     LOCK_NAME,
     Filters,
     LeftOut,
@@ -27,6 +26,7 @@ from lorazip_core.lock import (
     read_lock,
     read_strictly,
 )
+from lorazip_core.base.errors import LorazipError, Unsupported, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FULL = Lock(

@@ -14,16 +14,16 @@ import torch
 from random_bundle import SKETCHES, make_bundle
 
 from lorazip_cli.main import main
-from lorazip_core import measure as measuring
 from lorazip_core.adapter import Adapter, Module, open_collection
+from lorazip_core.base.errors import AdapterError
+from lorazip_core.base.files import sha256_file
 from lorazip_core.bundle import Bundle
-from lorazip_core.errors import AdapterError
-from lorazip_core.files import sha256_file
-from lorazip_core.linalg import Factors
-from lorazip_core.measure import Measured, Original, Pair, measure
+from lorazip_core.bundle.decoder import decode
+from lorazip_core.maths.factored import Factors
 from lorazip_core.reading import HOST, Placement, blocks, buffers, contents
-from lorazip_core.reconstruct import decode
+from lorazip_core.verify import measure as measuring
 from lorazip_core.verify import verify
+from lorazip_core.verify.measure import Measured, Original, Pair, measure
 
 # Blocks of one adapter, of some and of all of a layout. The last two are meant for a GPU, here in ordinary memory.
 PLACEMENTS = {

@@ -14,13 +14,12 @@ import typer
 
 from lorazip_cli.main import main
 from lorazip_cli.options import bytes_of, size
-from lorazip_core import memory
 from lorazip_core.adapter import Collection, open_collection
-from lorazip_core.errors import LocalError
-from lorazip_core.memory import Bounds, Room, Task, agreed
-from lorazip_core.memory import room as room_for
-from lorazip_core.packs import CPU_BUDGET
-from lorazip_core.reading import HOST
+from lorazip_core.base.errors import LocalError
+from lorazip_core.reading import HOST, memory
+from lorazip_core.reading.memory import Bounds, Room, Task, agreed
+from lorazip_core.reading.memory import room as room_for
+from lorazip_core.reading.packs import CPU_BUDGET
 
 MIB, GIB = 2**20, 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

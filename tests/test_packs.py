@@ -8,7 +8,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorazip_core.packs import Budget, Pack, Problem, packs
+from lorazip_core.reading.packs import Budget, Pack, Problem, packs
 
 SHAPES = [(8, 4), (2, 4), (4, 8)]
 collections = st.lists(

@@ -11,9 +11,9 @@ import torch
 from msgspec.structs import replace
 
 from lorazip_core.adapter import Module
+from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle import Bundle
 from lorazip_core.compress import CompressOptions, compress, plan
-from lorazip_core.errors import UsageError
 
 REAL = Path(__file__).parents[2] / "shared/data"
 LARGE = tuple(Module(f"layers.{i}.proj", "linear", 160, 120 + 40 * (i % 2)) for i in range(4))

@@ -11,15 +11,15 @@ from made_up import made_up
 from msgspec.structs import replace
 
 from lorazip_cli.main import main
+from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.check import Finding
+from lorazip_core.bundle.quality import LARGE_ERROR, QualityWarning, quality_warnings
+from lorazip_core.bundle.summary import summarise
 from lorazip_core.compress import CompressOptions, key
-from lorazip_core.errors import UsageError
-from lorazip_core.packs import CPU_BUDGET
-from lorazip_core.quality import LARGE_ERROR, QualityWarning, quality_warnings
+from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import markdown
 from lorazip_core.report.outcome import is_good, limit_of_adapters, told, verdict
-from lorazip_core.summary import summarise
 from lorazip_core.verify import verify
 
 
@@ -168,7 +168,7 @@ def test_work_is_resumed_on_a_like_processor_only(unlike: Path, monkeypatch: pyt
     import torch
 
     from lorazip_core.adapter import open_collection
-    from lorazip_core.scan import scan
+    from lorazip_core.reading.scan import scan
 
     scanned = scan(open_collection(unlike), skip_bad=False, advance=lambda steps: None)
     keys = set()

@@ -22,12 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorazip_core.adapter import Adapter, Collection, open_collection, weights
-from lorazip_core.errors import AdapterError, AdapterErrors
-from lorazip_core.files import sha256_file
+from lorazip_core.base.errors import AdapterError, AdapterErrors
+from lorazip_core.base.files import sha256_file
+from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.reading import Files, Placement, Stacks, blocks, buffers, contents, place, stacks
 from lorazip_core.reading.buffers import Buffers
-from lorazip_core.scan import Scan, scan
-from lorazip_core.stack import ScaledStack, Stack
+from lorazip_core.reading.scan import Scan, scan
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -12,11 +12,11 @@ from junitparser import Failure, JUnitXml, Skipped, TestCase
 from made_up import HOSTILE, made_up, unreadable
 from markdown_it import MarkdownIt
 
+from lorazip_core.base.text import plain
 from lorazip_core.bundle.check import Finding
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import escape, markdown
 from lorazip_core.report.outcome import gates
-from lorazip_core.text import plain
 from lorazip_core.verify import Verification
 
 SOUND, ORIGINALS = "the bundle is sound", "the originals are those of the bundle"

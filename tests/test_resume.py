@@ -21,12 +21,12 @@ from recorder import Recorder
 import lorazip_core.compress.run
 import lorazip_core.compress.shared
 from lorazip_cli.main import main
+from lorazip_core.base.errors import AdapterErrors, Interrupted, OutputExists
+from lorazip_core.base.progress import Advance
 from lorazip_core.bundle import Bundle
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import AdapterErrors, Interrupted, OutputExists
 from lorazip_core.export import export
-from lorazip_core.packs import Budget
-from lorazip_core.progress import Advance
+from lorazip_core.reading.packs import Budget
 from lorazip_core.verify import verify
 
 # Two generations of bases, adapters that are kept individually, and clusters that are found.

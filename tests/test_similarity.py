@@ -6,11 +6,11 @@ import pytest
 import torch
 from planted import SHAPES, Adapters, collected, groups, rewritten
 
-from lorazip_core import similarity
-from lorazip_core.joint import climb, hosvd
-from lorazip_core.progress import Silent
-from lorazip_core.similarity import held_out_errors, near_duplicates, similarity_of_all, subspace_similarity
-from lorazip_core.stack import ScaledStack
+from lorazip_core.base.progress import Silent
+from lorazip_core.clustering import similarity
+from lorazip_core.clustering.similarity import held_out_errors, near_duplicates, similarity_of_all, subspace_similarity
+from lorazip_core.maths.stack import ScaledStack
+from lorazip_core.maths.tucker import climb, hosvd
 
 
 def dense(adapters: Adapters, i: int, module: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazip_core import stack as module
-from lorazip_core.stack import Stack
+from lorazip_core.maths import stack as module
+from lorazip_core.maths.stack import Stack
 
 D_OUT, D_IN = 7, 5
 collections = st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=7), st.integers(0, 2**32))

@@ -19,23 +19,23 @@ from recorder import Recorder
 
 import lorazip_cli.interrupt
 import lorazip_core.adapter
-import lorazip_core.batch
+import lorazip_core.base.files
+import lorazip_core.base.threads
+import lorazip_core.clustering.similarity
 import lorazip_core.compress.individual
-import lorazip_core.cp
 import lorazip_core.export.exporter
-import lorazip_core.files
-import lorazip_core.joint
-import lorazip_core.measure
+import lorazip_core.maths.batch
+import lorazip_core.maths.cp
+import lorazip_core.maths.tucker
 import lorazip_core.reading.contents
-import lorazip_core.similarity
-import lorazip_core.workers
+import lorazip_core.verify.measure
 from lorazip_cli.interrupt import interruptible
 from lorazip_cli.main import main
 from lorazip_cli.progress import Bars, Lines, progress
+from lorazip_core.base.progress import Advance, part_of
+from lorazip_core.base.stopping import check_stop, clear_stop, request_stop, stop_requested, stop_unmasked
+from lorazip_core.base.threads import in_order
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.progress import Advance, part_of
-from lorazip_core.stopping import check_stop, clear_stop, request_stop, stop_requested, stop_unmasked
-from lorazip_core.workers import in_order
 
 CPU = torch.device("cpu")
 
@@ -114,13 +114,13 @@ def at_check(number: int) -> Callable[[], None]:
 
 
 WORK: dict[str, tuple[ModuleType, list[str]]] = {
-    "search for bases": (lorazip_core.joint, ["--rank", "4"]),
-    "sums over adapters": (lorazip_core.batch, ["--rank", "4"]),
-    "alternating least squares": (lorazip_core.cp, ["--method", "diag", "--rank", "4"]),
+    "search for bases": (lorazip_core.maths.tucker, ["--rank", "4"]),
+    "sums over adapters": (lorazip_core.maths.batch, ["--rank", "4"]),
+    "alternating least squares": (lorazip_core.maths.cp, ["--method", "diag", "--rank", "4"]),
     "truncated SVDs": (lorazip_core.compress.individual, ["--method", "svd"]),
-    "similarities": (lorazip_core.similarity, ["--rank", "4", "--clusters", "2"]),
+    "similarities": (lorazip_core.clustering.similarity, ["--rank", "4", "--clusters", "2"]),
     "weights": (lorazip_core.reading.contents, []),
-    "packs": (lorazip_core.workers, ["--rank", "4"]),
+    "packs": (lorazip_core.base.threads, ["--rank", "4"]),
 }
 
 
@@ -130,7 +130,8 @@ def test_compress_stops_within_it(
 ) -> None:
     module, options = WORK[what]
     if what == "sums over adapters":
-        monkeypatch.setattr(lorazip_core.batch, "_AT_ONCE", {"cpu": 1})  # piece by piece, as those of many adapters
+        # Piece by piece, as those of many adapters.
+        monkeypatch.setattr(lorazip_core.maths.batch, "_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr(module, "check_stop", at_check(2))
     command = ["compress", str(adapters), "-o", str(tmp_path / "out"), *options, "-q"]
     assert main(command) == 130
@@ -144,11 +145,11 @@ def test_compress_stops_within_it(
 @pytest.mark.parametrize(
     ("module", "verb"),
     [
-        (lorazip_core.files, "verify"),
-        (lorazip_core.measure, "against"),
+        (lorazip_core.base.files, "verify"),
+        (lorazip_core.verify.measure, "against"),
         (lorazip_core.export.exporter, "export"),
-        (lorazip_core.workers, "cluster"),
-        (lorazip_core.joint, "cluster"),
+        (lorazip_core.base.threads, "cluster"),
+        (lorazip_core.maths.tucker, "cluster"),
     ],
 )
 def test_others_stop(

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
-from lorazip_core import team
+from lorazip_core.base import team
 from lorazip_core.bundle import Bundle
-from lorazip_core.cluster import ClusterOptions, cluster
+from lorazip_core.clustering import ClusterOptions, cluster
 from lorazip_core.compress import CompressOptions, compress
 
 PROCESS = Path(__file__).with_name("team_process.py")

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorazip_cli.main import main
 from lorazip_core.adapter import open_adapter, open_collection
 from lorazip_core.adapter.notes import notes
-from lorazip_core.errors import AdapterError
+from lorazip_core.base.errors import AdapterError
 
 PREFIX = "base_model.model."
 LINEAR = {"target_modules": ["q", "up"], "r": 4, "lora_alpha": 12, "modules_to_save": ["head"]}

@@ -10,8 +10,8 @@ import pytest
 from made_up import made_up
 
 from lorazip_cli.main import main
+from lorazip_core.base.text import saved, saving, times
 from lorazip_core.report.markdown import markdown
-from lorazip_core.text import saved, saving, times
 
 
 @pytest.mark.parametrize(

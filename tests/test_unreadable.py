@@ -14,8 +14,8 @@ import pytest
 
 from lorazip_core.adapter import open_collection
 from lorazip_core.adapter.unreadable import unreadable
-from lorazip_core.errors import AdapterError, AdapterErrors
-from lorazip_core.scan import scan
+from lorazip_core.base.errors import AdapterError, AdapterErrors
+from lorazip_core.reading.scan import scan
 
 NOBODY = 65534
 

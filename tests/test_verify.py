@@ -16,10 +16,10 @@ from msgspec.structs import astuple
 from random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 from safetensors.torch import load_file, save_file
 
-from lorazip_core import originals
+from lorazip_core.base.errors import LocalError, Unsupported, UsageError
 from lorazip_core.bundle import check
-from lorazip_core.errors import LocalError, Unsupported, UsageError
 from lorazip_core.verify import VerifyReport, verify, verify_by_module
+from lorazip_core.verify import compare as originals
 
 
 @pytest.fixture(scope="module")

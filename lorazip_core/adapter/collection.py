@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import AdapterError, AdapterErrors, UsageError
-from ..text import printable
+from ..base.errors import AdapterError, AdapterErrors, UsageError
+from ..base.text import printable
 from .config import CONFIG_NAME
 from .discovery import Skipped, find_adapters, presence
 from .foreign import foreign_adapters, foreign_format

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 from .foreign import MLX
 
 CONFIG_NAME = "adapter_config.json"

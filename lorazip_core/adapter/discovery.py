@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import AdapterError
-from ..text import printable
+from ..base.errors import AdapterError
+from ..base.text import printable
 from .config import CONFIG_NAME
 from .weights import INDEX, PICKLE, SAFETENSORS
 

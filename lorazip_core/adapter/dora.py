@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 from .module import Module
 from .names import PREFIX
 

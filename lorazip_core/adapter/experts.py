@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import AdapterError
-from ..linalg import Factors
+from ..base.errors import AdapterError
+from ..maths.factored import Factors
 from .config import CONFIG_NAME, LoraConfig
 from .layout import Cut, TensorInfo
 from .module import Module, Parameter

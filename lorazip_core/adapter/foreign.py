@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 from .unreadable import unreadable
 
 

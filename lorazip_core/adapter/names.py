@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 
 PREFIX = "base_model.model."
 

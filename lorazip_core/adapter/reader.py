@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 from .config import CONFIG_NAME, LoraConfig, parse_config
 from .dora import check_magnitudes, is_magnitude
 from .experts import Whole, cut_experts, find_targets
@@ -18,16 +18,7 @@ from .foreign import format_of, refuse_foreign
 from .layout import TORCH_DTYPES, Cut, Layout, TensorInfo, view
 from .module import Module, module_name, module_of, split_key
 from .unreadable import unreadable
-from .weights import (
-    FLOATS,
-    HandlePool,
-    Layouts,
-    WeightFile,
-    copy_tensor,
-    opener,
-    read_fully,
-    weight_files,
-)
+from .weights import FLOATS, HandlePool, Layouts, WeightFile, copy_tensor, opener, read_fully, weight_files
 
 
 class Part(NamedTuple):

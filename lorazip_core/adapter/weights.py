@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..base.errors import AdapterError
 from .config import LFS_MAGIC
 from .foreign import refuse_foreign
 from .layout import TORCH_DTYPES, FileTensors, HeaderTensor, Layout, lay_out

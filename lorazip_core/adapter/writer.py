@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import naming, settle, write_file
+from ..base.files import naming, settle, write_file
 from .config import CONFIG_NAME
 from .module import Module
 from .weights import SAFETENSORS

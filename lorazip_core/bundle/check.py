@@ -17,11 +17,11 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..errors import BundleDamaged
-from ..files import tree
-from ..progress import Advance
-from ..text import printable
-from ..workers import in_order
+from ..base.errors import BundleDamaged
+from ..base.files import tree
+from ..base.progress import Advance
+from ..base.text import printable
+from ..base.threads import in_order
 from .finding import Finding
 from .manifest import (
     MANIFEST_NAME,

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..errors import BundleDamaged, Unsupported
-from ..files import canonical_json, sha256_bytes
-from ..kinds import check_bundle_path
-from ..lock import Origin
+from ..adapter.lock import Origin
+from ..base.errors import BundleDamaged, Unsupported
+from ..base.files import canonical_json, sha256_bytes
+from .kinds import check_bundle_path
 
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
 FORMAT_VERSION: Literal[1] = 1

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import BundleDamaged
-from ..files import naming, sha256_bytes, sha256_stream, system_error
+from ..base.errors import BundleDamaged
+from ..base.files import naming, sha256_bytes, sha256_stream, system_error
 from .manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -151,7 +151,7 @@ class Bundle:
         """
         import torch  # takes seconds: not for whoever reads the manifest only
 
-        from ..workers import in_order
+        from ..base.threads import in_order
 
         with closing(in_order(self._handle, files, torch.device("cpu"))) as handles:
             for _ in handles:

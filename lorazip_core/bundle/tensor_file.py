@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import TORCH_DTYPES
-from ..errors import LocalError
+from ..base.errors import LocalError
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """What a bundle can store, by the names in its manifest."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import BundleDamaged, Unsupported, UsageError
-from ..files import place, sha256_bytes, tree
+from ..base.errors import BundleDamaged, Unsupported, UsageError
+from ..base.files import place, sha256_bytes, tree
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest, read_manifest
 from .tensor_file import TensorFileWriter, TensorLayout, layout_of
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapter import Adapter, Module
+from ..base.files import safe_name
 from ..bundle import (
     AdapterEntry,
     BundleWriter,
@@ -23,9 +24,8 @@ from ..bundle import (
     SkippedEntry,
     required_to_read,
 )
-from ..files import safe_name
-from ..scan import Scan
-from ..summary import squared_error
+from ..bundle.summary import squared_error
+from ..reading.scan import Scan
 from .individual import Kept, individual_piece
 from .pieces import Pieces
 from .shards import ClusterFiles

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..factorise import encode_individual
-from ..linalg import truncated_svd
-from ..stopping import check_stop
-from ..summary import is_adapter_within
+from ..base.stopping import check_stop
+from ..bundle.summary import is_adapter_within
+from ..maths.factored import truncated_svd
+from ..schemes.encode import encode_individual
 from .pieces import Pieces
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..files import canonical_json, sha256_bytes, sha256_file
-from ..packs import Budget
-from ..plan import CompressOptions
-from ..scan import Scan
+from ..base.files import canonical_json, sha256_bytes, sha256_file
+from ..planning.plan import CompressOptions
+from ..reading.packs import Budget
+from ..reading.scan import Scan
 
 
 def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget) -> str:

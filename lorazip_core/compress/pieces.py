@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import team
+from ..base import team
+from ..base.files import sha256_file
+from ..base.progress import Progress
+from ..base.threads import in_order
 from ..bundle import TensorFileReader, write_tensors
-from ..files import sha256_file
-from ..progress import Progress
-from ..workers import in_order
 
 _NAME = re.compile(r"([a-z]+(?:-\d+)*)\.([0-9a-f]{64})")
 

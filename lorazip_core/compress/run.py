@@ -17,28 +17,29 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from .. import team
 from ..adapter import Collection, open_collection
 from ..adapter.notes import notes
-from ..assign import Probes, settle
-from ..assignment import Assignment, read_assignment
+from ..base import team
+from ..base.device import find_device, hold_to
+from ..base.errors import LocalError, UsageError
+from ..base.files import Building, check_output, check_space, resumable_directory
+from ..base.progress import Progress, Silent
+from ..base.stopping import stop_unmasked
+from ..base.threads import at_most, in_order, one_thread
 from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, not_of_bundle
-from ..cluster import choose_clusters
-from ..device import find_device, hold_to
-from ..errors import LocalError, UsageError
-from ..files import Building, check_output, check_space, resumable_directory
-from ..kinds import check_adapters_path
-from ..memory import Bounds, Task, agreed, planned_bytes, room
-from ..packs import Budget
-from ..places import check_place
-from ..plan import CompressOptions, PlannedScheme, bundle_bytes, equal_groups, planned_schemes
-from ..progress import Progress, Silent
-from ..quality import QualityWarning, quality_warnings
-from ..scan import Scan, scan
-from ..stopping import stop_unmasked
-from ..summary import Summary, summarise
-from ..updates import Updates
-from ..workers import at_most, in_order, one_thread
+from ..bundle.kinds import check_adapters_path
+from ..bundle.places import check_place
+from ..bundle.quality import QualityWarning, quality_warnings
+from ..bundle.size import bundle_bytes, equal_groups
+from ..bundle.summary import Summary, summarise
+from ..clustering import choose_clusters
+from ..clustering.alternation import Probes, settle
+from ..clustering.clusters_file import Assignment, read_assignment
+from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
+from ..reading.memory import Bounds, Task, agreed, planned_bytes, room
+from ..reading.packs import Budget
+from ..reading.scan import Scan, scan
+from ..reading.updates import Updates
 from .assemble import Assembly
 from .individual import Kept, as_original, individual_piece, keep_individually, stored
 from .key import work_key

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..base.stopping import check_stop
+from ..base.threads import in_order
 from ..bundle import BundleWriter, ClusterEntry, FileEntry, Method, ShardEntry, TensorLayout
-from ..packs import Problem
-from ..stopping import check_stop
-from ..workers import in_order
+from ..reading.packs import Problem
 from .pieces import Pieces
 from .shared import Encoded, tensor_name
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.errors import Unsupported
 from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
-from ..errors import Unsupported
-from ..linalg import Factors, squared_distance, squared_norm, truncated_svd
-from ..reconstruct import decode
+from ..bundle.decoder import decode
+from ..maths.factored import Factors, squared_distance, squared_norm, truncated_svd
 
 
 class Written(NamedTuple):

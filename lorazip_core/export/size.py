@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapter import parse_config
+from ..base.errors import AdapterError
 from ..bundle import DTYPES, AdapterEntry, Bundle
-from ..errors import AdapterError
 
 _ORIGINAL_ITEMSIZE = 2
 """Bytes of an element of the original factors: at least, as the manifest does not say their dtype."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
+from ..base.errors import Unsupported
 from ..bundle import AdapterEntry, Bundle, ModuleEntry
-from ..errors import Unsupported
 
 # The values that vLLM accepts for --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
-from ..errors import UsageError
+from ..base.errors import UsageError
 
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _OTHER_KINDS = {"datasets": "a dataset", "spaces": "a space", "papers": "a paper", "docs": "documentation"}

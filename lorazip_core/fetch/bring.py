@@ -12,11 +12,11 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from ..adapter import open_adapter
-from ..errors import AdapterError, LocalError
-from ..files import copy, link_or_copy
-from ..lock import LockedAdapter, LockedFile
-from ..progress import Transfer
-from ..text import megabytes
+from ..adapter.lock import LockedAdapter, LockedFile
+from ..base.errors import AdapterError, LocalError
+from ..base.files import copy, link_or_copy
+from ..base.progress import Transfer
+from ..base.text import megabytes
 from .hub import Hub, Received
 from .wanted import Wanted, WantedFile
 from .workspace import Workspace

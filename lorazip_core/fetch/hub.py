@@ -17,8 +17,8 @@ import tenacity
 from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load, try_to_load_from_cache
 from tenacity.nap import sleep_using_event
 
-from ..errors import HubError
-from ..lock import Filters, LockedFile
+from ..adapter.lock import Filters, LockedFile
+from ..base.errors import HubError
 from .manners import Manners
 from .options import Patience
 from .trouble import (

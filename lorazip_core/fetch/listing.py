@@ -13,11 +13,11 @@ from typing import Literal
 
 from ..adapter import AdapterFolder, NotLora, find_adapters, open_adapter, parse_config, presence, weights_beside
 from ..adapter.config import CONFIG_NAME
+from ..adapter.lock import LeftOut, Origin, is_inner_path
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
-from ..errors import AdapterError, LorazipError, UsageError
-from ..files import sha256_file
-from ..lock import LeftOut, Origin, is_inner_path
-from ..text import count, megabytes, printable
+from ..base.errors import AdapterError, LorazipError, UsageError
+from ..base.files import sha256_file
+from ..base.text import count, megabytes, printable
 from .hub import Hub, Snapshot
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
 from .trouble import HubRefused, HubUnavailable, RevisionGone

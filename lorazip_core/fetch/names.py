@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..files import safe_name, sha256_bytes
-from ..lock import Origin
+from ..adapter.lock import Origin
+from ..base.files import safe_name, sha256_bytes
 from .wanted import Wanted
 
 _PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]*(?<!\.)")

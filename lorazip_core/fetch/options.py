@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UsageError
-from ..lock import LOCK_NAME, Filters, Lock
+from ..adapter.lock import LOCK_NAME, Filters, Lock
+from ..base.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ..errors import CheckFailed, LorazipError
-from ..lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, LockedSource
-from ..progress import Progress
-from ..stopping import check_stop
+from ..adapter.lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, LockedSource
+from ..base.errors import CheckFailed, LorazipError
+from ..base.progress import Progress
+from ..base.stopping import check_stop
 from .hub import Hub, license_in
 from .listing import Candidate, Failure, Found, Limits, Place, adapter_of, candidates, local_adapters, places
 from .names import Identity, give_names, identity

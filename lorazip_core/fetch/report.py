@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from ..lock import LeftOut, Origin
+from ..adapter.lock import LeftOut, Origin
 from .state import Status
 
 

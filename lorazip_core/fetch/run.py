@@ -13,13 +13,13 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from ..adapter import find_adapters
-from ..errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
-from ..kinds import is_adapter, is_bundle
-from ..lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
-from ..places import check_place
-from ..progress import Progress, Silent, Transfer
-from ..stopping import check_stop
-from ..text import count
+from ..adapter.lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
+from ..base.errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
+from ..base.progress import Progress, Silent, Transfer
+from ..base.stopping import check_stop
+from ..base.text import count
+from ..bundle.kinds import is_adapter, is_bundle
+from ..bundle.places import check_place
 from .bring import NotAsLocked, bring, check_space
 from .hub import Hub
 from .listing import Failure, Limits

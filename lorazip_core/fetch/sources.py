@@ -11,9 +11,9 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation
 
-from ..errors import UsageError
-from ..kinds import check_adapters_path
-from ..lock import Filters, Lock, is_inner_path
+from ..adapter.lock import Filters, Lock, is_inner_path
+from ..base.errors import UsageError
+from ..bundle.kinds import check_adapters_path
 from .address import source_of_address
 
 _ID = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"

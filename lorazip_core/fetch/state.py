@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..lock import LockedAdapter, LockedFile
+from ..adapter.lock import LockedAdapter, LockedFile
 from .wanted import Wanted, folder_digests
 
 Status = Literal["new", "updated", "restored", "present"]

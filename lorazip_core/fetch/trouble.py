@@ -24,8 +24,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
-from ..errors import HubError, LorazipError, UsageError
-from ..text import plain
+from ..base.errors import HubError, LorazipError, UsageError
+from ..base.text import plain
 
 _PASSING = (408, 429, 500, 502, 503, 504)
 _KEPT = "what has arrived is kept: run again later"

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..files import sha256_file
-from ..lock import LockedAdapter, LockedFile, Origin
+from ..adapter.lock import LockedAdapter, LockedFile, Origin
+from ..base.files import sha256_file
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from typing import Self
 
 import msgspec
 
-from ..errors import LocalError, OutputExists, UsageError
-from ..files import canonical_json, safe_name, sync, sync_tree, write_file
-from ..lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, problem, read_lock, read_strictly
+from ..adapter.lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, problem, read_lock, read_strictly
+from ..base.errors import LocalError, OutputExists, UsageError
+from ..base.files import canonical_json, safe_name, sync, sync_tree, write_file
 
 FOLDER = ".lorazip-fetch"
 _JOURNAL = "journal.jsonl"

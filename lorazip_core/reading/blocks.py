@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Layout, deinterleave, views
+from ..base.errors import AdapterError
+from ..base.progress import Advance
+from ..base.threads import cores, in_order
 from ..bundle import SourceEntry
-from ..errors import AdapterError
-from ..linalg import Factors
-from ..progress import Advance
-from ..workers import cores, in_order
+from ..maths.factored import Factors
 from .buffers import PIECE, Buffers, InMemory, Nowhere, Slot
 from .contents import Destination, read_contents
 from .groups import LayoutGroup

@@ -11,10 +11,10 @@ import torch
 
 from ..adapter import Adapter, Descriptor, read_fully
 from ..adapter.unreadable import unreadable
+from ..base.errors import AdapterError
+from ..base.files import sha256_bytes, sha256_file
+from ..base.stopping import check_stop
 from ..bundle import SourceEntry
-from ..errors import AdapterError
-from ..files import sha256_bytes, sha256_file
-from ..stopping import check_stop
 
 
 class Destination(Protocol):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Collection, Layout
+from ..base.errors import AdapterError
+from ..base.progress import Advance
+from ..base.stopping import check_stop
 from ..bundle import SourceEntry
-from ..errors import AdapterError
-from ..progress import Advance
-from ..stopping import check_stop
 from .blocks import Block, Contents, in_blocks
 from .groups import by_layout
 from .norms import check, finite_extras, norms_of_adapter, norms_of_rows, tensors_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import TORCH_DTYPES, Adapter, Part, view
-from ..errors import AdapterError
-from ..linalg import squared_norm
+from ..base.errors import AdapterError
+from ..maths.factored import squared_norm
 from .blocks import Stored
 from .groups import LayoutGroup
 

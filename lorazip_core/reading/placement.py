@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..workers import cores
+from ..base.threads import cores
 
 _RESIDENT_SHARE = 0.6  # of the bound: what else is computed with, stacks in float32 above all, needs the rest
 _STAGING_SHARE = 0.125  # of the bound, for each of the two blocks that are on the device at a time

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Collection, Layout, TensorInfo, aligned, view
-from ..stack import ScaledStack, Stack
+from ..maths.stack import ScaledStack, Stack
 from .groups import LayoutGroup, Numbers, by_layout
 from .runs import ExpertRuns
 

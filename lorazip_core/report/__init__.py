@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..errors import LocalError
+from ..base.errors import LocalError
 
 if TYPE_CHECKING:
     import numpy
 
-    from ..assignment import Assignment
-    from ..verify import Verification
+    from ..clustering.clusters_file import Assignment
+    from ..verify.run import Verification
 
 _NEEDED = ("jinja2", "plotly")
 

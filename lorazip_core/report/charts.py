@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 from plotly.graph_objects import Bar, Figure, Heatmap, Scatter
 
-from ..text import plain
+from ..base.text import plain
 
 # Paul Tol's "bright" scheme: told apart by the colour-blind too, on white and on black.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy
 from plotly.graph_objects import Scatter
 
-from ..assignment import Assignment, Candidate
-from ..quality import LARGE_ERROR
-from ..text import count, error, megabytes, saved, saving
+from ..base.text import count, error, megabytes, saved, saving
+from ..bundle.quality import LARGE_ERROR
+from ..clustering.clusters_file import Assignment, Candidate
 from . import page as skeleton
 from .charts import COLOURS, GREY, NAMED_ROWS, Grid, Ticks, empty_figure, heat_map, twin_bars
 from .page import Chart, Page, Table, Tile

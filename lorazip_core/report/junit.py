@@ -10,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..base.text import error, plain
 from ..bundle.finding import Finding
-from ..text import error, plain
-from ..verify import AdapterReport, VerifyReport
+from ..verify.run import AdapterReport, VerifyReport
 from .outcome import Gate, gates, kept_as, limits, made_with, squared_error
 
 

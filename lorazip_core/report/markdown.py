@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..base.text import error, megabytes, plain, saved, times
 from ..bundle.finding import Finding
-from ..text import error, megabytes, plain, saved, times
-from ..verify import VerifyReport
+from ..verify.run import VerifyReport
 from .outcome import gates, kept_as, limits, made_with, verdict, worst_first
 
 _WORST = 10

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..base.text import count
 from ..bundle.finding import Finding
-from ..quality import LARGE_ERROR, above
-from ..text import count
-from ..verify import AdapterReport, VerifyReport
+from ..bundle.quality import LARGE_ERROR, above
+from ..verify.run import AdapterReport, VerifyReport
 
 _ALL_TOLD, _TOLD = 10, 3  # findings of one kind that are all told, and how many of more
 # What else differs where the files are not those that the bundle was made from.

@@ -13,7 +13,7 @@ from plotly.graph_objects import Figure
 from plotly.io.json import to_json_plotly
 
 from .. import __version__
-from ..text import plain
+from ..base.text import plain
 
 
 class Tile(NamedTuple):

@@ -7,22 +7,12 @@ from itertools import groupby
 
 import numpy
 
-from ..quality import LARGE_ERROR, QualityWarning
-from ..text import count, error, megabytes, saved, times
-from ..verify import AdapterReport, ModuleErrors, VerifyReport
+from ..base.text import count, error, megabytes, saved, times
+from ..bundle.quality import LARGE_ERROR, QualityWarning
+from ..verify.run import AdapterReport, ModuleErrors, VerifyReport
 from . import page as skeleton
 from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
-from .outcome import (
-    gates,
-    is_good,
-    kept_as,
-    limit_of_adapters,
-    limits,
-    made_with,
-    squared_error,
-    verdict,
-    worst_first,
-)
+from .outcome import gates, is_good, kept_as, limit_of_adapters, limits, made_with, squared_error, verdict, worst_first
 from .page import Chart, Page, Table, Tile
 
 _WORST = 20

@@ -11,8 +11,8 @@ from real_data import Say
 from torch import Tensor
 
 from lorazip_core.adapter import Collection
-from lorazip_core.diag import fit_diag
-from lorazip_core.stack import Stack
+from lorazip_core.maths.cp_search import fit_diag
+from lorazip_core.maths.stack import Stack
 
 pytestmark = pytest.mark.acceptance
 

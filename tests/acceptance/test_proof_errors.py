@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lorazip_core.adapter import Collection
 from lorazip_core.compress import CompressOptions
-from lorazip_core.joint import fit_joint
-from lorazip_core.stack import Stack
+from lorazip_core.maths.stack import Stack
+from lorazip_core.maths.tucker import fit_joint
 
 pytestmark = pytest.mark.acceptance
 

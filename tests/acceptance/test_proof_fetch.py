@@ -25,7 +25,7 @@ from random_adapters import Recipe, write_collection
 from real_data import Say
 
 from lorazip_core.adapter import Module
-from lorazip_core.lock import LOCK_NAME, read_lock
+from lorazip_core.adapter.lock import LOCK_NAME, read_lock
 
 pytestmark = pytest.mark.acceptance
 

@@ -22,8 +22,8 @@ from real_data import SHARED, Say
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorazip_core.base.errors import AdapterErrors
 from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.errors import AdapterErrors
 from lorazip_core.export import export
 
 pytestmark = pytest.mark.acceptance

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lorazip_core.adapter import Adapter, open_collection
-from lorazip_core.factorise import encode_diag, encode_joint
-from lorazip_core.stack import ScaledStack, Stack
-from lorazip_core.workers import in_order
+from lorazip_core.base.threads import in_order
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.schemes.encode import encode_diag, encode_joint
 
 Method = Literal["diag", "joint"]
 DEFAULT = Path(__file__).parents[3] / "shared" / "data" / "smollm2-r16"

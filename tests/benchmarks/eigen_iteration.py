@@ -32,10 +32,10 @@ from compressing import head, row
 from torch import Tensor
 
 from lorazip_core.adapter import Adapter, open_collection
-from lorazip_core.batch import Batch
 from lorazip_core.bundle import Bundle
-from lorazip_core.joint import QUICK, fit_joint_batch
-from lorazip_core.stack import ScaledStack, Stack
+from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.maths.tucker import QUICK, fit_joint_batch
 
 CONVERGED = 1e-3  # of the authors
 MOST_ROUNDS = 1000

@@ -28,7 +28,7 @@ from real_adapters import DEFAULT, Svds, open_real, require, svds
 from torch import Tensor
 
 from lorazip_core.adapter import Collection, Module, write_adapter
-from lorazip_core.workers import in_order
+from lorazip_core.base.threads import in_order
 
 BATCH = 32  # adapters drawn at a time; each batch has random numbers of its own
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from real_adapters import Svds, svds
 from torch import Tensor
 
 from lorazip_core.adapter import Collection
-from lorazip_core.assign import Probes, settle
-from lorazip_core.cp import solve_diag
-from lorazip_core.diag import fit_diag
-from lorazip_core.joint import Basis, fit_joint
-from lorazip_core.stack import ScaledStack, Stack
-from lorazip_core.updates import Updates
-from lorazip_core.workers import in_order
+from lorazip_core.base.threads import in_order
+from lorazip_core.clustering.alternation import Probes, settle
+from lorazip_core.maths.cp import solve_diag
+from lorazip_core.maths.cp_search import fit_diag
+from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.maths.tucker import Basis, fit_joint
+from lorazip_core.reading.updates import Updates
 
 HANDFUL = 6
 _RANKS = (8, 16, 32, 64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorazip_core.adapter import Collection, open_collection
-from lorazip_core.linalg import truncated_svd
+from lorazip_core.maths.factored import truncated_svd
 
 DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "data" / "smollm2-r16"
 NONE_THERE = 2

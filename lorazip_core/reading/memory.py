@@ -9,15 +9,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from . import team
-from .adapter import Collection, Part
-from .assign import COMPARED, PROBES
-from .device import free_bytes
-from .errors import LocalError
-from .joint import search_size, searched_together
+from ..adapter import Collection, Part
+from ..base import team
+from ..base.device import free_bytes
+from ..base.errors import LocalError
+from ..base.threads import cores
+from ..maths.tucker import search_size, searched_together
+from . import HOST, MOST_HELD, Placement, place, stays
 from .packs import CPU_BUDGET, Budget, Problem, packs
-from .reading import HOST, MOST_HELD, Placement, place, stays
-from .workers import cores
 
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
 _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly ever worth their bases
@@ -38,6 +37,12 @@ _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read i
 _ADAPTER_BYTES = 40_000  # names, digests, the lines of a manifest
 _PROCESS_BYTES = 16 * 2**20  # by which processes differ before they do anything
 _FIXED_BYTES = 64 * 2**20  # libraries at work, files on their way to disk
+
+
+PROBES = 4
+"""Modules on which partitions into clusters are tried, kept in memory."""
+COMPARED = 2048
+"""Adapters, at the most, of which every two are compared for the first medoids."""
 
 
 class Bounds(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from .bundle import Dtype, Weights
-from .errors import UsageError
-from .kinds import schema_of, wrote
+from ..base.errors import UsageError
+from ..bundle import Dtype, Weights
+from ..bundle.kinds import schema_of, wrote
 
 
 class AssignedAdapter(Struct, frozen=True, kw_only=True):
@@ -117,6 +117,12 @@ class Assignment(Struct, frozen=True, kw_only=True):
         return [
             adapter.name for adapter in self.adapters if digests.get(adapter.name, adapter.sha256) != adapter.sha256
         ]
+
+
+def check_clusters(clusters: int | str | Path, adapters: int | None) -> None:
+    """Raise UsageError for a number of clusters that this many adapters, if it is known, do not fill."""
+    if isinstance(clusters, int) and adapters is not None and not 1 <= clusters <= adapters:
+        raise UsageError(f"--clusters {clusters}: must be between 1 and the number of adapters, {adapters}")
 
 
 def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack: bool = False) -> Assignment:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy
 from msgspec import Struct
 
-from .bundle import AdapterEntry, Bundle, ModuleError
-from .bundle.finding import Finding
-from .bundle.manifest import MANIFEST_NAME, Parameters
-from .errors import BundleDamaged, CheckFailed, UsageError
-from .kinds import check_adapters_path
-from .progress import Progress, Silent
-from .quality import QualityWarning, quality_warnings
-from .summary import Summary, summarise
-from .text import printable
+from ..base.errors import BundleDamaged, CheckFailed, UsageError
+from ..base.progress import Progress, Silent
+from ..base.text import printable
+from ..bundle import AdapterEntry, Bundle, ModuleError
+from ..bundle.finding import Finding
+from ..bundle.kinds import check_adapters_path
+from ..bundle.manifest import MANIFEST_NAME, Parameters
+from ..bundle.quality import QualityWarning, quality_warnings
+from ..bundle.summary import Summary, summarise
 
 if TYPE_CHECKING:
     from .measure import Measured
@@ -144,10 +144,10 @@ def verify_by_module(
         message = str(error).removeprefix(f"{path / MANIFEST_NAME}: ")  # the finding names the file itself
         finding = Finding("manifest", MANIFEST_NAME, message, damage=True)
         return Verification(_report(path, against, gates, [], None, [finding], None), None)
-    from .bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
-    from .device import find_device
-    from .originals import compare
-    from .workers import one_thread
+    from ..base.device import find_device
+    from ..base.threads import one_thread
+    from ..bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
+    from .compare import compare
 
     where = find_device(device)
     with one_thread():

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.stopping import check_stop
 from .stack import ScaledStack, Stack
-from .stopping import check_stop
 
 _AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in what a step makes besides its result, at the most
 _CANCELLED = 1e-7  # of ‖D‖²: of smaller errors, the sum of three terms loses too many digits

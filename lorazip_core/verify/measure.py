@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from .adapter import Adapter
-from .bundle import AdapterEntry, Bundle, ModuleError, SourceEntry
-from .errors import AdapterError
-from .linalg import squared_norm_and_distance
-from .progress import Advance
-from .reading import HOST, Block, Placement, by_layout, in_blocks
-from .reconstruct import Decoder
-from .stopping import check_stop
+from ..adapter import Adapter
+from ..base.errors import AdapterError
+from ..base.progress import Advance
+from ..base.stopping import check_stop
+from ..bundle import AdapterEntry, Bundle, ModuleError, SourceEntry
+from ..bundle.decoder import Decoder
+from ..maths.factored import squared_norm_and_distance
+from ..reading import HOST, Block, Placement, by_layout, in_blocks
 
 _CPU = torch.device("cpu")
 # Numbers in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .cp import solve_diag
-from .diag import fit_diag
-from .joint import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
-from .linalg import Factors, squared_distance, truncated_svd
-from .progress import Share, part_of, unheard
-from .stack import ScaledStack, Stack
+from ..base.progress import Share, part_of, unheard
+from ..maths.batch import Batch
+from ..maths.cp import solve_diag
+from ..maths.cp_search import fit_diag
+from ..maths.factored import Factors, squared_distance, truncated_svd
+from ..maths.stack import ScaledStack, Stack
+from ..maths.tucker import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
 

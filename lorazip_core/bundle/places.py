@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import UsageError
+from ..base.errors import UsageError
 from .kinds import is_adapter, is_bundle
 
 

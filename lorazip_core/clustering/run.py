@@ -11,23 +11,30 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from .. import team
 from ..adapter import open_collection
 from ..adapter.notes import notes
-from ..assign import Clustering, Probes, settle
-from ..assignment import AssignedAdapter, Assignment, Candidate, ClusterFigures, NearDuplicate, Outlier
+from ..base import team
+from ..base.device import find_device, hold_to
+from ..base.errors import UsageError
+from ..base.progress import Progress, Silent
+from ..base.threads import at_most, one_thread
 from ..bundle import Dtype, SkippedEntry, Weights
-from ..device import find_device, hold_to
-from ..errors import UsageError
-from ..kinds import check_adapters_path
-from ..memory import Bounds, Task, agreed, room
-from ..plan import check_clusters
-from ..progress import Progress, Silent
-from ..scan import Scan, scan
-from ..similarity import held_out_errors, near_duplicates
-from ..updates import Updates
-from ..workers import at_most, one_thread
+from ..bundle.kinds import check_adapters_path
+from ..reading.memory import Bounds, Task, agreed, room
+from ..reading.scan import Scan, scan
+from ..reading.updates import Updates
+from .alternation import Clustering, Probes, settle
 from .choose import choose_clusters
+from .clusters_file import (
+    AssignedAdapter,
+    Assignment,
+    Candidate,
+    ClusterFigures,
+    NearDuplicate,
+    Outlier,
+    check_clusters,
+)
+from .similarity import held_out_errors, near_duplicates
 
 _SILENT = Silent()
 _ROWS = 1024  # of all pairs of adapters, looked at together

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from .errors import Unsupported, UsageError
+from ..base.errors import Unsupported, UsageError
 
 LOCK_NAME = "lorazip.lock"
 SCHEMA: Literal["lorazip.lock/1"] = "lorazip.lock/1"

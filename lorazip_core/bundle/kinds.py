@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from .errors import UsageError
-from .lock import LOCK_NAME
+from ..adapter.lock import LOCK_NAME
+from ..base.errors import UsageError
 
 # As in the modules that write these files, each of which loads torch.
 _MANIFEST = "manifest.json"

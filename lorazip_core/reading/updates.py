@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..maths.stack import ScaledStack, Stack
 from .packs import CPU_BUDGET, Budget, Problem, packs
-from .stack import ScaledStack, Stack
 
 
 class Load(Protocol):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from ..base.text import count, error, megabytes
 from .summary import Summary
-from .text import count, error, megabytes
 
 LARGE_ERROR = 0.1
 """Up to this squared error the tasks that were measured lose nothing, as docs/method.md has it; above, some do."""

@@ -10,17 +10,17 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .. import team
 from ..adapter import Collection
-from ..assign import Clustering, Probes, settle
-from ..assignment import Candidate
+from ..base import team
+from ..base.progress import Progress
+from ..base.text import count
+from ..base.threads import in_order
 from ..bundle import Dtype
-from ..linalg import truncated_svd
-from ..plan import bundle_bytes, equal_groups
-from ..progress import Progress
-from ..text import count
-from ..updates import Updates
-from ..workers import in_order
+from ..bundle.size import bundle_bytes, equal_groups
+from ..maths.factored import truncated_svd
+from ..reading.updates import Updates
+from .alternation import Clustering, Probes, settle
+from .clusters_file import Candidate
 
 _SETTLED = 3  # numbers of clusters that are tried on all modules, at the most
 _CLOSE = 1.1  # times the least cost on the probes: what costs more is not tried again

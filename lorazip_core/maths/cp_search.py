@@ -16,11 +16,11 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from ..base.progress import Share, part_of, unheard
 from .cp import als_round, captured, prune, unit
-from .joint import Basis, climb, hosvd
-from .linalg import truncated_svd
-from .progress import Share, part_of, unheard
+from .factored import truncated_svd
 from .stack import Stack
+from .tucker import Basis, climb, hosvd
 
 _WIDER = 48  # columns of the cores to search on, more than the rank
 _POPULATION = 24

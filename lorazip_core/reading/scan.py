@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import team
-from .adapter import Adapter, Collection, Layout
-from .bundle import SourceEntry, Weights
-from .errors import AdapterError, AdapterErrors
-from .files import canonical_json, sha256_bytes
-from .lock import LOCK_NAME, LockedAdapter, Origin, read_lock
+from ..adapter import Adapter, Collection, Layout
+from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
+from ..base import team
+from ..base.errors import AdapterError, AdapterErrors
+from ..base.files import canonical_json, sha256_bytes
+from ..base.progress import Advance
+from ..bundle import SourceEntry, Weights
+from . import HOST, Files, Intake, Placement, Resident, Stacks, Verify, by_layout, take_in
 from .packs import CPU_BUDGET, Budget
-from .progress import Advance
-from .reading import HOST, Files, Intake, Placement, Resident, Stacks, Verify, by_layout, take_in
 from .updates import Updates
 
 _CPU = torch.device("cpu")

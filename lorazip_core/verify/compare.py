@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from .adapter import Adapter, open_collection
-from .bundle import AdapterEntry, Bundle, SourceEntry
-from .bundle.finding import Finding
-from .bundle.manifest import MANIFEST_NAME
-from .device import free_bytes
-from .errors import AdapterError, AdapterErrors
+from ..adapter import Adapter, open_collection
+from ..base.device import free_bytes
+from ..base.errors import AdapterError, AdapterErrors
+from ..base.progress import Progress
+from ..base.text import printable
+from ..base.threads import in_order
+from ..bundle import AdapterEntry, Bundle, SourceEntry
+from ..bundle.finding import Finding
+from ..bundle.manifest import MANIFEST_NAME
+from ..reading import pass_through
 from .measure import Measured, Pair, measure
-from .progress import Progress
-from .reading import pass_through
-from .text import printable
-from .workers import in_order
 
 _CPU = torch.device("cpu")
 _EXPORT_REPORT = "export.json"  # what `export` leaves beside the adapters that it writes

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linalg import Factors
-from .stopping import check_stop
+from ..base.stopping import check_stop
+from .factored import Factors
 
 _AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # numbers in a product with many bases, at the most
 

@@ -19,20 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import team
-from .batch import Batch
-from .joint import Basis, climb_batch, hosvd_batch
-from .progress import Progress, Silent
+from ..base import team
+from ..base.progress import Progress, Silent
+from ..base.threads import in_order
+from ..maths.batch import Batch
+from ..maths.stack import ScaledStack
+from ..maths.tucker import Basis, climb_batch, hosvd_batch
+from ..reading.memory import COMPARED, PROBES
+from ..reading.updates import Updates
 from .similarity import similarity_of_all, subspace_similarity
-from .stack import ScaledStack
-from .updates import Updates
-from .workers import in_order
 
-PROBES = 4
 _STARTS = 2
 _ROUNDS = 20
 _TRIAL_ROUNDS, _FINALISTS = 3, 2  # of every start, and those that go on
-COMPARED = 2048  # adapters, at the most, of which every two are compared for the first medoids
 _CLIMB = 2  # polishing rounds of every basis between two reassignments, and within each of them
 _MARGIN = 1e-6  # of the mean error: a move that gains less is noise
 _SILENT = Silent()

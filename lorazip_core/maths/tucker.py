@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.progress import Share, part_of, unheard
+from ..base.stopping import check_stop
 from .batch import Batch, Cores
-from .linalg import cholesky_qr
-from .progress import Share, part_of, unheard
+from .factored import cholesky_qr
 from .stack import Stack
-from .stopping import check_stop
 
 _RANGE_ROUNDS = 3
 _SMALL_RANK = 24

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.stopping import check_stop
 from .stack import Stack
-from .stopping import check_stop
 
 # Of the mean of a Gram matrix's diagonal. It keeps nearly parallel columns from being used with large coefficients that
 # cancel, which costs more in rounding than it gains: bf16 coefficients have an error of about 10⁻⁶ of their square.

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapter import Part
-from .bundle import AdapterEntry, Bundle
-from .linalg import Factors
+from ..adapter import Part
+from ..maths.factored import Factors
+from . import AdapterEntry, Bundle
 
 _AT_HAND = 16  # shards whose tensors are at hand: they are mapped, not in memory
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .joint import climb_batch, hosvd_batch, span
-from .linalg import Factors, leading_subspaces, squared_distance
-from .progress import Progress
-from .stopping import check_stop
-from .updates import Updates
-from .workers import in_order
+from ..base.progress import Progress
+from ..base.stopping import check_stop
+from ..base.threads import in_order
+from ..maths.batch import Batch
+from ..maths.factored import Factors, leading_subspaces, squared_distance
+from ..maths.tucker import climb_batch, hosvd_batch, span
+from ..reading.updates import Updates
 
 _NEAR = 0.1  # share of the larger update: two adapters that differ by less are near-duplicates
 _SKETCH = 16  # test vectors a side: a module's sketch has 256 numbers

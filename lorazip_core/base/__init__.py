@@ -1,0 +1,1 @@
+"""What knows no LoRA: errors, files that appear whole or not at all, progress, threads, devices."""
