@@ -60,7 +60,7 @@ def demo(
 
 def _not_of_demo(folder: Path) -> str | None:
     """Why a directory may not be replaced as a demo, in words; None for one that has nothing but what one wrote."""
-    from lorazip_core.bundle import not_of_bundle
+    from lorazip_core.bundle.writer import not_of_bundle
     from lorazip_core.export import not_of_export
 
     for entry in sorted(folder.iterdir()):

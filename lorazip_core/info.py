@@ -10,7 +10,8 @@ from typing import Literal
 from msgspec import Struct
 
 from .adapter.lock import Origin
-from .bundle import AdapterEntry, Bundle, ModuleEntry, Parameters, ShardEntry, SkippedEntry
+from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
+from .bundle.reader import Bundle
 
 
 class ModuleShape(Struct, frozen=True):

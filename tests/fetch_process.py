@@ -15,8 +15,9 @@ from pathlib import Path
 from hub import Answer, HubServer, Repository, Request
 from huggingface_hub import try_to_load_from_cache
 
-from lorazip_core.adapter import find_adapters, open_adapter
+from lorazip_core.adapter.discovery import find_adapters
 from lorazip_core.adapter.lock import LOCK_NAME
+from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.fetch.workspace import FOLDER
 
 LORAZIP = Path(sys.executable).with_name("lorazip")

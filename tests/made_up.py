@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorazip_core.bundle import ModuleError
 from lorazip_core.bundle.check import Finding
+from lorazip_core.bundle.manifest import ModuleError
 from lorazip_core.bundle.summary import summarise
 from lorazip_core.clustering.clusters_file import (
     AssignedAdapter,

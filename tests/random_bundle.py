@@ -13,13 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
-from lorazip_core.adapter import Module, write_adapter
 from lorazip_core.adapter.lock import Origin
+from lorazip_core.adapter.module import Module
+from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.files import safe_name, sha256_file
-from lorazip_core.bundle import (
-    DTYPES,
+from lorazip_core.bundle.manifest import (
     AdapterEntry,
-    BundleWriter,
     ClusterEntry,
     Manifest,
     ModuleEntry,
@@ -30,6 +29,8 @@ from lorazip_core.bundle import (
     SourceEntry,
     required_to_read,
 )
+from lorazip_core.bundle.tensor_file import DTYPES
+from lorazip_core.bundle.writer import BundleWriter
 
 BASE = "org/base"
 MODULES = [

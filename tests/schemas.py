@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from lorazip_core.adapter.lock import Lock
-from lorazip_core.bundle import Manifest
+from lorazip_core.bundle.manifest import Manifest
 from lorazip_core.clustering import ClusterReport
 from lorazip_core.clustering.clusters_file import Assignment
 from lorazip_core.compress import CompressReport, PlanReport

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import SHAPES, Adapters, collected, groups, rewritten, same_partition, shuffled
 
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.clustering import alternation as assign
 from lorazip_core.clustering.alternation import Clustering, Probes, settle
 from lorazip_core.maths.stack import Stack

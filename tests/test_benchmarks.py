@@ -31,7 +31,7 @@ import rounds
 import scale
 import scale_cpu
 
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.maths.factored import truncated_svd
 
 

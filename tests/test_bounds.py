@@ -9,7 +9,7 @@ import random_adapters as ra
 import torch
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import Collection, open_collection
+from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.files import tree
 from lorazip_core.compress import CompressOptions, compress

@@ -15,7 +15,8 @@ from random_bundle import make_bundle
 
 from lorazip_cli.main import main
 from lorazip_core.base.errors import BundleDamaged
-from lorazip_core.bundle import Bundle, reader
+from lorazip_core.bundle import reader
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.export import export
 from lorazip_core.info import info
 from lorazip_core.verify import verify

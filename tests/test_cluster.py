@@ -16,7 +16,7 @@ from recorder import Recorder
 from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
-from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.clustering import ClusterOptions, cluster
 from lorazip_core.clustering.choose import _ladder
 from lorazip_core.clustering.clusters_file import Assignment

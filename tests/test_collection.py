@@ -12,8 +12,7 @@ import peft_fixtures as fixtures
 import pytest
 import torch
 
-from lorazip_core.adapter import Collection, open_collection
-from lorazip_core.adapter.collection import find_adapters
+from lorazip_core.adapter.collection import Collection, find_adapters, open_collection
 from lorazip_core.adapter.notes import notes
 from lorazip_core.base.errors import AdapterError, AdapterErrors, UsageError
 

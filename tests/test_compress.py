@@ -22,7 +22,8 @@ from reference_reader import ReferenceReader
 from lorazip_core.base.errors import AdapterError, AdapterErrors, LocalError, LorazipError, OutputExists, UsageError
 from lorazip_core.base.files import safe_name, tree
 from lorazip_core.base.progress import Advance
-from lorazip_core.bundle import AdapterEntry, Bundle
+from lorazip_core.bundle.manifest import AdapterEntry
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, CompressReport, compress
 from lorazip_core.reading.packs import Budget
 from lorazip_core.verify import VerifyReport, verify

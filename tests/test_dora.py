@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import open_adapter
+from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.base.errors import AdapterError
 
 LINEAR = {"target_modules": ["q", "up"], "r": 4, "lora_alpha": 12, "use_dora": True}

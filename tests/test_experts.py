@@ -24,15 +24,18 @@ from transformers import (
 )
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import Adapter, Module, Parameter, open_adapter, open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.experts import apart
+from lorazip_core.adapter.module import Module, Parameter
+from lorazip_core.adapter.reader import Adapter, open_adapter
 from lorazip_core.base.errors import AdapterError, AdapterErrors
-from lorazip_core.bundle import Bundle, ParameterEntry
 from lorazip_core.bundle.check import contradictions
+from lorazip_core.bundle.manifest import ParameterEntry
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.maths.stack import Stack
-from lorazip_core.reading import Files, blocks, buffers, runs
-from lorazip_core.reading.stacks import Stacks
+from lorazip_core.reading import blocks, buffers, runs
+from lorazip_core.reading.stacks import Files, Stacks
 from lorazip_core.verify import verify
 
 SIZES = {

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import Adapter, Module, open_adapter, open_collection, write_adapter
+from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.module import Module
+from lorazip_core.adapter.reader import Adapter, open_adapter
+from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.errors import BundleDamaged, OutputExists, Unsupported, UsageError
 from lorazip_core.base.files import safe_name, sha256_file, tree
 from lorazip_core.base.threads import at_most
-from lorazip_core.bundle import (
-    DTYPES,
+from lorazip_core.bundle.decoder import decode
+from lorazip_core.bundle.manifest import (
     AdapterEntry,
-    Bundle,
-    BundleWriter,
     ClusterEntry,
     Manifest,
     ModuleEntry,
@@ -35,7 +36,9 @@ from lorazip_core.bundle import (
     ShardEntry,
     SourceEntry,
 )
-from lorazip_core.bundle.decoder import decode
+from lorazip_core.bundle.reader import Bundle
+from lorazip_core.bundle.tensor_file import DTYPES
+from lorazip_core.bundle.writer import BundleWriter
 from lorazip_core.export import ExportReport, export, exporter, vllm
 from lorazip_core.export.size import export_bytes
 from lorazip_core.maths.factored import truncated_svd

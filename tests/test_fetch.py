@@ -19,7 +19,7 @@ from peft import PeftConfig
 from random_adapters import plain, write_collection
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.lock import LOCK_NAME
 from lorazip_core.fetch import FetchReport, run, workspace
 

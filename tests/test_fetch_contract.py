@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from fetching import Fetching, adapter_files, repository
 
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.lock import LOCK_NAME
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import open_adapter
+from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.base.errors import AdapterError
 
 UNET = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -14,8 +14,8 @@ import random_adapters
 import torch
 from reference_reader import ReferenceReader
 
-from lorazip_core.bundle import Bundle
 from lorazip_core.bundle.decoder import decode
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.export import export
 from lorazip_core.verify import verify
 

@@ -13,7 +13,8 @@ import torch
 from msgspec import structs
 
 from lorazip_core.base.errors import AdapterErrors
-from lorazip_core.bundle import AdapterEntry, Bundle
+from lorazip_core.bundle.manifest import AdapterEntry
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.summary import is_adapter_within, is_within
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.maths.stack import ScaledStack, Stack

@@ -14,13 +14,16 @@ import torch
 from random_bundle import SKETCHES, make_bundle
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import Adapter, Module, open_collection
+from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.module import Module
+from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.errors import AdapterError
 from lorazip_core.base.files import sha256_file
-from lorazip_core.bundle import Bundle
 from lorazip_core.bundle.decoder import decode
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.maths.factored import Factors
-from lorazip_core.reading import HOST, Placement, blocks, buffers, contents
+from lorazip_core.reading import blocks, buffers, contents
+from lorazip_core.reading.placement import HOST, Placement
 from lorazip_core.verify import measure as measuring
 from lorazip_core.verify import verify
 from lorazip_core.verify.measure import Measured, Original, Pair, measure

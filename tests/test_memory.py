@@ -14,12 +14,13 @@ import typer
 
 from lorazip_cli.main import main
 from lorazip_cli.options import bytes_of, size
-from lorazip_core.adapter import Collection, open_collection
+from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
-from lorazip_core.reading import HOST, memory
+from lorazip_core.reading import memory
 from lorazip_core.reading.memory import Bounds, Room, Task, agreed
 from lorazip_core.reading.memory import room as room_for
 from lorazip_core.reading.packs import CPU_BUDGET
+from lorazip_core.reading.placement import HOST
 
 MIB, GIB = 2**20, 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

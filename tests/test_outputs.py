@@ -20,8 +20,9 @@ from lorazip_cli import failures
 from lorazip_cli.main import main
 from lorazip_core.base import files
 from lorazip_core.base.files import atomic_directory, naming, resumable_directory, tree
-from lorazip_core.bundle import Bundle, not_of_bundle
 from lorazip_core.bundle.check import BESIDE
+from lorazip_core.bundle.reader import Bundle
+from lorazip_core.bundle.writer import not_of_bundle
 from lorazip_core.export import not_of_export
 from lorazip_core.export.size import export_bytes
 from lorazip_core.verify import verify

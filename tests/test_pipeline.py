@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import random_adapters
 
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 
 SCHEMAS = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 

@@ -10,9 +10,9 @@ import random_adapters as ra
 import torch
 from msgspec.structs import replace
 
-from lorazip_core.adapter import Module
+from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import UsageError
-from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, compress, plan
 
 REAL = Path(__file__).parents[2] / "shared/data"

@@ -24,7 +24,7 @@ from lorazip_cli.main import main
 from lorazip_core.adapter.lock import LOCK_NAME, Lock, LockedAdapter, LockedFile, Origin, encode_lock
 from lorazip_core.base.errors import AdapterErrors
 from lorazip_core.base.files import sha256_file, tree
-from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.export import export
 from lorazip_core.verify import verify

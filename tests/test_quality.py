@@ -167,7 +167,7 @@ def test_pages_colour_what_is_above_the_limit(unlike: Path, lossy: Path) -> None
 def test_work_is_resumed_on_a_like_processor_only(unlike: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from lorazip_core.adapter import open_collection
+    from lorazip_core.adapter.collection import open_collection
     from lorazip_core.reading.scan import scan
 
     scanned = scan(open_collection(unlike), skip_bad=False, advance=lambda steps: None)

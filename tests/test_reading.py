@@ -21,13 +21,17 @@ from random_adapters import LINEAR, MIXED, Q, Recipe, plain, write_collection
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorazip_core.adapter import Adapter, Collection, open_collection, weights
+from lorazip_core.adapter import weights
+from lorazip_core.adapter.collection import Collection, open_collection
+from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.base.files import sha256_file
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.reading import Files, Placement, Stacks, blocks, buffers, contents, place, stacks
+from lorazip_core.reading import blocks, buffers, contents, stacks
 from lorazip_core.reading.buffers import Buffers
+from lorazip_core.reading.placement import Placement, place
 from lorazip_core.reading.scan import Scan, scan
+from lorazip_core.reading.stacks import Files, Stacks
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

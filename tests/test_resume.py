@@ -23,7 +23,7 @@ import lorazip_core.compress.shared
 from lorazip_cli.main import main
 from lorazip_core.base.errors import AdapterErrors, Interrupted, OutputExists
 from lorazip_core.base.progress import Advance
-from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.export import export
 from lorazip_core.reading.packs import Budget

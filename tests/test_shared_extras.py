@@ -14,7 +14,7 @@ from reference_reader import ReferenceReader
 from safetensors.torch import load_file
 
 from lorazip_core.base.errors import Unsupported
-from lorazip_core.bundle import Bundle
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress import CompressOptions, compress
 from lorazip_core.export import export
 from lorazip_core.info import info

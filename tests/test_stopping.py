@@ -18,7 +18,7 @@ import torch
 from recorder import Recorder
 
 import lorazip_cli.interrupt
-import lorazip_core.adapter
+import lorazip_core.adapter.reader
 import lorazip_core.base.files
 import lorazip_core.base.threads
 import lorazip_core.clustering.similarity

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.files import sha256_file
-from lorazip_core.bundle import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
+from lorazip_core.bundle.tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

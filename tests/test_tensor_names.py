@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import open_adapter, open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.notes import notes
+from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.base.errors import AdapterError
 
 PREFIX = "base_model.model."

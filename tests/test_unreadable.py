@@ -12,7 +12,7 @@ from pathlib import Path
 import peft_fixtures as fixtures
 import pytest
 
-from lorazip_core.adapter import open_collection
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.unreadable import unreadable
 from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.reading.scan import scan

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import Part
+from ..adapter.reader import Part
 from ..maths.factored import Factors
-from . import AdapterEntry, Bundle
+from .manifest import AdapterEntry
+from .reader import Bundle
 
 _AT_HAND = 16  # shards whose tensors are at hand: they are mapped, not in memory
 

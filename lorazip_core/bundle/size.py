@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .manifest import Dtype, Method
 
 if TYPE_CHECKING:
-    from ..adapter import Collection
+    from ..adapter.collection import Collection
 
 _ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "f16": 2, "f32": 4}
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import TORCH_DTYPES
+from ..adapter.layout import TORCH_DTYPES
 from ..base.errors import LocalError
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -10,12 +10,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..adapter import Collection
+from ..adapter.collection import Collection
 from ..base import team
 from ..base.progress import Progress
 from ..base.text import count
 from ..base.threads import in_order
-from ..bundle import Dtype
+from ..bundle.manifest import Dtype
 from ..bundle.size import bundle_bytes, equal_groups
 from ..maths.factored import truncated_svd
 from ..reading.updates import Updates

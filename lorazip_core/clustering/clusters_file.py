@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Struct
 
 from ..base.errors import UsageError
-from ..bundle import Dtype, Weights
 from ..bundle.kinds import schema_of, wrote
+from ..bundle.manifest import Dtype, Weights
 
 
 class AssignedAdapter(Struct, frozen=True, kw_only=True):

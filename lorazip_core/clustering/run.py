@@ -11,15 +11,15 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from ..adapter import open_collection
+from ..adapter.collection import open_collection
 from ..adapter.notes import notes
 from ..base import team
 from ..base.device import find_device, hold_to
 from ..base.errors import UsageError
 from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
-from ..bundle import Dtype, SkippedEntry, Weights
 from ..bundle.kinds import check_adapters_path
+from ..bundle.manifest import Dtype, SkippedEntry, Weights
 from ..reading.memory import Bounds, Task, agreed, room
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates

@@ -10,11 +10,11 @@ from msgspec import UNSET
 from torch import Tensor
 
 from .. import __version__
-from ..adapter import Adapter, Module
+from ..adapter.module import Module
+from ..adapter.reader import Adapter
 from ..base.files import safe_name
-from ..bundle import (
+from ..bundle.manifest import (
     AdapterEntry,
-    BundleWriter,
     ClusterEntry,
     Manifest,
     ModuleEntry,
@@ -25,6 +25,7 @@ from ..bundle import (
     required_to_read,
 )
 from ..bundle.summary import squared_error
+from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
 from .individual import Kept, individual_piece
 from .pieces import Pieces

@@ -19,7 +19,7 @@ from ..base import team
 from ..base.files import sha256_file
 from ..base.progress import Progress
 from ..base.threads import in_order
-from ..bundle import TensorFileReader, write_tensors
+from ..bundle.tensor_file import TensorFileReader, write_tensors
 
 _NAME = re.compile(r"([a-z]+(?:-\d+)*)\.([0-9a-f]{64})")
 

@@ -17,7 +17,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from ..adapter import Collection, open_collection
+from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base import team
 from ..base.device import find_device, hold_to
@@ -26,12 +26,14 @@ from ..base.files import Building, check_output, check_space, resumable_director
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
 from ..base.threads import at_most, in_order, one_thread
-from ..bundle import DTYPES, BundleWriter, Manifest, Parameters, SkippedEntry, not_of_bundle
 from ..bundle.kinds import check_adapters_path
+from ..bundle.manifest import Manifest, Parameters, SkippedEntry
 from ..bundle.places import check_place
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
+from ..bundle.tensor_file import DTYPES
+from ..bundle.writer import BundleWriter, not_of_bundle
 from ..clustering import choose_clusters
 from ..clustering.alternation import Probes, settle
 from ..clustering.clusters_file import Assignment, read_assignment

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..base.stopping import check_stop
 from ..base.threads import in_order
-from ..bundle import BundleWriter, ClusterEntry, FileEntry, Method, ShardEntry, TensorLayout
+from ..bundle.manifest import ClusterEntry, FileEntry, Method, ShardEntry
+from ..bundle.tensor_file import TensorLayout
+from ..bundle.writer import BundleWriter
 from ..reading.packs import Problem
 from .pieces import Pieces
 from .shared import Encoded, tensor_name

@@ -15,14 +15,19 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..adapter import Module, Parameter, fuse, parse_config, write_adapter
+from ..adapter.config import parse_config
+from ..adapter.experts import fuse
+from ..adapter.module import Module, Parameter
+from ..adapter.writer import write_adapter
 from ..base.errors import AdapterError, BundleDamaged, Unsupported, UsageError
 from ..base.files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
-from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
+from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.places import check_place
+from ..bundle.reader import Bundle
+from ..bundle.tensor_file import DTYPES
 from . import vllm
 from .factors import Written, folded_factors, own_factors
 from .peft_config import folded_config, gives, own_config

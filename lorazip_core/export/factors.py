@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
-from ..bundle import DTYPES, AdapterEntry, Bundle, ModuleEntry
 from ..bundle.decoder import decode
+from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.reader import Bundle
+from ..bundle.tensor_file import DTYPES
 from ..maths.factored import Factors, squared_distance, squared_norm, truncated_svd
 
 

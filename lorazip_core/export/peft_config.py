@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapter import LoraConfig, Module
+from ..adapter.config import LoraConfig
+from ..adapter.module import Module
 from .target_modules import selection
 
 # What these say of how the adapter was made (its initialisation, a backward pass) no longer holds for its factors.

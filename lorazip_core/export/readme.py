@@ -8,7 +8,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from ..adapter.lock import Origin, is_inner_path
-from ..bundle import AdapterEntry, Bundle
+from ..bundle.manifest import AdapterEntry
+from ..bundle.reader import Bundle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..adapter import parse_config
+from ..adapter.config import parse_config
 from ..base.errors import AdapterError
-from ..bundle import DTYPES, AdapterEntry, Bundle
+from ..bundle.manifest import AdapterEntry
+from ..bundle.reader import Bundle
+from ..bundle.tensor_file import DTYPES
 
 _ORIGINAL_ITEMSIZE = 2
 """Bytes of an element of the original factors: at least, as the manifest does not say their dtype."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from ..base.errors import Unsupported
-from ..bundle import AdapterEntry, Bundle, ModuleEntry
+from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.reader import Bundle
 
 # The values that vLLM accepts for --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

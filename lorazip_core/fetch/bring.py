@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..adapter import open_adapter
 from ..adapter.lock import LockedAdapter, LockedFile
+from ..adapter.reader import open_adapter
 from ..base.errors import AdapterError, LocalError
 from ..base.files import copy, link_or_copy
 from ..base.progress import Transfer

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..adapter import AdapterFolder, NotLora, find_adapters, open_adapter, parse_config, presence, weights_beside
-from ..adapter.config import CONFIG_NAME
+from ..adapter.config import CONFIG_NAME, NotLora, parse_config
+from ..adapter.discovery import AdapterFolder, find_adapters, presence, weights_beside
 from ..adapter.lock import LeftOut, Origin, is_inner_path
+from ..adapter.reader import open_adapter
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
 from ..base.errors import AdapterError, LorazipError, UsageError
 from ..base.files import sha256_file

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..adapter import find_adapters
+from ..adapter.discovery import find_adapters
 from ..adapter.lock import LOCK_NAME, LeftOut, Lock, LockedAdapter, read_strictly
 from ..base.errors import CheckFailed, LocalError, LorazipError, OutputExists, UsageError
 from ..base.progress import Progress, Silent, Transfer

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 from msgspec import Struct
 
 from ..base.errors import UsageError
-from ..bundle import Dtype, Method, Weights
+from ..bundle.manifest import Dtype, Method, Weights
 from ..bundle.size import bundle_bytes
 from ..clustering.clusters_file import check_clusters
 
 if TYPE_CHECKING:
-    from ..adapter import Collection
+    from ..adapter.collection import Collection
 
 DEFAULT_RANK = {"joint": 16, "diag": 16, "svd": 4}
 

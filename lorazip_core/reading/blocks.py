@@ -12,11 +12,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout, deinterleave, views
+from ..adapter.layout import Layout, deinterleave, views
+from ..adapter.reader import Adapter
 from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.threads import cores, in_order
-from ..bundle import SourceEntry
+from ..bundle.manifest import SourceEntry
 from ..maths.factored import Factors
 from .buffers import PIECE, Buffers, InMemory, Nowhere, Slot
 from .contents import Destination, read_contents

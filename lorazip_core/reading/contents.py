@@ -9,12 +9,13 @@ from typing import Protocol
 
 import torch
 
-from ..adapter import Adapter, Descriptor, read_fully
+from ..adapter.reader import Adapter
 from ..adapter.unreadable import unreadable
+from ..adapter.weights import Descriptor, read_fully
 from ..base.errors import AdapterError
 from ..base.files import sha256_bytes, sha256_file
 from ..base.stopping import check_stop
-from ..bundle import SourceEntry
+from ..bundle.manifest import SourceEntry
 
 
 class Destination(Protocol):

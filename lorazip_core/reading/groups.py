@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapter import Adapter, Layout, Module, Part
+from ..adapter.layout import Layout
+from ..adapter.module import Module
+from ..adapter.reader import Adapter, Part
 
 Numbers = NDArray[np.int64]
 

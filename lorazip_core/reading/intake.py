@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Collection, Layout
+from ..adapter.collection import Collection
+from ..adapter.layout import Layout
+from ..adapter.reader import Adapter
 from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.stopping import check_stop
-from ..bundle import SourceEntry
+from ..bundle.manifest import SourceEntry
 from .blocks import Block, Contents, in_blocks
 from .groups import by_layout
 from .norms import check, finite_extras, norms_of_adapter, norms_of_rows, tensors_of

@@ -9,14 +9,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..adapter import Collection, Part
+from ..adapter.collection import Collection
+from ..adapter.reader import Part
 from ..base import team
 from ..base.device import free_bytes
 from ..base.errors import LocalError
 from ..base.threads import cores
 from ..maths.tucker import search_size, searched_together
-from . import HOST, MOST_HELD, Placement, place, stays
 from .packs import CPU_BUDGET, Budget, Problem, packs
+from .placement import HOST, Placement, place, stays
+from .runs import MOST_HELD
 
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
 _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly ever worth their bases

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..adapter import TORCH_DTYPES, Adapter, Part, view
+from ..adapter.layout import TORCH_DTYPES, view
+from ..adapter.reader import Adapter, Part
 from ..base.errors import AdapterError
 from ..maths.factored import squared_norm
 from .blocks import Stored

@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter.reader import Adapter
 
 MOST_HELD = 2**28  # bytes of factors at hand, of all threads together
 _RUNS = 8  # of each adapter at hand: modules in order of their names, and threads, go back and forth between a few

@@ -13,15 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Collection, Layout
+from ..adapter.collection import Collection
+from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
+from ..adapter.reader import Adapter
 from ..base import team
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.files import canonical_json, sha256_bytes
 from ..base.progress import Advance
-from ..bundle import SourceEntry, Weights
-from . import HOST, Files, Intake, Placement, Resident, Stacks, Verify, by_layout, take_in
+from ..bundle.manifest import SourceEntry, Weights
+from .groups import by_layout
+from .intake import Intake, Verify, take_in
 from .packs import CPU_BUDGET, Budget
+from .placement import HOST, Placement
+from .stacks import Files, Resident, Stacks
 from .updates import Updates
 
 _CPU = torch.device("cpu")

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Collection, Layout, TensorInfo, aligned, view
+from ..adapter.collection import Collection
+from ..adapter.layout import Layout, TensorInfo, aligned, view
+from ..adapter.reader import Adapter
 from ..maths.stack import ScaledStack, Stack
 from .groups import LayoutGroup, Numbers, by_layout
 from .runs import ExpertRuns

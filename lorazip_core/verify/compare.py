@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 
-from ..adapter import Adapter, open_collection
+from ..adapter.collection import open_collection
+from ..adapter.reader import Adapter
 from ..base.device import free_bytes
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.progress import Progress
 from ..base.text import printable
 from ..base.threads import in_order
-from ..bundle import AdapterEntry, Bundle, SourceEntry
 from ..bundle.finding import Finding
-from ..bundle.manifest import MANIFEST_NAME
-from ..reading import pass_through
+from ..bundle.manifest import MANIFEST_NAME, AdapterEntry, SourceEntry
+from ..bundle.reader import Bundle
+from ..reading.placement import pass_through
 from .measure import Measured, Pair, measure
 
 _CPU = torch.device("cpu")

@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from ..adapter import Adapter
+from ..adapter.reader import Adapter
 from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.stopping import check_stop
-from ..bundle import AdapterEntry, Bundle, ModuleError, SourceEntry
 from ..bundle.decoder import Decoder
+from ..bundle.manifest import AdapterEntry, ModuleError, SourceEntry
+from ..bundle.reader import Bundle
 from ..maths.factored import squared_norm_and_distance
-from ..reading import HOST, Block, Placement, by_layout, in_blocks
+from ..reading.blocks import Block, in_blocks
+from ..reading.groups import by_layout
+from ..reading.placement import HOST, Placement
 
 _CPU = torch.device("cpu")
 # Numbers in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.

@@ -12,11 +12,11 @@ from msgspec import Struct
 from ..base.errors import BundleDamaged, CheckFailed, UsageError
 from ..base.progress import Progress, Silent
 from ..base.text import printable
-from ..bundle import AdapterEntry, Bundle, ModuleError
 from ..bundle.finding import Finding
 from ..bundle.kinds import check_adapters_path
-from ..bundle.manifest import MANIFEST_NAME, Parameters
+from ..bundle.manifest import MANIFEST_NAME, AdapterEntry, ModuleError, Parameters
 from ..bundle.quality import QualityWarning, quality_warnings
+from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise
 
 if TYPE_CHECKING:

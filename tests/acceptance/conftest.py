@@ -15,7 +15,7 @@ import torch
 from real_data import SHARED, Compressed, Process, Say
 from torch import Tensor
 
-from lorazip_core.adapter import Collection, open_collection
+from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.compress import CompressOptions, CompressReport, compress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # reference_reader

@@ -14,7 +14,8 @@ from real_data import Say
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 from lorazip_cli.main import main
-from lorazip_core.adapter import open_adapter, open_collection
+from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.reader import open_adapter
 
 pytestmark = pytest.mark.acceptance
 

@@ -10,7 +10,7 @@ import torch
 from real_data import Say
 from torch import Tensor
 
-from lorazip_core.adapter import Collection
+from lorazip_core.adapter.collection import Collection
 from lorazip_core.maths.cp_search import fit_diag
 from lorazip_core.maths.stack import Stack
 

@@ -16,7 +16,7 @@ from real_data import Compressed, Say
 from reference_reader import ReferenceReader
 from torch import Tensor
 
-from lorazip_core.adapter import Collection
+from lorazip_core.adapter.collection import Collection
 from lorazip_core.compress import CompressOptions
 from lorazip_core.maths.stack import Stack
 from lorazip_core.maths.tucker import fit_joint

@@ -24,8 +24,8 @@ from hub import SIGNATURE, Cut, HubServer, RateLimit, Repository, Status
 from random_adapters import Recipe, write_collection
 from real_data import Say
 
-from lorazip_core.adapter import Module
 from lorazip_core.adapter.lock import LOCK_NAME, read_lock
+from lorazip_core.adapter.module import Module
 
 pytestmark = pytest.mark.acceptance
 

@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lorazip_core.adapter import Adapter, open_collection
+from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.threads import in_order
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.schemes.encode import encode_diag, encode_joint

@@ -31,8 +31,9 @@ import torch
 from compressing import head, row
 from torch import Tensor
 
-from lorazip_core.adapter import Adapter, open_collection
-from lorazip_core.bundle import Bundle
+from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.reader import Adapter
+from lorazip_core.bundle.reader import Bundle
 from lorazip_core.maths.batch import Batch
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.maths.tucker import QUICK, fit_joint_batch

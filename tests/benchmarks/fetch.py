@@ -36,7 +36,7 @@ from hub import HubProcess, hub_process
 from process import run
 from random_adapters import Recipe, write_collection
 
-from lorazip_core.adapter import Module
+from lorazip_core.adapter.module import Module
 
 FASTER = 4.0
 OWNER = "bench"

@@ -36,7 +36,7 @@ from collection_model import seed_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorazip_core.adapter import Module
+from lorazip_core.adapter.module import Module
 
 LATENT = 40  # directions of a group in a module
 FALL = 1.65  # λ_t ∝ (t + 2)^−FALL, t = 0, 1, …

@@ -27,7 +27,9 @@ from collection_model import ModuleModel, draw, draw_scores, fit, rotation, seed
 from real_adapters import DEFAULT, Svds, open_real, require, svds
 from torch import Tensor
 
-from lorazip_core.adapter import Collection, Module, write_adapter
+from lorazip_core.adapter.collection import Collection
+from lorazip_core.adapter.module import Module
+from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.threads import in_order
 
 BATCH = 32  # adapters drawn at a time; each batch has random numbers of its own

@@ -13,7 +13,7 @@ from matched_collection import BATCH, CPU, CollectionModel, between_modules, cos
 from real_adapters import Svds, svds
 from torch import Tensor
 
-from lorazip_core.adapter import Collection
+from lorazip_core.adapter.collection import Collection
 from lorazip_core.base.threads import in_order
 from lorazip_core.clustering.alternation import Probes, settle
 from lorazip_core.maths.cp import solve_diag

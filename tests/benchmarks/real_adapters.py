@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorazip_core.adapter import Collection, open_collection
+from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.maths.factored import truncated_svd
 
 DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "data" / "smollm2-r16"
