@@ -36,8 +36,8 @@ from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, saved, table
 
 if TYPE_CHECKING:
-    from lorazip_core.clustering import ClusterReport
     from lorazip_core.clustering.clusters_file import Candidate, ClusterFigures
+    from lorazip_core.clustering.run import ClusterReport
 
 _LISTED = 10
 
@@ -89,8 +89,8 @@ def cluster(
     if html is not None:
         check_available()
     from lorazip_core.base import team
-    from lorazip_core.clustering import ClusterOptions
-    from lorazip_core.clustering import cluster as cluster_adapters
+    from lorazip_core.clustering.run import ClusterOptions
+    from lorazip_core.clustering.run import cluster as cluster_adapters
 
     wanted: int | Literal["auto"] = "auto" if clusters == "auto" else int(clusters)
     options = ClusterOptions(

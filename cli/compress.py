@@ -36,7 +36,7 @@ from .progress import progress
 from .table import by_file, count, error, megabytes, saved, saving, table, times
 
 if TYPE_CHECKING:
-    from lorazip_core.compress import CompressReport, PlanReport
+    from lorazip_core.compress.run import CompressReport, PlanReport
 
 _BESIDE = "files beside adapters that a bundle does not carry"
 
@@ -111,8 +111,8 @@ def compress(
         if not dry_run:
             check_new(output, force=force)
     from lorazip_core.base import team
-    from lorazip_core.compress import compress as compress_adapters
-    from lorazip_core.compress import plan
+    from lorazip_core.compress.run import compress as compress_adapters
+    from lorazip_core.compress.run import plan
 
     report: PlanReport | CompressReport
     with team.joined():

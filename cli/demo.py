@@ -21,7 +21,7 @@ from .report_file import write_report
 from .table import error, megabytes
 
 if TYPE_CHECKING:
-    from lorazip_core.verify import VerifyReport
+    from lorazip_core.verify.run import VerifyReport
 
 _BUNDLE, _ADAPTERS, _REPORT = "bundle", "adapters", "verify.json"
 _PARTIAL = f".{_BUNDLE}.partial"
@@ -41,9 +41,10 @@ def demo(
     check_place(output)
     if not _is_begun(output):
         check_output(output, force=force, not_ours=_not_of_demo)
-    from lorazip_core.compress import CompressOptions, compress
-    from lorazip_core.export import export
-    from lorazip_core.verify import verify
+    from lorazip_core.compress.run import compress
+    from lorazip_core.export.exporter import export
+    from lorazip_core.planning.plan import CompressOptions
+    from lorazip_core.verify.run import verify
 
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
     show = progress(quiet)
@@ -61,7 +62,7 @@ def demo(
 def _not_of_demo(folder: Path) -> str | None:
     """Why a directory may not be replaced as a demo, in words; None for one that has nothing but what one wrote."""
     from lorazip_core.bundle.writer import not_of_bundle
-    from lorazip_core.export import not_of_export
+    from lorazip_core.export.exporter import not_of_export
 
     for entry in sorted(folder.iterdir()):
         if entry.name in (_BUNDLE, _ADAPTERS):

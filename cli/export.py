@@ -54,7 +54,7 @@ def export(
 
     read_manifest(bundle, ("read", "export"))
     check_new(output, force=force)
-    from lorazip_core.export import export as export_adapters
+    from lorazip_core.export.exporter import export as export_adapters
 
     report = export_adapters(
         bundle,

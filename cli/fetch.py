@@ -18,7 +18,7 @@ from .progress import progress
 from .table import count, megabytes, table
 
 if TYPE_CHECKING:
-    from lorazip_core.fetch import FetchedAdapter, FetchReport
+    from lorazip_core.fetch.report import FetchedAdapter, FetchReport
 
 
 def fetch(
@@ -83,7 +83,7 @@ def fetch(
 
     DIR/lorazip.lock says from where each came and what it is, byte for byte: keep it under version control.
     """
-    from lorazip_core.fetch import FetchOptions
+    from lorazip_core.fetch.options import FetchOptions
 
     options = FetchOptions(
         base_model=base_model,
@@ -103,7 +103,7 @@ def fetch(
     )
     if not output.is_file():
         options.check(sources or [], read_strictly(output), output)
-    from lorazip_core.fetch import fetch as fetch_adapters
+    from lorazip_core.fetch.run import fetch as fetch_adapters
 
     report = fetch_adapters(sources or [], output, options, progress=progress(quiet))
     if json:

@@ -20,7 +20,7 @@ from .report_file import check_report_files, write_data
 from .table import count, error, megabytes, saving, table, times
 
 if TYPE_CHECKING:
-    from lorazip_core.verify import AdapterReport, Verification, VerifyReport
+    from lorazip_core.verify.run import AdapterReport, Verification, VerifyReport
 
 _WORST = 10
 
@@ -66,7 +66,7 @@ def verify(
     if html is not None:
         check_available()
     from lorazip_core.report.outcome import told
-    from lorazip_core.verify import verify_by_module
+    from lorazip_core.verify.run import verify_by_module
 
     result = verify_by_module(
         bundle,

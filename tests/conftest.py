@@ -12,8 +12,8 @@ from fetching import Fetching
 from hub import HubServer
 from huggingface_hub import close_session, constants
 
-import lorazip_core.fetch
-from lorazip_core.fetch import FetchOptions, Patience
+import lorazip_core.fetch.options
+from lorazip_core.fetch.options import FetchOptions, Patience
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,7 +48,7 @@ def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 def hub(hub_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """An empty Hub that HF_ENDPOINT names, and a `fetch` that does not wait long between attempts."""
     patience = Patience(attempts=3, first_wait=0.01, seconds=600)
-    monkeypatch.setattr(lorazip_core.fetch, "FetchOptions", partial(FetchOptions, patience=patience))
+    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, patience=patience))
     with HubServer(tokens=TOKENS, page_size=3) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server

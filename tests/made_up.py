@@ -15,7 +15,7 @@ from lorazip_core.clustering.clusters_file import (
     NearDuplicate,
     Outlier,
 )
-from lorazip_core.verify import AdapterReport, Gates, ModuleErrors, Verification, VerifyReport
+from lorazip_core.verify.run import AdapterReport, Gates, ModuleErrors, Verification, VerifyReport
 
 HOSTILE = [
     "</script><script>document.title='pwned'</script>",

@@ -10,13 +10,13 @@ import msgspec
 
 from lorazip_core.adapter.lock import Lock
 from lorazip_core.bundle.manifest import Manifest
-from lorazip_core.clustering import ClusterReport
 from lorazip_core.clustering.clusters_file import Assignment
-from lorazip_core.compress import CompressReport, PlanReport
-from lorazip_core.export import ExportReport
-from lorazip_core.fetch import FetchReport
+from lorazip_core.clustering.run import ClusterReport
+from lorazip_core.compress.run import CompressReport, PlanReport
+from lorazip_core.export.exporter import ExportReport
+from lorazip_core.fetch.report import FetchReport
 from lorazip_core.info import InfoReport
-from lorazip_core.verify import VerifyReport
+from lorazip_core.verify.run import VerifyReport
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 TYPES: dict[str, type] = {

@@ -22,7 +22,8 @@ from lorazip_cli.main import main
 from lorazip_core.base import team
 from lorazip_core.base.errors import AdapterError, AdapterErrors, LorazipError
 from lorazip_core.base.progress import Advance
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 
 
 class Stopping(Recorder):

@@ -12,10 +12,11 @@ from lorazip_cli.main import main
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.files import tree
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
 from lorazip_core.maths import batch
 from lorazip_core.maths.batch import Batch
 from lorazip_core.maths.stack import ScaledStack, Stack
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading import memory
 from lorazip_core.reading.memory import Bounds, Task, room
 

@@ -21,7 +21,7 @@ from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.info import info
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

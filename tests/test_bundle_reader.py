@@ -17,9 +17,9 @@ from lorazip_cli.main import main
 from lorazip_core.base.errors import BundleDamaged
 from lorazip_core.bundle import reader
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.export import export
+from lorazip_core.export.exporter import export
 from lorazip_core.info import info
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lorazip_cli.main import main
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.clustering import ClusterOptions, cluster
 from lorazip_core.clustering.choose import _ladder
 from lorazip_core.clustering.clusters_file import Assignment
+from lorazip_core.clustering.run import ClusterOptions, cluster
 from lorazip_core.sample import sample_path
 
 MODULES = tuple(

@@ -24,9 +24,10 @@ from lorazip_core.base.files import safe_name, tree
 from lorazip_core.base.progress import Advance
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.compress import CompressOptions, CompressReport, compress
+from lorazip_core.compress.run import CompressReport, compress
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading.packs import Budget
-from lorazip_core.verify import VerifyReport, verify
+from lorazip_core.verify.run import VerifyReport, verify
 
 NAMES = [recipe.name for recipe in ra.MIXED]
 METHODS = [

@@ -32,11 +32,12 @@ from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.bundle.check import contradictions
 from lorazip_core.bundle.manifest import ParameterEntry
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import Stack
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading import blocks, buffers, runs
 from lorazip_core.reading.stacks import Files, Stacks
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 SIZES = {
     "vocab_size": 40,

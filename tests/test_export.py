@@ -39,10 +39,11 @@ from lorazip_core.bundle.manifest import (
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.bundle.writer import BundleWriter
-from lorazip_core.export import ExportReport, export, exporter, vllm
+from lorazip_core.export import exporter, vllm
+from lorazip_core.export.exporter import ExportReport, export
 from lorazip_core.export.size import export_bytes
 from lorazip_core.maths.factored import truncated_svd
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 
 def bundle_of(

@@ -21,7 +21,8 @@ from random_adapters import plain, write_collection
 from lorazip_cli.main import main
 from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.lock import LOCK_NAME
-from lorazip_core.fetch import FetchReport, run, workspace
+from lorazip_core.fetch import run, workspace
+from lorazip_core.fetch.report import FetchReport
 
 
 def serve(hub: HubServer, *ids: str, **settings: object) -> list[Repository]:

@@ -30,12 +30,13 @@ from hub import (
 from huggingface_hub import constants
 from random_adapters import plain, write_collection
 
-import lorazip_core.fetch
+import lorazip_core.fetch.options
 from lorazip_core.adapter.lock import LOCK_NAME
-from lorazip_core.fetch import FetchOptions, Patience, bring, workspace
+from lorazip_core.fetch import bring, workspace
 from lorazip_core.fetch import hub as hub_module
 from lorazip_core.fetch.hub import Hub
 from lorazip_core.fetch.manners import Manners
+from lorazip_core.fetch.options import FetchOptions, Patience
 
 LOG_IN = "set HF_TOKEN or run 'hf auth login'"
 KEPT = "what has arrived is kept: run again later"
@@ -61,7 +62,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, patience: Patience) -> list[float
     """A `fetch` of this patience that does not wait; the seconds that it would have waited, as they come."""
     waits: list[float] = []
     monkeypatch.setattr(hub_module, "sleep_using_event", lambda stopped: waits.append)
-    monkeypatch.setattr(lorazip_core.fetch, "FetchOptions", partial(FetchOptions, patience=patience))
+    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, patience=patience))
     return waits
 
 

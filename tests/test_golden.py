@@ -16,8 +16,8 @@ from reference_reader import ReferenceReader
 
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.export import export
-from lorazip_core.verify import verify
+from lorazip_core.export.exporter import export
+from lorazip_core.verify.run import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 # The largest squared error of each, as it was when they were written.

@@ -16,9 +16,10 @@ from lorazip_core.base.errors import AdapterErrors
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.summary import is_adapter_within, is_within
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.verify import verify
+from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.verify.run import verify
 
 # None of them is a float32 number: folded into a factor, each is rounded.
 SCALES = (1 / 3, 8**0.5, 1e-3, 7 / 11)

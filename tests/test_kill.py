@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.sample import sample_path
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 # A process that kills itself when Python reports, for the n-th time, a use of the file system with ``needle`` in it.
 # ``ctypes.dlsym`` is how atomic_directory gets at renameat2.
@@ -46,7 +47,8 @@ with atomic_directory(Path(folder) / "bundle", force=True, not_ours=lambda path:
 
 COMPRESS = """
 from pathlib import Path
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 
 compress(Path(sys.argv[4]), Path(folder) / "bundle", CompressOptions(method="svd", rank=1), force=True)
 """

@@ -25,8 +25,8 @@ from lorazip_core.maths.factored import Factors
 from lorazip_core.reading import blocks, buffers, contents
 from lorazip_core.reading.placement import HOST, Placement
 from lorazip_core.verify import measure as measuring
-from lorazip_core.verify import verify
 from lorazip_core.verify.measure import Measured, Original, Pair, measure
+from lorazip_core.verify.run import verify
 
 # Blocks of one adapter, of some and of all of a layout. The last two are meant for a GPU, here in ordinary memory.
 PLACEMENTS = {

@@ -23,9 +23,9 @@ from lorazip_core.base.files import atomic_directory, naming, resumable_director
 from lorazip_core.bundle.check import BESIDE
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.writer import not_of_bundle
-from lorazip_core.export import not_of_export
+from lorazip_core.export.exporter import not_of_export
 from lorazip_core.export.size import export_bytes
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.check import Finding
 from lorazip_core.bundle.quality import LARGE_ERROR, QualityWarning, quality_warnings
 from lorazip_core.bundle.summary import summarise
-from lorazip_core.compress import CompressOptions, key
+from lorazip_core.compress import key
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import markdown
 from lorazip_core.report.outcome import is_good, limit_of_adapters, told, verdict
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_verdict_counts_what_is_warned_of(unlike: Path, lossy: Path, tmp_path:
 def test_pages_colour_what_is_above_the_limit(unlike: Path, lossy: Path) -> None:
     pytest.importorskip("plotly")
     from lorazip_core.report import verify_page
-    from lorazip_core.verify import verify_by_module
+    from lorazip_core.verify.run import verify_by_module
 
     errors = sorted(adapter.claimed_squared_error for adapter in verify(lossy).adapters)
     page = verify_page(verify_by_module(lossy, against=unlike))

@@ -17,7 +17,7 @@ from lorazip_core.bundle.check import Finding
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import escape, markdown
 from lorazip_core.report.outcome import gates
-from lorazip_core.verify import Verification
+from lorazip_core.verify.run import Verification
 
 SOUND, ORIGINALS = "the bundle is sound", "the originals are those of the bundle"
 WORST_GATE, MEAN_GATE = "squared error of the worst adapter is at most 0.3", "squared error of the mean is at most 0.2"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from random_bundle import make_bundle
 
-import lorazip_core.verify
+import lorazip_core.verify.run
 from lorazip_cli import report_file
 from lorazip_cli.main import main
 
@@ -91,7 +91,7 @@ class TestRefused:
         def work(*_: object, **__: object) -> None:
             raise AssertionError("the work began")
 
-        monkeypatch.setattr(lorazip_core.verify, "verify_by_module", work)
+        monkeypatch.setattr(lorazip_core.verify.run, "verify_by_module", work)
 
     def refused(self, code: int, line: str, capsys: pytest.CaptureFixture[str], bundle: Path, *argv: str) -> None:
         before = sorted(Path().rglob("*"))

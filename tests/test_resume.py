@@ -24,10 +24,11 @@ from lorazip_cli.main import main
 from lorazip_core.base.errors import AdapterErrors, Interrupted, OutputExists
 from lorazip_core.base.progress import Advance
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.export import export
+from lorazip_core.compress.run import compress
+from lorazip_core.export.exporter import export
+from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading.packs import Budget
-from lorazip_core.verify import verify
+from lorazip_core.verify.run import verify
 
 # Two generations of bases, adapters that are kept individually, and clusters that are found.
 OPTIONS = CompressOptions(rank=4, clusters=2, max_error=0.02)
@@ -167,7 +168,8 @@ def test_svd_goes_on_too(adapters: Path, tmp_path: Path) -> None:
 DYING = """
 import os, sys
 from pathlib import Path
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 
 adapters, out, needle, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from lorazip_core.base.errors import Unsupported
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.export import export
+from lorazip_core.compress.run import compress
+from lorazip_core.export.exporter import export
 from lorazip_core.info import info
-from lorazip_core.verify import verify
+from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.verify.run import verify
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ from lorazip_cli.progress import Bars, Lines, progress
 from lorazip_core.base.progress import Advance, part_of
 from lorazip_core.base.stopping import check_stop, clear_stop, request_stop, stop_requested, stop_unmasked
 from lorazip_core.base.threads import in_order
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from lorazip_cli.main import main
 from lorazip_core.base import team
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.clustering import ClusterOptions, cluster
-from lorazip_core.compress import CompressOptions, compress
+from lorazip_core.clustering.run import ClusterOptions, cluster
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.plan import CompressOptions
 
 PROCESS = Path(__file__).with_name("team_process.py")
 VARIANTS = {

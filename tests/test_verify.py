@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from lorazip_core.base.errors import LocalError, Unsupported, UsageError
 from lorazip_core.bundle import check
-from lorazip_core.verify import VerifyReport, verify, verify_by_module
 from lorazip_core.verify import compare as originals
+from lorazip_core.verify.run import VerifyReport, verify, verify_by_module
 
 
 @pytest.fixture(scope="module")

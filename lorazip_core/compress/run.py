@@ -34,8 +34,8 @@ from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
 from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter, not_of_bundle
-from ..clustering import choose_clusters
 from ..clustering.alternation import Probes, settle
+from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import Assignment, read_assignment
 from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
 from ..reading.memory import Bounds, Task, agreed, planned_bytes, room

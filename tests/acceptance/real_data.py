@@ -6,7 +6,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from lorazip_core.compress import CompressOptions, CompressReport
+from lorazip_core.compress.run import CompressReport
+from lorazip_core.planning.plan import CompressOptions
 
 SHARED = Path(__file__).parents[3] / "shared"
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorazip_core.base.errors import AdapterErrors
-from lorazip_core.compress import CompressOptions, compress
-from lorazip_core.export import export
+from lorazip_core.compress.run import compress
+from lorazip_core.export.exporter import export
+from lorazip_core.planning.plan import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorazip_core.compress import CompressOptions
-from lorazip_core.export import export
+from lorazip_core.export.exporter import export
+from lorazip_core.planning.plan import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 
