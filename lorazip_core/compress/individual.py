@@ -12,8 +12,8 @@ from torch import Tensor
 from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
+from ..maths.encode import encode_individual
 from ..maths.factored import truncated_svd
-from ..schemes.encode import encode_individual
 from .pieces import Pieces
 
 

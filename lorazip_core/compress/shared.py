@@ -17,11 +17,11 @@ from ..base import team
 from ..base.progress import Advance, Progress, Share, part_of
 from ..base.threads import in_order, loaded_ahead
 from ..bundle.summary import is_adapter_within
+from ..maths.encode import Shared, encode_diag, encode_joint
 from ..maths.stack import ScaledStack
 from ..maths.tucker import QUICK, THOROUGH
 from ..reading.packs import Pack, Problem, packs
 from ..reading.updates import Updates
-from ..schemes.encode import Shared, encode_diag, encode_joint
 from .pieces import Pieces, note_left
 
 _MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..base.progress import Share, part_of, unheard
-from ..maths.batch import Batch
-from ..maths.cp import solve_diag
-from ..maths.cp_search import fit_diag
-from ..maths.factored import Factors, squared_distance, truncated_svd
-from ..maths.stack import ScaledStack, Stack
-from ..maths.tucker import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
+from .batch import Batch
+from .cp import solve_diag
+from .cp_search import fit_diag
+from .factored import Factors, squared_distance, truncated_svd
+from .stack import ScaledStack, Stack
+from .tucker import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
 
@@ -117,6 +117,28 @@ def encode_diag(
     order = sorted(range(len(stack.members)), key=stack.members.__getitem__)
     members = tuple(stack.members[i] for i in order)
     return Shared(u.cpu(), v.cpu(), cores[order], members, errors[order])
+
+
+def encode_diag_problems(
+    stacks: Sequence[ScaledStack],
+    owners: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    problems: int,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    seed: int,
+    share: Share = unheard,
+) -> list[Shared]:
+    """`encode_diag` for each of several problems, one after another; arguments as those of `encode_joint`."""
+    found: dict[int, Shared] = {}
+    for stack, owner, weight in zip(stacks, owners, weights, strict=True):
+        for problem in torch.unique(owner[owner >= 0]).tolist():
+            own = owner == problem
+            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
+            with part_of(share, 1 / problems) as of_one:
+                found[problem] = encode_diag(some, weight[own], rank=rank, dtype=dtype, seed=seed, share=of_one)
+    return [found[problem] for problem in range(problems)]
 
 
 def _without_overflow(cores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
