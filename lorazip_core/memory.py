@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from . import team
 from .adapter import Collection, Part
 from .assign import COMPARED, PROBES
 from .device import free_bytes
@@ -125,11 +124,6 @@ def planned_bytes(device: torch.device, collection: Collection, task: Task) -> t
     workers = cores() if device.type == "cpu" else 1
     most, least = (-(-size // 2**20) * 2**20 for size in (always + workers * worker, always + worker))
     return most, least
-
-
-def agreed(own: Room) -> Room:
-    """The same with the budget that all processes work with, the least of theirs: what is cut by it is dealt out."""
-    return own._replace(budget=min(team.gathered(own.budget)))
 
 
 def _whole_bytes(collection: Collection, task: Task) -> int:

@@ -13,7 +13,7 @@ CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
 # Lowest first. A module imports from rows below its own (smaller numbers) or from its own row.
 ROWS = [
-    {"errors", "progress", "files", "text", "workers", "team", "device", "sample", "stopping", "linalg"},
+    {"errors", "progress", "files", "text", "workers", "device", "sample", "stopping", "linalg"},
     {"adapter", "bundle", "assignment", "lock", "kinds", "places"},
     {
         *{"stack", "batch", "packs", "updates", "summary", "quality", "plan"},

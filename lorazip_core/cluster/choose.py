@@ -10,7 +10,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .. import team
 from ..adapter import Collection
 from ..assign import Clustering, Probes, settle
 from ..assignment import Candidate
@@ -44,7 +43,7 @@ def choose_clusters(
     the numbers in the gaps beside the best are tried. The best few are settled on all modules; the best of these wins.
     """
     price = _Price(collection, rank, dtype)
-    alone = team.from_first(lambda: price.svd(updates))
+    alone = price.svd(updates)
     tried: dict[int, tuple[Clustering, Candidate]] = {}
 
     def attempt(clusters: int) -> None:
