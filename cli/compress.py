@@ -110,42 +110,36 @@ def compress(
         check_place(output, [directory])
         if not dry_run:
             check_new(output, force=force)
-    from lorazip_core.base import team
     from lorazip_core.compress.run import compress as compress_adapters
     from lorazip_core.compress.run import plan
 
     report: PlanReport | CompressReport
-    with team.joined():
-        if output is None or dry_run:
-            report = plan(
-                directory,
-                options,
-                output=output,
-                allow_pickle=allow_pickle,
-                allow_mixed_base=allow_mixed_base,
-                skip_bad=skip_bad,
-            )
-            if not team.is_first():  # the first process speaks for all
-                return 0
-            if not json:
-                _render_plan(report, output)
-        else:
-            report = compress_adapters(
-                directory,
-                output,
-                options,
-                allow_pickle=allow_pickle,
-                allow_mixed_base=allow_mixed_base,
-                skip_bad=skip_bad,
-                force=force,
-                progress=progress(quiet or not team.is_first()),
-            )
-            if not team.is_first():
-                return 0
-            if not (json or quiet):
-                _render(report)
-            if not quiet:
-                console.warn_of(report.warnings)
+    if output is None or dry_run:
+        report = plan(
+            directory,
+            options,
+            output=output,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+        )
+        if not json:
+            _render_plan(report, output)
+    else:
+        report = compress_adapters(
+            directory,
+            output,
+            options,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+            force=force,
+            progress=progress(quiet),
+        )
+        if not (json or quiet):
+            _render(report)
+        if not quiet:
+            console.warn_of(report.warnings)
     if json:
         console.json(report)
     return 0

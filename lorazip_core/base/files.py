@@ -18,7 +18,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from .errors import Interrupted, LocalError, OutputExists, PeerEnded, UsageError
+from .errors import Interrupted, LocalError, OutputExists, UsageError
 from .stopping import check_stop
 from .text import megabytes
 
@@ -212,7 +212,7 @@ def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs) -> Iter
     """As `atomic_directory`, but what is finished in the folder of `Building.work` outlives an interruption.
 
     It stays in ``.NAME.partial`` when the process is killed, or when KeyboardInterrupt ends the block, which is then
-    raised as Interrupted, or PeerEnded does. Any other failure removes it.
+    raised as Interrupted. Any other failure removes it.
     """
     with _built(target, force=force, not_ours=not_ours, resumable=True) as building:
         yield building
@@ -255,12 +255,6 @@ def _built(target: Path, *, force: bool, not_ours: NotOurs, resumable: bool) -> 
                 f"{command} goes on from there; remove that folder if you do not want it",
             ) from interruption
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except PeerEnded:
-        if resumable and _finished_work(partial):
-            _clear(partial, keep_work=True)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

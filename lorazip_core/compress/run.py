@@ -6,10 +6,9 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
-from ..base import team
 from ..base.device import find_device, hold_to
 from ..base.errors import LocalError, UsageError
-from ..base.files import Building, check_output, check_space, resumable_directory
+from ..base.files import check_output, check_space, resumable_directory
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
 from ..base.threads import at_most, in_order, one_thread
@@ -38,7 +36,7 @@ from ..clustering.alternation import Probes, settle
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import Assignment, read_assignment
 from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
-from ..reading.memory import Bounds, Task, agreed, planned_bytes, room
+from ..reading.memory import Bounds, Task, planned_bytes, room
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
@@ -100,7 +98,7 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     seconds: float
     warnings: list[QualityWarning] = []
     device_peak_bytes: int | None
-    """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
+    """The most memory that PyTorch had taken on the GPU; null on a CPU."""
     left_out: dict[str, list[str]] = {}
     """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
 
@@ -199,25 +197,20 @@ def compress(
     with (
         at_most(within.workers),
         one_thread(),
-        _building(output, force) as building,
+        resumable_directory(output, force=force, not_ours=not_of_bundle) as building,
         stop_unmasked(),
     ):
-        budget = agreed(within).budget
-        with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
+        with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
-        run = _Run(scanned, options, device, budget, pieces, progress)
+        pieces = Pieces(building.work(work_key(scanned, options, device, within.budget)))
+        pieces.check()
+        run = _Run(scanned, options, device, within.budget, pieces, progress)
         encoded, clusters = run.encode()
-
-        def assembled() -> CompressReport:
-            assert building is not None
-            manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-            return _report(output, manifest, size, time.monotonic() - started, device)
-
-        report = team.from_first(assembled)
+        manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
+        report = _report(output, manifest, size, time.monotonic() - started, device)
     return report
 
 
@@ -231,20 +224,6 @@ def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
         return bundle_bytes(collection, "svd", options.kept_rank or 1, [], options.dtype)
     groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
     return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
-
-
-def _building(output: Path, force: bool) -> AbstractContextManager[Building | None]:
-    """The directory that becomes the bundle, which is the affair of the first process alone."""
-    if team.is_first():
-        return resumable_directory(output, force=force, not_ours=not_of_bundle)
-    return nullcontext()
-
-
-def _pieces(building: Building | None, key: str) -> Pieces:
-    assert building is not None
-    pieces = Pieces(building.work(key))
-    pieces.check()
-    return pieces
 
 
 @dataclass(frozen=True)
@@ -308,8 +287,7 @@ class _Run:
         if LABELS not in self.pieces:
             found = _assigned(self.scanned, updates, self.options, rank, self.progress)
             self.scanned.check_unchanged()
-            if team.is_first():
-                self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
+            self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
             return found
         labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
         return labels
@@ -341,18 +319,16 @@ class _Run:
             self.scanned.check_unchanged([number])
             return kept.store(number, self.pieces)
 
-        own = [alone[position] for position in team.dealt(len(alone))]
-        notes: list[tuple[int, str]] = []
+        notes: list[str] = []
         with (
-            self.progress.stage("keeping adapters individually", len(own)) as advance,
-            closing(in_order(keep, own, self.device)) as results,
+            self.progress.stage("keeping adapters individually", len(alone)) as advance,
+            closing(in_order(keep, alone, self.device)) as results,
         ):
-            for number, kept in zip(own, results, strict=True):
+            for number, kept in zip(alone, results, strict=True):
                 if kept.rank is None or options.method != "svd":
-                    notes.append((number, f"kept {adapters[number].name} {self._reason(number, kept)}"))
+                    notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
-        self.pieces.wait()
-        for _, note in sorted(chain.from_iterable(team.gathered(notes))):
+        for note in notes:
             self.progress.note(note)
 
     def _reason(self, number: int, kept: Kept) -> str:

@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import team
 from ..base.progress import Advance, Progress, Share, part_of
 from ..base.threads import in_order, loaded_ahead
 from ..bundle.summary import is_adapter_within
@@ -71,14 +70,9 @@ class Generation:
         return f"pack-{self.number}-{pack}"
 
     @property
-    def own(self) -> range:
-        """The numbers of the packs that are this process's work."""
-        return team.dealt(len(self.packs))
-
-    @property
     def problems(self) -> int:
         """How many problems these are."""
-        return sum(len(self.packs[number]) for number in self.own)
+        return sum(map(len, self.packs))
 
     def places(self) -> dict[Problem, str]:
         """The piece in which every problem's solution is."""
@@ -121,8 +115,7 @@ def encode_clusters(
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
     with progress.stage("fitting bases", _STEPS * generation.problems) as advance:
-        encode_packs(job, generation, generation.own, pieces, advance)
-    pieces.wait()
+        encode_packs(job, generation, pieces, advance)
     encoded = read_encoded(job, labels, generation.places(), pieces)
     for refit in (True, False):
         errors = zip(encoded.lost.tolist(), job.updates.norms.tolist(), strict=True)
@@ -136,20 +129,17 @@ def encode_clusters(
         if refit:
             generation = generation.after(job, labels, changed)
             with progress.stage("fitting bases again", _STEPS * generation.problems) as advance:
-                encode_packs(job, generation, generation.own, pieces, advance)
-            pieces.wait()
+                encode_packs(job, generation, pieces, advance)
             solved_in |= generation.places()
         encoded = read_encoded(job, labels, solved_in, pieces)
     return encoded
 
 
-def encode_packs(
-    job: SharedJob, generation: Generation, numbers: Iterable[int], pieces: Pieces, advance: Advance
-) -> None:
-    """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is told `_STEPS` for every problem."""
+def encode_packs(job: SharedJob, generation: Generation, pieces: Pieces, advance: Advance) -> None:
+    """Encode the packs that are not there yet. ``advance`` is told `_STEPS` for every problem."""
     steps = _Steps(advance)
     missing: list[int] = []
-    for number in numbers:
+    for number in range(len(generation.packs)):
         if generation.piece(number) in pieces:
             steps.add(_STEPS * len(generation.packs[number]))
         else:

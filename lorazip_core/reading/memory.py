@@ -11,7 +11,6 @@ import torch
 
 from ..adapter.collection import Collection
 from ..adapter.reader import Part
-from ..base import team
 from ..base.device import free_bytes
 from ..base.errors import LocalError
 from ..base.threads import cores
@@ -135,11 +134,6 @@ def planned_bytes(device: torch.device, collection: Collection, task: Task) -> t
     workers = cores() if device.type == "cpu" else 1
     most, least = (-(-size // 2**20) * 2**20 for size in (always + workers * worker, always + worker))
     return most, least
-
-
-def agreed(own: Room) -> Room:
-    """The same with the budget that all processes work with, the least of theirs: what is cut by it is dealt out."""
-    return own._replace(budget=min(team.gathered(own.budget)))
 
 
 def _whole_bytes(collection: Collection, task: Task) -> int:

@@ -1,7 +1,7 @@
 """What is worked on together: problems of one shape, cut into packs of bounded size.
 
-A pack is the unit of work: it is loaded and solved at once, stored as one piece, and given to one process. Which packs
-there are depends on shapes, labels and a budget only, so that every run and every process makes the same ones.
+A pack is the unit of work: it is loaded and solved at once, and stored as one piece. Which packs there are
+depends on shapes, labels and a budget only, so that every run makes the same ones.
 """
 
 from __future__ import annotations
