@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +17,7 @@ from torch import Tensor
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base.device import find_device, hold_to
-from ..base.errors import LocalError, UsageError
+from ..base.errors import UsageError
 from ..base.files import check_output, check_space, resumable_directory
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
@@ -34,41 +32,20 @@ from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter, not_of_bundle
 from ..clustering.alternation import Probes, settle
 from ..clustering.choose import choose_clusters
-from ..clustering.clusters_file import Assignment, read_assignment
-from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
-from ..reading.memory import Bounds, Task, planned_bytes, room
+from ..clustering.clusters_file import read_clusters
+from ..planning.options import CompressOptions
+from ..reading.memory import Bounds, Task, room
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
+from ..schemes.registry import shared_scheme
 from .assemble import Assembly
-from .individual import Kept, as_original, individual_piece, keep_individually, stored
+from .individual import Kept, individual_piece, keep_exactly, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
-
-
-class PlanReport(Struct, frozen=True, kw_only=True):
-    """What ``compress --dry-run`` prints: the collection, and the bytes of every scheme."""
-
-    schema: Literal["lorazip.plan/1"] = "lorazip.plan/1"
-    base_model: str | None
-    adapters: int
-    modules: int
-    skipped: list[SkippedEntry]
-    bytes_original: int
-    schemes: list[PlannedScheme]
-    problems: int = 0
-    """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
-    memory_bytes: int | None = None
-    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
-    least_memory_bytes: int | None = None
-    """The least that ``--memory`` may be."""
-    output_exists: bool | None = None
-    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
-    left_out: dict[str, list[str]] = {}
-    """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -103,62 +80,6 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
 
 
-def plan(
-    root: Path,
-    options: CompressOptions,
-    *,
-    output: Path | None = None,
-    allow_pickle: bool = False,
-    allow_mixed_base: bool = False,
-    skip_bad: bool = False,
-) -> PlanReport:
-    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
-
-    Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
-    """
-    check_adapters_path(root)
-    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
-    options.check(len(collection.adapters))
-    if options.clusters == "auto":
-        raise UsageError(
-            "--clusters auto cannot be planned: it depends on the weights", "plan with a number, or a file"
-        )
-    groups: Sequence[Sequence[int]]
-    if isinstance(options.clusters, Path):
-        groups = _groups(_read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
-    else:
-        groups = equal_groups(len(collection.adapters), options.clusters)
-    memory = _planned_memory(collection, options)
-    return PlanReport(
-        base_model=collection.base_model,
-        adapters=len(collection.adapters),
-        modules=len(collection.modules),
-        skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
-        bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
-        schemes=planned_schemes(collection, options, groups),
-        problems=0 if options.method == "svd" else _problems(collection, groups),
-        memory_bytes=memory and memory[0],
-        least_memory_bytes=memory and memory[1],
-        output_exists=None if output is None else os.path.lexists(output),
-        left_out={name: list(files) for name, files in collection.left_out.items()},
-    )
-
-
-def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:
-    """As `planned_bytes`; None for a device that another machine may have, and this one has not."""
-    try:
-        device = find_device(options.device)
-    except LocalError:
-        return None
-    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
-    return planned_bytes(device, collection, task)
-
-
-def _problems(collection: Collection, groups: Sequence[Sequence[int]]) -> int:
-    """How many bases there are to be found: a cluster has one for each module that any of its adapters has."""
-    return sum(len({name for number in group for name in collection.adapters[number].parts}) for group in groups)
-
-
 def compress(
     root: Path,
     output: Path,
@@ -189,7 +110,7 @@ def compress(
         progress.note(note)
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
-        _read_clusters(options.clusters, collection, may_lack=skip_bad)
+        read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
@@ -220,8 +141,8 @@ def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
     An adapter on its own is a piece that becomes a file of the bundle as it is.
     """
     count = len(collection.adapters)
-    if options.method == "svd":
-        return bundle_bytes(collection, "svd", options.kept_rank or 1, [], options.dtype)
+    if not options.scheme.shared:
+        return bundle_bytes(collection, options.method, options.kept_rank or 1, [], options.dtype)
     groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
     return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
 
@@ -242,15 +163,15 @@ class _Run:
         encoded, clusters = None, 0
         alone = list(range(len(self.scanned.collection.adapters)))
         options = self.options
-        if options.method != "svd":
+        if options.scheme.shared:
             assert options.kept_rank is not None
             updates = self.scanned.updates(options.weights, self.device, self.budget)
             labels = self._labels(updates, options.kept_rank)
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
-            job = SharedJob(
-                updates, self.scanned.check_unchanged, options.method, options.kept_rank, dtype, options.seed
-            )
+            ranks = [options.kept_rank] * len(updates.shapes)
+            scheme = shared_scheme(options.method)
+            job = SharedJob(updates, self.scanned.check_unchanged, scheme, ranks, dtype, options.seed)
             too_small = self._too_small.tolist()
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
@@ -272,7 +193,7 @@ class _Run:
         )
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
-            assembly.add_clusters(encoded, parameters)
+            assembly.add_clusters(encoded, shared_scheme(options.method))
         for number in range(len(self.scanned.collection.adapters)):
             if encoded is None or encoded.labels[number] is None:
                 kept = stored(number, self.pieces)
@@ -299,21 +220,25 @@ class _Run:
 
     def _keep_individually(self, alone: list[int]) -> None:
         options, adapters = self.options, self.scanned.collection.adapters
-        if options.method == "svd":
+        dtype = DTYPES[options.dtype]
+        asked = None if options.scheme.shared else options.method
+        if asked:
             note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
 
         def keep(number: int) -> Kept:
             if there := stored(number, self.pieces):
                 return there
             if self._too_small[number]:
-                kept = as_original(adapters[number])
+                kept = keep_exactly(adapters[number], dtype, self.device)
             else:
+                norm = math.fsum(self.scanned.norms[number].tolist())
                 kept = keep_individually(
                     adapters[number],
-                    options.kept_rank if options.method == "svd" else None,
+                    asked,
+                    options.kept_rank,
                     options.max_error,
-                    squared_norm=math.fsum(self.scanned.norms[number].tolist()),
-                    dtype=DTYPES[options.dtype],
+                    squared_norm=norm,
+                    dtype=dtype,
                     device=self.device,
                 )
             self.scanned.check_unchanged([number])
@@ -325,7 +250,7 @@ class _Run:
             closing(in_order(keep, alone, self.device)) as results,
         ):
             for number, kept in zip(alone, results, strict=True):
-                if kept.rank is None or options.method != "svd":
+                if kept.scheme != options.method:
                     notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
         for note in notes:
@@ -344,7 +269,7 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
     collection, seed = scanned.collection, options.seed
     names = [adapter.name for adapter in collection.adapters]
     if isinstance(options.clusters, Path):
-        read = _read_clusters(options.clusters, collection)
+        read = read_clusters(options.clusters, collection)
         if changed := read.differences(dict(zip(names, scanned.digests(), strict=True))):
             raise UsageError(
                 f"--clusters {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
@@ -360,20 +285,6 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
         return choice.clustering.labels
     tried = probes.cluster(options.clusters, seed=seed)
     return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
-
-
-def _read_clusters(path: Path, collection: Collection, *, may_lack: bool = False) -> Assignment:
-    names = {adapter.name for adapter in collection.adapters}
-    return read_assignment(path, names, {skipped.name for skipped in collection.skipped}, may_lack=may_lack)
-
-
-def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
-    here = [i for i, adapter in enumerate(collection.adapters) if adapter.name in assignment.assignment]
-    labels = assignment.labels([collection.adapters[i].name for i in here])
-    groups: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
-    for i, label in zip(here, labels, strict=True):
-        groups[label].append(i)
-    return groups
 
 
 def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:

@@ -19,8 +19,10 @@ SCHEMES: dict[str, Scheme] = {
 }
 DEFAULT = Joint.name
 """The method of those who name none."""
-FALLBACKS = (Svd.name, Original.name)
-"""What becomes of an adapter that its method serves too badly, or cannot hold: the first of these that does it."""
+EXACT = Original.name
+"""The scheme that loses nothing, whatever the values are."""
+FALLBACKS = (Svd.name, EXACT)
+"""What an adapter gets that its method serves too badly, or cannot hold: the first of these that is good enough."""
 
 
 def methods() -> list[str]:
