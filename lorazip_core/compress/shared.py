@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..factorise import Shared, encode_diag, encode_joint
-from ..joint import QUICK, THOROUGH
 from ..packs import Pack, Problem, packs
 from ..progress import Advance, Progress, Share, part_of
 from ..stack import ScaledStack
@@ -23,7 +22,6 @@ from ..updates import Updates
 from ..workers import in_order, loaded_ahead
 from .pieces import Pieces, note_left
 
-_MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
 # Steps of progress, a problem: while it is solved, which takes minutes where adapters are many, and when it is stored.
 _SOLVED, _STORED = 99, 1
 _STEPS = _SOLVED + _STORED
@@ -216,11 +214,7 @@ def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
 def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput, share: Share) -> dict[Problem, Shared]:
     """Solve the problems of one pack."""
     if job.method == "joint":
-        many = int((job.updates.ranks > 0).sum()) > _MANY
-        effort = QUICK if many else THOROUGH
-        solved = encode_joint(
-            *loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, effort=effort, share=share
-        )
+        solved = encode_joint(*loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, share=share)
         return dict(zip(pack, solved, strict=True))
     found: dict[Problem, Shared] = {}
     for stack, owners, weights in zip(*loaded, strict=True):

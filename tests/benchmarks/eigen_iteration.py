@@ -34,7 +34,7 @@ from torch import Tensor
 from lorazip_core.adapter import Adapter, open_collection
 from lorazip_core.batch import Batch
 from lorazip_core.bundle import Bundle
-from lorazip_core.joint import QUICK, fit_joint_batch
+from lorazip_core.joint import fit_joint_batch
 from lorazip_core.stack import ScaledStack, Stack
 
 CONVERGED = 1e-3  # of the authors
@@ -88,7 +88,7 @@ def solve_joint(problems: Sequence[Problem], rank: int, seed: int) -> list[dict[
             stacks.append(ScaledStack.of(Stack.of(problem.factors(), range(len(numbered)))))
             owners.append(torch.tensor(numbered)[list(stacks[-1].members)])
             keys += [(problem.module, cluster) for cluster in problem.clusters]
-        u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed, effort=QUICK)
+        u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed)
         for number, (module, cluster) in enumerate(keys):
             found[module][cluster] = u[number], v[number]
     return [found[problem.module] for problem in problems]
