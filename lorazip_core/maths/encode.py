@@ -18,7 +18,7 @@ from .cp import solve_diag
 from .cp_search import fit_diag
 from .factored import Factors, squared_distance, truncated_svd
 from .stack import ScaledStack, Stack
-from .tucker import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
+from .tucker import Basis, fit_joint_batch, hosvd, is_lossless, searched_together
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
 
@@ -43,7 +43,6 @@ def encode_joint(
     rank: int,
     dtype: torch.dtype,
     seed: int,
-    effort: Effort = THOROUGH,
     share: Share = unheard,
 ) -> list[Shared]:
     """Fit and store a basis for each of several problems: min Σ w_i ‖D_i − U Σ_i Vᵀ‖² over the updates D_i of each.
@@ -68,9 +67,7 @@ def encode_joint(
         own = [_renumbered(owner, chosen, problems) for owner in owners]
         # Neither batch has a name here: only one of them is held at a time.
         with part_of(share, len(chosen) / problems) as of_chosen:
-            basis = fit_joint_batch(
-                Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort, share=of_chosen
-            )
+            basis = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, share=of_chosen)
         shared = _encode_batch(Batch.exact(stacks, own, len(chosen)), Basis(*basis), dtype)
         encoded |= zip(chosen.tolist(), shared, strict=True)
     for problem in plain.nonzero()[:, 0].tolist():
