@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
-from lorazip_core.base.files import canonical_json
+from lorazip_core.base.digests import canonical_json
 from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.report import check_available
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from lorazip_core.base.digests import canonical_json
 from lorazip_core.base.errors import LocalError
-from lorazip_core.base.files import canonical_json
 from lorazip_core.base.text import plain
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazip_core.base.files import check_output
+from lorazip_core.base.atomic import check_output
 from lorazip_core.bundle.kinds import schema_of
 from lorazip_core.bundle.places import check_place
 from lorazip_core.sample import sample_path

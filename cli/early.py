@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorazip_core.base.files import check_output
+from lorazip_core.base.atomic import check_output
 
 
 def check_new(output: Path, *, force: bool) -> None:

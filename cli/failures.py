@@ -12,7 +12,7 @@ from typing import NamedTuple
 import typer
 
 from lorazip_core.base.errors import AdapterErrors, LocalError, LorazipError
-from lorazip_core.base.files import system_error
+from lorazip_core.base.filesystem import system_error
 from lorazip_core.base.text import megabytes
 
 from .table import count

@@ -7,15 +7,16 @@ import errno
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
+from lorazip_core.base.atomic import atomic_write
+from lorazip_core.base.digests import canonical_json
 from lorazip_core.base.errors import OutputExists, UsageError
-from lorazip_core.base.files import canonical_json, check_parent, naming, settle, write_file
+from lorazip_core.base.filesystem import check_parent, naming
 from lorazip_core.bundle.places import check_place
 
 from . import console
@@ -70,22 +71,7 @@ def write_data(path: Path, data: bytes) -> None:
     if _is_filled_in_place(path):
         _fill(path, data)
         return
-    path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=_made(path.parent))
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write_file(partial, data)
-        settle(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    atomic_write(Path(os.path.realpath(path)), data)
 
 
 def _is_filled_in_place(path: Path) -> bool:

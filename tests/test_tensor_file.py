@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import LocalError
-from lorazip_core.base.files import sha256_file
 from lorazip_core.bundle.tensor_file import TensorFileReader, TensorFileWriter, TensorLayout, write_tensors
 
 DTYPES = [

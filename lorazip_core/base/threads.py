@@ -1,7 +1,9 @@
-"""Independent pieces of work on all cores of the CPU, one thread each.
+"""Work in several threads: computations, one thread of PyTorch each, and work that waits for files or servers.
 
 The matrices of one module are too small for several threads to share, and the result of a product can depend on how
 many there are. So pieces run side by side and each uses one thread: faster, and the same bytes on any number of cores.
+
+PyTorch, which takes seconds to load, is imported by those that compute with it and not by this module.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from .stopping import check_stop, stop_with
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,11 +46,23 @@ def at_most(workers: int) -> Iterator[None]:
 
 
 @contextmanager
+def thread_pool(threads: int) -> Iterator[Executor]:
+    """Threads for work that waits more than it computes; what has not begun when the block ends never does."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """One thread of PyTorch for each step of this thread, also beside a GPU: the steps are small.
 
     More of them would wait for each other, longest where other programs want the cores too.
     """
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,6 +84,8 @@ def in_order(
             check_stop()
             yield function(item)
         return
+    import torch
+
     threads = torch.get_num_threads()
     workers = min(workers, _limit, cores())
     abandoned = Event()
@@ -89,18 +106,7 @@ def in_order(
 
 
 def _start_worker(abandoned: Event) -> None:
+    import torch
+
     torch.set_num_threads(1)
     stop_with(abandoned)
-
-
-def loaded_ahead(load: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """``load`` of every item, in order, each while the caller still works with the one before."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[R] | None = None
-        for item in items:
-            loading = pool.submit(load, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = loading
-        if waiting is not None:
-            yield waiting.result()

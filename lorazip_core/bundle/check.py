@@ -18,7 +18,7 @@ from msgspec import UNSET
 from torch import Tensor
 
 from ..base.errors import BundleDamaged
-from ..base.files import tree
+from ..base.filesystem import tree
 from ..base.progress import Advance
 from ..base.text import printable
 from ..base.threads import in_order

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..adapter.lock import Origin
+from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
-from ..base.files import canonical_json, sha256_bytes
 from .kinds import check_bundle_path
 
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"

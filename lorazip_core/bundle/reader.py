@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..base.digests import sha256_bytes, sha256_stream
 from ..base.errors import BundleDamaged
-from ..base.files import naming, sha256_bytes, sha256_stream, system_error
+from ..base.filesystem import naming, system_error
 from .manifest import (
     MANIFEST_NAME,
     AdapterEntry,

@@ -20,9 +20,10 @@ from torch import Tensor
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base import team
+from ..base.atomic import Building, check_output, resumable_directory
 from ..base.device import find_device, hold_to
 from ..base.errors import LocalError, UsageError
-from ..base.files import Building, check_output, check_space, resumable_directory
+from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
 from ..base.threads import at_most, in_order, one_thread

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base import team
 from ..base.progress import Advance, Progress, Share, part_of
-from ..base.threads import in_order, loaded_ahead
+from ..base.threads import in_order
 from ..bundle.summary import is_adapter_within
 from ..maths.stack import ScaledStack
 from ..maths.tucker import QUICK, THOROUGH
@@ -172,7 +172,7 @@ def encode_packs(
     if job.updates.device.type == "cpu":
         done = in_order(lambda number: store(solve(number, load(number))), missing, _CPU)
     else:  # what is solved is stored by another thread, and what is slow to load is loaded by one
-        inputs = map(load, missing) if job.updates.quick else loaded_ahead(load, missing)
+        inputs = map(load, missing) if job.updates.quick else in_order(load, missing, _CPU, workers=1)
         done = in_order(store, map(solve, missing, inputs), _CPU, workers=1)
     with closing(done):
         for problems in done:

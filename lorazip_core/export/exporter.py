@@ -19,8 +19,10 @@ from ..adapter.config import parse_config
 from ..adapter.experts import fuse
 from ..adapter.module import Module, Parameter
 from ..adapter.writer import write_adapter
+from ..base.atomic import atomic_directory, check_output
+from ..base.digests import canonical_json, safe_name
 from ..base.errors import AdapterError, BundleDamaged, Unsupported, UsageError
-from ..base.files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
+from ..base.filesystem import check_space, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order

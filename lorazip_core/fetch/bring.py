@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from ..adapter.lock import LockedAdapter, LockedFile
 from ..adapter.reader import open_adapter
 from ..base.errors import AdapterError, LocalError
-from ..base.files import copy, link_or_copy
+from ..base.filesystem import fsync, link_or_copy
 from ..base.progress import Transfer
 from ..base.text import megabytes
 from .hub import Hub, Received
@@ -69,6 +69,7 @@ def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, received: Re
     blob, identified = hub.file(wanted.origin.repository, wanted.origin.commit, file, downloaded)
     received(identified.size_bytes - told)  # what came from the cache
     link_or_copy(blob, target)
+    fsync(target)
     return identified
 
 
@@ -76,7 +77,8 @@ def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, re
     """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
     if not source.is_file():
         raise NotAsLocked(wanted.label, f"{source} is not there", "--update takes what is there now")
-    copy(source, target)
+    shutil.copyfile(source, target)
+    fsync(target)
     identified = file.identify(target)
     if identified is None:
         raise NotAsLocked(wanted.label, f"{source} is not what it was", "--update takes what is there now")

@@ -16,8 +16,8 @@ from ..adapter.discovery import AdapterFolder, find_adapters, presence, weights_
 from ..adapter.lock import LeftOut, Origin, is_inner_path
 from ..adapter.reader import open_adapter
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
+from ..base.digests import sha256_file
 from ..base.errors import AdapterError, LorazipError, UsageError
-from ..base.files import sha256_file
 from ..base.text import count, megabytes, printable
 from .hub import Hub, Snapshot
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..adapter.lock import Origin
-from ..base.files import safe_name, sha256_bytes
+from ..base.digests import safe_name, sha256_bytes
 from .wanted import Wanted
 
 _PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]*(?<!\.)")

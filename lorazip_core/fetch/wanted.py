@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter.lock import LockedAdapter, LockedFile, Origin
-from ..base.files import sha256_file
+from ..base.digests import sha256_file
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ that the old lock and the old adapters hold until the new ones do.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import threading
@@ -25,8 +24,10 @@ from typing import Self
 import msgspec
 
 from ..adapter.lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, problem, read_lock, read_strictly
+from ..base.atomic import atomic_write, lock_directory
+from ..base.digests import canonical_json, safe_name
 from ..base.errors import LocalError, OutputExists, UsageError
-from ..base.files import canonical_json, safe_name, sync, sync_tree, write_file
+from ..base.filesystem import fsync, fsync_directories
 
 FOLDER = ".lorazip-fetch"
 _JOURNAL = "journal.jsonl"
@@ -47,37 +48,19 @@ class Workspace:
 
     def __enter__(self) -> Self:
         self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-        self._handle = self._locked()
+        _refuse_link(self._folder)
+        busy = LocalError(f"{self.directory}: another lorazip is fetching into it", "wait for it, or choose another -o")
+        self._lock = lock_directory(self._folder, busy)
         try:
-            for path in (self._folder, *self._folder.iterdir()):
-                if path.is_symlink():
-                    raise UsageError(f"{path} is a link, and lorazip keeps its own files there", "remove it")
+            for path in self._folder.iterdir():
+                _refuse_link(path)
             if not self._finish_first:
                 (self._folder / LOCK_NAME).unlink(missing_ok=True)
             self._recover()
         except BaseException:
-            os.close(self._handle)
+            os.close(self._lock)
             raise
         return self
-
-    def _locked(self) -> int:
-        """A descriptor of the folder, which the kernel's lock on it goes with; it ends with the process."""
-        while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:  # another run has just finished
-                continue
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._folder.exists() and os.path.samestat(os.fstat(handle), self._folder.stat()):
-                    return handle
-            except BlockingIOError:
-                os.close(handle)
-                raise LocalError(
-                    f"{self.directory}: another lorazip is fetching into it", "wait for it, or choose another -o"
-                ) from None
-            os.close(handle)
 
     def __exit__(self, *failure: object) -> None:
         """Leave the journal and what it holds if the run is not finished, and nothing if there is nothing."""
@@ -85,7 +68,7 @@ class Workspace:
         for empty in (self._folder / "held", self._folder, *self._made):
             with contextlib.suppress(OSError):
                 empty.rmdir()
-        os.close(self._handle)
+        os.close(self._lock)
 
     def held(self, name: str) -> Path:
         """Where it waits."""
@@ -100,7 +83,7 @@ class Workspace:
 
     def arrived(self, entry: LockedAdapter, folder: Path) -> None:
         """``folder``, from `work`, is whole: put it into its place if that is free, or hold it."""
-        sync_tree(folder)
+        fsync_directories(folder)
         target, held = place(self.directory, entry.name), self.held(entry.name)
         with self._writing:
             with (self._folder / _JOURNAL).open("ab") as file:
@@ -114,7 +97,7 @@ class Workspace:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(target)
-                sync(target.parent)
+                fsync(target.parent)
 
     def finish(self, lock: Lock) -> None:
         """Put what is held into its place if ``lock`` has it, and take away what the old lock has and this one not.
@@ -127,7 +110,8 @@ class Workspace:
         for entry in lock.adapters:
             if arrived.get(entry.name) != entry:  # held for an update that was given up
                 shutil.rmtree(self.held(entry.name), ignore_errors=True)
-        _replace(self._folder / LOCK_NAME, encode_lock(lock))  # half a lock would be in the way of every later run
+        atomic_write(self._folder / LOCK_NAME, encode_lock(lock))  # half a lock would stop every later run
+        fsync(self._folder)
         self._recover()
 
     def _recover(self) -> None:
@@ -159,7 +143,7 @@ class Workspace:
             (self._folder / LOCK_NAME).unlink()
         else:
             (self._folder / LOCK_NAME).rename(self.directory / LOCK_NAME)
-        sync(self.directory)
+        fsync(self.directory)
         for done in ("held", "old"):
             shutil.rmtree(self._folder / done, ignore_errors=True)
         self._forget({adapter.name for adapter in lock.adapters})
@@ -170,7 +154,8 @@ class Workspace:
         left = [entry for entry in left if place(self.directory, entry.name).exists()]
         if left:
             lines = b"".join(canonical_json(msgspec.to_builtins(entry)) for entry in left)
-            _replace(self._folder / _JOURNAL, lines)
+            atomic_write(self._folder / _JOURNAL, lines)
+            fsync(self._folder)
         else:
             (self._folder / _JOURNAL).unlink(missing_ok=True)
 
@@ -199,12 +184,9 @@ def place(directory: Path, name: str) -> Path:
     return target / Path(name).name
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    write_file(partial, data)
-    partial.rename(path)
-    sync(path.parent)
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, and lorazip keeps its own files there", "remove it")
 
 
 def read_journal(directory: Path) -> dict[str, LockedAdapter]:
