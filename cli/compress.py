@@ -9,7 +9,7 @@ import typer
 
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.kinds import check_adapters_path
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 from .early import check_new
@@ -107,7 +107,7 @@ def compress(
     options.check()
     check_adapters_path(directory)
     if output is not None:
-        check_place(output, [directory])
+        check_output_path(output, [directory])
         if not dry_run:
             check_new(output, force=force)
     from lorazip_core.base import team

@@ -11,7 +11,7 @@ import typer
 
 from lorazip_core.base.atomic import check_output
 from lorazip_core.bundle.kinds import schema_of
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 from lorazip_core.sample import sample_path
 
 from . import console
@@ -38,7 +38,7 @@ def demo(
     quiet: Quiet = False,
 ) -> int:
     """Compress, verify and export 16 adapters that are included."""
-    check_place(output)
+    check_output_path(output)
     if not _is_begun(output):
         check_output(output, force=force, not_ours=_not_of_demo)
     from lorazip_core.compress.run import compress

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorazip_core.bundle.kinds import check_bundle_path
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 from .early import check_new
@@ -49,7 +49,7 @@ def export(
 ) -> int:
     """Write adapters of a bundle as ordinary PEFT adapters."""
     check_bundle_path(bundle)
-    check_place(output, [bundle])
+    check_output_path(output, [bundle])
     from lorazip_core.bundle.manifest import read_manifest
 
     read_manifest(bundle, ("read", "export"))

@@ -17,7 +17,7 @@ from lorazip_core.base.atomic import atomic_write
 from lorazip_core.base.digests import canonical_json
 from lorazip_core.base.errors import OutputExists, UsageError
 from lorazip_core.base.filesystem import check_parent, naming
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 
@@ -51,7 +51,7 @@ def check_report_file(path: Path, *, inputs: Sequence[Path], force: bool, option
     """
     if path.is_dir():
         raise UsageError(f"{path} is a directory", f"{option} names the file of the report")
-    check_place(path, inputs, option)
+    check_output_path(path, inputs, option)
     if _is_filled_in_place(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

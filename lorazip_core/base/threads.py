@@ -29,14 +29,14 @@ _limit = _MOST
 
 
 def cores() -> int:
-    """The cores that this process may use, as far as they are worth a worker each."""
+    """The cores that this process may use, at most as many as `in_order` has workers."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MOST, there)
 
 
 @contextmanager
 def at_most(workers: int) -> Iterator[None]:
-    """Have no more than ``workers`` at work at a time, so that memory is bounded; what they make stays the same."""
+    """Let `in_order` have at most so many workers in the block, which bounds memory; the results stay the same."""
     global _limit
     before, _limit = _limit, workers
     try:
@@ -57,9 +57,9 @@ def thread_pool(threads: int) -> Iterator[Executor]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of PyTorch for each step of this thread, also beside a GPU: the steps are small.
+    """Let PyTorch use one thread on the CPU in the block, also when a GPU computes: the steps are small.
 
-    More of them would wait for each other, longest where other programs want the cores too.
+    More threads would wait for each other, longest where other programs want the cores too.
     """
     import torch
 
@@ -76,8 +76,9 @@ def in_order(
 ) -> Generator[R, None, None]:
     """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
 
-    Few results wait at any time, so that a slow consumer does not fill the memory. Whoever may not use them all closes
-    the generator: what is under way ends at its next `check_stop`, and nothing runs any more when `close` returns.
+    At most as many results as ``workers`` wait, so that a slow consumer does not fill the memory; with one worker, each
+    item is computed while the caller still uses the result before. A caller that may not use all of them closes the
+    generator: what is under way ends at its next `check_stop`, and nothing runs any more when `close` returns.
     """
     if device.type != "cpu":
         for item in items:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapter.collection import open_collection
 from ..adapter.notes import notes
 from ..base import team
-from ..base.device import find_device, hold_to
+from ..base.device import find_device, limit_memory
 from ..base.errors import UsageError
 from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
@@ -108,7 +108,7 @@ def cluster(
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
-    hold_to(device, options.device_memory)
+    limit_memory(device, options.device_memory)
     with at_most(within.workers), one_thread():
         budget = agreed(within).budget
         with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:

@@ -27,7 +27,7 @@ from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.manifest import AdapterEntry, ModuleEntry
-from ..bundle.places import check_place
+from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
 from . import vllm
@@ -169,7 +169,7 @@ def _check_options(
         raise UsageError(f"rank {rank}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    check_place(output, [bundle])
+    check_output_path(output, [bundle])
 
 
 def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..adapter.lock import Origin
 from ..base.digests import safe_name, sha256_bytes
-from .wanted import Wanted
+from .requested import RequestedAdapter
 
 _PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]*(?<!\.)")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -20,12 +20,12 @@ Identity = tuple[str, str, str]
 
 
 def identity(origin: Origin) -> Identity:
-    """What stays the same of an adapter while its commits move on: place, subfolder and the revision asked for."""
-    place = origin.repository if origin.repository is not None else f"directory:{origin.directory}"
-    return place, origin.subfolder, origin.revision or ""
+    """What stays the same of an adapter while its commits move on: source, subfolder and the revision asked for."""
+    source = origin.repository if origin.repository is not None else f"directory:{origin.directory}"
+    return source, origin.subfolder, origin.revision or ""
 
 
-def give_names(adapters: Iterable[Wanted], taken: Mapping[Identity, str]) -> list[Wanted]:
+def give_names(adapters: Iterable[RequestedAdapter], taken: Mapping[Identity, str]) -> list[RequestedAdapter]:
     """The adapters, each with its folder: ``owner/repo``, ``owner/repo--sub--folder``, ``directory/sub--folder``.
 
     There are always two levels, so that no adapter lies inside another. Who is in ``taken`` keeps its folder. Names

@@ -1,4 +1,4 @@
-"""One adapter into its place: its files downloaded or copied, checked, and read by the adapter reader."""
+"""One adapter: its files downloaded or copied, checked, and read by the adapter reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..base.filesystem import fsync, link_or_copy
 from ..base.progress import Transfer
 from ..base.text import megabytes
 from .hub import Hub, Received
-from .wanted import Wanted, WantedFile
+from .requested import RequestedAdapter, RequestedFile
 from .workspace import Workspace
 
 
@@ -26,12 +26,14 @@ class NotAsLocked(AdapterError):
     """A local adapter is not (any more) what the lock has."""
 
 
-def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, allow_pickle: bool) -> LockedAdapter:
-    """Have an adapter in its place, or held; its entry of the lock.
+def fetch_adapter(
+    requested: RequestedAdapter, hub: Hub, workspace: Workspace, transfer: Transfer, allow_pickle: bool
+) -> LockedAdapter:
+    """Fetch an adapter into its folder in ``workspace``; its entry of the lock.
 
-    Raises AdapterError when the reader refuses it or a local one is not what it was, HubError, LocalError.
+    Raises AdapterError when the reader refuses it or a local one has changed, HubError, LocalError.
     """
-    folder = workspace.work(wanted.name)
+    folder = workspace.work(requested.name)
     told = 0
 
     def received(size: int) -> None:
@@ -40,9 +42,9 @@ def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, al
         transfer.received(size)
 
     try:
-        files = [_file(wanted, file, folder, hub, received) for file in wanted.files]
-        open_adapter(wanted.label, folder, allow_pickle=allow_pickle or _is_pickled(wanted))
-        entry = wanted.locked(files)
+        files = [_file(requested, file, folder, hub, received) for file in requested.files]
+        open_adapter(requested.label, folder, allow_pickle=allow_pickle or _is_pickled(requested))
+        entry = requested.locked(files)
         workspace.arrived(entry, folder)
     except BaseException as error:
         transfer.received(-told)
@@ -53,12 +55,12 @@ def bring(wanted: Wanted, hub: Hub, workspace: Workspace, transfer: Transfer, al
     return entry
 
 
-def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, received: Received) -> LockedFile:
+def _file(requested: RequestedAdapter, file: RequestedFile, folder: Path, hub: Hub, received: Received) -> LockedFile:
     target = folder / file.name
-    if wanted.local is not None:
-        return _local_file(wanted, file, wanted.local / file.name, target, received)
-    assert wanted.origin.repository is not None
-    assert wanted.origin.commit is not None
+    if requested.local is not None:
+        return _local_file(requested, file, requested.local / file.name, target, received)
+    assert requested.origin.repository is not None
+    assert requested.origin.commit is not None
     told = 0
 
     def downloaded(size: int) -> None:
@@ -66,39 +68,41 @@ def _file(wanted: Wanted, file: WantedFile, folder: Path, hub: Hub, received: Re
         told += size
         received(size)
 
-    blob, identified = hub.file(wanted.origin.repository, wanted.origin.commit, file, downloaded)
+    blob, identified = hub.file(requested.origin.repository, requested.origin.commit, file, downloaded)
     received(identified.size_bytes - told)  # what came from the cache
     link_or_copy(blob, target)
     fsync(target)
     return identified
 
 
-def _local_file(wanted: Wanted, file: WantedFile, source: Path, target: Path, received: Received) -> LockedFile:
+def _local_file(
+    requested: RequestedAdapter, file: RequestedFile, source: Path, target: Path, received: Received
+) -> LockedFile:
     """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
     if not source.is_file():
-        raise NotAsLocked(wanted.label, f"{source} is not there", "--update takes what is there now")
+        raise NotAsLocked(requested.label, f"{source} is not there", "--update takes what is there now")
     shutil.copyfile(source, target)
     fsync(target)
     identified = file.identify(target)
     if identified is None:
-        raise NotAsLocked(wanted.label, f"{source} is not what it was", "--update takes what is there now")
+        raise NotAsLocked(requested.label, f"{source} is not what it was", "--update takes what is there now")
     received(identified.size_bytes)
     return identified
 
 
-def _is_pickled(wanted: Wanted) -> bool:
+def _is_pickled(requested: RequestedAdapter) -> bool:
     """The lock has pickles only for who asked for them when it was made."""
-    return any(file.name.endswith(".bin") for file in wanted.files)
+    return any(file.name.endswith(".bin") for file in requested.files)
 
 
-def check_space(todo: Iterable[Wanted], directory: Path, hub: Hub) -> None:
+def check_space(todo: Iterable[RequestedAdapter], directory: Path, hub: Hub) -> None:
     """Raise LocalError if the files of ``todo`` do not fit, into the cache of the Hub or into ``directory``."""
     cache, directory = _existing(Path(constants.HF_HUB_CACHE)), _existing(directory)
     linked = cache.stat().st_dev == directory.stat().st_dev
     needed: Counter[Path] = Counter()
-    for wanted in todo:
-        origin = wanted.origin
-        for file in wanted.files:
+    for requested in todo:
+        origin = requested.origin
+        for file in requested.files:
             if origin.repository is None or origin.commit is None:
                 needed[directory] += file.size_bytes or 0
                 continue
@@ -106,11 +110,11 @@ def check_space(todo: Iterable[Wanted], directory: Path, hub: Hub) -> None:
                 needed[directory if linked else cache] += file.size_bytes or 0
             if not linked:
                 needed[directory] += file.size_bytes or 0
-    for place, size in needed.items():
-        free = shutil.disk_usage(place).free
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
         if size > free:
             raise LocalError(
-                f"{place}: {megabytes(size)} are needed, {megabytes(free)} are free",
+                f"{folder}: {megabytes(size)} are needed, {megabytes(free)} are free",
                 "free some space, choose another -o, or move the cache with HF_HOME",
             )
 
