@@ -88,7 +88,6 @@ def cluster(
     check_report_files({"-o": output, "--report": html}, inputs=[directory], force=force, json=json)
     if html is not None:
         check_available()
-    from lorazip_core.base import team
     from lorazip_core.clustering.run import ClusterOptions
     from lorazip_core.clustering.run import cluster as cluster_adapters
 
@@ -103,18 +102,15 @@ def cluster(
         memory=bound(memory),
         device_memory=bound(device_memory),
     )
-    with team.joined():
-        found = cluster_adapters(
-            directory,
-            output,
-            options,
-            allow_pickle=allow_pickle,
-            allow_mixed_base=allow_mixed_base,
-            skip_bad=skip_bad,
-            progress=progress(quiet or not team.is_first()),
-        )
-        if not team.is_first():  # the first process writes and speaks for all
-            return 0
+    found = cluster_adapters(
+        directory,
+        output,
+        options,
+        allow_pickle=allow_pickle,
+        allow_mixed_base=allow_mixed_base,
+        skip_bad=skip_bad,
+        progress=progress(quiet),
+    )
     contents = [(output, canonical_json(msgspec.to_builtins(found.assignment)))]
     if html is not None:
         from lorazip_core.report import cluster_page

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.bundle.output_path import check_output_path
+from lorazip_core.schemes.registry import DEFAULT, SCHEMES, methods
 
 from . import console
 from .early import check_new
@@ -29,6 +30,7 @@ from .options import (
     Weights,
     between,
     bound,
+    one_of,
     squared_error,
 )
 from .options import clusters as parse_clusters
@@ -36,8 +38,10 @@ from .progress import progress
 from .table import by_file, count, error, megabytes, saved, saving, table, times
 
 if TYPE_CHECKING:
-    from lorazip_core.compress.run import CompressReport, PlanReport
+    from lorazip_core.compress.run import CompressReport
+    from lorazip_core.planning.plan import PlanReport
 
+_METHODS = sorted(methods(), key=lambda name: bool(SCHEMES[name].shared))
 _BESIDE = "files beside adapters that a bundle does not carry"
 
 
@@ -47,13 +51,14 @@ def compress(
         Path | None, typer.Option("-o", "--output", metavar="BUNDLE", help="Where the bundle goes.")
     ] = None,
     method: Annotated[
-        Literal["svd", "joint", "diag"],
+        str,
         typer.Option(
             "--method",
-            metavar="svd|joint|diag",
+            metavar="|".join(_METHODS),
+            callback=one_of(_METHODS),
             help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
         ),
-    ] = "joint",
+    ] = DEFAULT,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -90,7 +95,7 @@ def compress(
     wanted_clusters = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
-    from lorazip_core.planning.plan import CompressOptions
+    from lorazip_core.planning.options import CompressOptions
 
     options = CompressOptions(
         method=method,
@@ -110,42 +115,36 @@ def compress(
         check_output_path(output, [directory])
         if not dry_run:
             check_new(output, force=force)
-    from lorazip_core.base import team
     from lorazip_core.compress.run import compress as compress_adapters
-    from lorazip_core.compress.run import plan
+    from lorazip_core.planning.plan import plan
 
     report: PlanReport | CompressReport
-    with team.joined():
-        if output is None or dry_run:
-            report = plan(
-                directory,
-                options,
-                output=output,
-                allow_pickle=allow_pickle,
-                allow_mixed_base=allow_mixed_base,
-                skip_bad=skip_bad,
-            )
-            if not team.is_first():  # the first process speaks for all
-                return 0
-            if not json:
-                _render_plan(report, output)
-        else:
-            report = compress_adapters(
-                directory,
-                output,
-                options,
-                allow_pickle=allow_pickle,
-                allow_mixed_base=allow_mixed_base,
-                skip_bad=skip_bad,
-                force=force,
-                progress=progress(quiet or not team.is_first()),
-            )
-            if not team.is_first():
-                return 0
-            if not (json or quiet):
-                _render(report)
-            if not quiet:
-                console.warn_of(report.warnings)
+    if output is None or dry_run:
+        report = plan(
+            directory,
+            options,
+            output=output,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+        )
+        if not json:
+            _render_plan(report, output)
+    else:
+        report = compress_adapters(
+            directory,
+            output,
+            options,
+            allow_pickle=allow_pickle,
+            allow_mixed_base=allow_mixed_base,
+            skip_bad=skip_bad,
+            force=force,
+            progress=progress(quiet),
+        )
+        if not (json or quiet):
+            _render(report)
+        if not quiet:
+            console.warn_of(report.warnings)
     if json:
         console.json(report)
     return 0
@@ -163,7 +162,7 @@ def _render(report: CompressReport) -> None:
         f" worst {error(summary.max_squared_error)} ({plain(report.worst.name)})"
     )
     for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
-        if names and report.method != "svd":
+        if names and SCHEMES[report.method].shared:
             console.say(f"{what}: {count(len(names), 'adapter')}")
     console.listing(_BESIDE, by_file(report.left_out))
 

@@ -43,7 +43,7 @@ def demo(
         check_output(output, force=force, not_ours=_not_of_demo)
     from lorazip_core.compress.run import compress
     from lorazip_core.export.exporter import export
-    from lorazip_core.planning.plan import CompressOptions
+    from lorazip_core.planning.options import CompressOptions
     from lorazip_core.verify.run import verify
 
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +30,17 @@ def between(least: int, most: int) -> Callable[[int | None], int | None]:
         if value is not None and not least <= value <= most:
             bounds = f"of {least} or more" if value < least else f"of {most} or less"
             raise typer.BadParameter(f"{value} is not a number {bounds}")
+        return value
+
+    return check
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """A check that a value is one of those known."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
         return value
 
     return check

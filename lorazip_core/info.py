@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from msgspec import Struct
 from .adapter.lock import Origin
 from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
 from .bundle.reader import Bundle
+from .schemes.scheme import Size
 
 
 class ModuleShape(Struct, frozen=True):
@@ -135,19 +135,19 @@ def _shards(bundle: Bundle) -> list[ShardEntry]:
 
 
 def _shares(bundle: Bundle, shard: ShardEntry, sizes: dict[str, int]) -> dict[int, int]:
-    """A shard's bytes, divided among its adapters by the numbers in their rows."""
+    """A shard's bytes, divided among its adapters by the elements in their rows."""
     adapters = bundle.manifest.adapters
     numbers = {
-        index: sum(_core_numbers(bundle, adapters[index], module) for module in bundle.modules(adapters[index]))
+        index: sum(_own_elements(bundle, adapters[index], module) for module in bundle.modules(adapters[index]))
         for index in shard.adapters
     }
     total = sum(numbers.values())
     return {index: sizes[shard.path] * number // max(total, 1) for index, number in numbers.items()}
 
 
-def _core_numbers(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> int:
+def _own_elements(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> int:
     assert adapter.cluster is not None
-    cluster = bundle.manifest.clusters[adapter.cluster]
-    if cluster.method == "diag":
-        return cluster.rank
-    return math.prod(min(cluster.rank, size) for size in (module.d_out, module.d_in))
+    own = bundle.scheme(adapter).own_tensors(
+        Size(module.d_out, module.d_in), bundle.manifest.clusters[adapter.cluster].rank
+    )
+    return sum(spec.most_elements for spec in own.values())

@@ -12,10 +12,11 @@ from lorazip_core.adapter.lock import Lock
 from lorazip_core.bundle.manifest import Manifest
 from lorazip_core.clustering.clusters_file import Assignment
 from lorazip_core.clustering.run import ClusterReport
-from lorazip_core.compress.run import CompressReport, PlanReport
+from lorazip_core.compress.run import CompressReport
 from lorazip_core.export.exporter import ExportReport
 from lorazip_core.fetch.report import FetchReport
 from lorazip_core.info import InfoReport
+from lorazip_core.planning.plan import PlanReport
 from lorazip_core.verify.run import VerifyReport
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"

@@ -17,8 +17,6 @@ from lorazip_core.maths import tucker as joint
 from lorazip_core.maths.batch import Batch, Chunks
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.maths.tucker import (
-    QUICK,
-    THOROUGH,
     Basis,
     climb_batch,
     fit_joint,
@@ -320,12 +318,31 @@ def test_adapters_that_are_left_out_count_for_nothing(problems: list[Factors], f
         assert error(own, u[0], v[0]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [2, 6, 12])
-def test_the_quick_search_loses_little(problems: list[Factors], rank: int) -> None:
-    some = problems[:3] + problems[4:]
-    thorough = errors(some, fit_joint_batch(together(some), rank, effort=THOROUGH))
-    quick = errors(some, fit_joint_batch(together(some), rank, effort=QUICK))
-    assert all(after <= before * 1.01 for before, after in zip(thorough, quick, strict=True))
+# Seeds of problems in which good optima are hard to find, and the share of the energy that the best known one captures:
+# out of 60 starts on each of two wide corners, 40 rounds each, 20 survivors.
+HARD = {4: 0.084639, 6: 0.093818, 14: 0.080153, 21: 0.074607, 22: 0.073360, 23: 0.078071}
+CUTS = {
+    "one corner, four starts": ({"_CORNERS": (joint._Corner(1.5, 8, 48, 4),)}, 0.02),
+    "four starts": ({"_CORNERS": (joint._Corner(1.5, 8, 48, 4), joint._Corner(2.5, 16, 64, 4))}, 0.0015),
+    "few rounds": ({"_ROUNDS": 3, "_SURVIVOR_ROUNDS": 1}, 0.003),
+}
+"""What to cut the search down to, and the share of what can be captured that is lost then: half of what was seen."""
+
+
+def lost_of_the_hard() -> float:
+    """The share of what the best known bases of the hard problems capture that a fit does not."""
+    hard = [planted(20, seed, 10.0) for seed in HARD]
+    return 1 - sum(1 - each for each in errors(hard, fit_joint_batch(together(hard), 2))) / sum(HARD.values())
+
+
+def test_the_search_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the best known optima, and the same with less of a search does not."""
+    assert lost_of_the_hard() < 1e-4
+    for name, (cut_down, lost) in CUTS.items():
+        with monkeypatch.context() as patch:
+            for constant, value in cut_down.items():
+                patch.setattr(joint, constant, value)
+            assert lost_of_the_hard() > lost, name
 
 
 def test_problems_that_stand_still_leave_the_climb_and_keep_what_they_reached(

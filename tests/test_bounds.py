@@ -16,7 +16,7 @@ from lorazip_core.compress.run import compress
 from lorazip_core.maths import batch
 from lorazip_core.maths.batch import Batch
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading import memory
 from lorazip_core.reading.memory import Bounds, Task, room
 

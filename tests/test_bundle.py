@@ -16,11 +16,12 @@ from random_bundle import EXTRA, HUB, LOCAL, SKETCHES, as_json, make_bundle
 from reference_reader import DamagedError, ReferenceReader
 
 from lorazip_core.base.errors import BundleDamaged
-from lorazip_core.bundle.check import finite, orthonormality_tolerance
+from lorazip_core.bundle.check import finite
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.info import info
+from lorazip_core.schemes.bases import orthonormality_tolerance
 from lorazip_core.verify.run import verify
 
 ROOT = Path(__file__).resolve().parent.parent

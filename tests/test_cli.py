@@ -27,8 +27,9 @@ from lorazip_cli.main import app, main
 from lorazip_cli.progress import Lines, progress
 from lorazip_core.base.errors import AdapterError, AdapterErrors, BundleDamaged, LorazipError, Unsupported
 from lorazip_core.base.stopping import check_stop
-from lorazip_core.planning.plan import DEFAULT_RANK, CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
+from lorazip_core.schemes.registry import SCHEMES, methods
 
 COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "demo")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "commands.md"
@@ -385,7 +386,8 @@ class TestDocument:
         options = CompressOptions()
         for field in CompressOptions.__struct_fields__:
             assert str(defaults[field]) == str(getattr(options, field)), field
-        assert DEFAULT_RANK == {"joint": 16, "diag": 16, "svd": 4}, "the help and docs/commands.md say so"
+        ranks = {name: SCHEMES[name].default_rank for name in methods()}
+        assert ranks == {"joint": 16, "diag": 16, "svd": 4}, "the help and docs/commands.md say so"
 
 
 class TestRenderings:

@@ -26,7 +26,7 @@ from lorazip_core.base.progress import Advance
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import CompressReport, compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import Budget
 from lorazip_core.verify.run import VerifyReport, verify
 
@@ -253,9 +253,11 @@ def test_max_error_zero_keeps_the_originals(mixed: Path, tmp_path: Path) -> None
     assert set(report.individual) >= set(NAMES) - {"f"}
     assert verify(tmp_path / "out", against=mixed, max_error=0).ok
     bundle = Bundle(tmp_path / "out")
-    b, a, scale = bundle.individual(entry_of(tmp_path / "out", "b/c"), "layers.0.q_proj")
+    b, a, scale = (
+        bundle.own(entry_of(tmp_path / "out", "b/c"), "layers.0.q_proj")[name] for name in ("B", "A", "scale")
+    )
     assert (b.dtype, a.dtype, scale) == (torch.bfloat16, torch.bfloat16, 2.0)
-    _, _, scale = bundle.individual(entry_of(tmp_path / "out", "b/d"), "layers.0.q_proj")
+    scale = bundle.own(entry_of(tmp_path / "out", "b/d"), "layers.0.q_proj")["scale"]
     assert scale == 1 / 3
 
 

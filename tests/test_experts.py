@@ -34,7 +34,7 @@ from lorazip_core.bundle.manifest import ParameterEntry
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import Stack
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading import blocks, buffers, runs
 from lorazip_core.reading.stacks import Files, Stacks
 from lorazip_core.verify.run import verify
@@ -387,7 +387,7 @@ def test_originals_keep_their_factors(tmp_path: Path) -> None:
     assert entry.scheme == "original"
     before = load_file(tmp_path / "in" / "one" / fixtures.WEIGHTS)
     fused = before[f"base_model.model.{LAYER}.experts.base_layer.lora_B.weight"]
-    b, _, _ = Bundle(tmp_path / "b").individual(entry, f"{LAYER}.experts.gate_up_proj.2")
+    b = Bundle(tmp_path / "b").own(entry, f"{LAYER}.experts.gate_up_proj.2")["B"]
     assert torch.equal(b, fused.view(24, 3, EXPERTS)[:, :, 2])
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.encode import Shared, encode_diag, encode_individual, encode_joint
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.schemes.encode import Shared, encode_diag, encode_individual, encode_joint
 
 Method = Literal["joint", "diag"]
 Factors = list[tuple[torch.Tensor, torch.Tensor]]

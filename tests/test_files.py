@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lorazip_core.base import atomic, filesystem
 from lorazip_core.base.atomic import Building, atomic_directory, check_output, resumable_directory
 from lorazip_core.base.digests import canonical_json, safe_name, sha256_bytes, sha256_file
-from lorazip_core.base.errors import Interrupted, LocalError, OutputExists, PeerEnded
+from lorazip_core.base.errors import Interrupted, LocalError, OutputExists
 from lorazip_core.base.filesystem import chmod_to_umask, tree
 from lorazip_core.bundle.manifest import InnerPath
 
@@ -306,24 +306,6 @@ def test_another_failure_removes_the_work(tmp_path: Path, failure: type[BaseExce
     interrupted(tmp_path / "out")
     interrupted(tmp_path / "out", failure=failure)
     assert listing(tmp_path) == set()
-
-
-def test_work_outlives_a_process_that_has_lost_another(tmp_path: Path) -> None:
-    """It is the other that failed, and a later run can go on."""
-
-    def half(building: Building) -> None:
-        (building.work(KEY) / "piece").write_text("piece")
-        (building.path / "mark").touch()
-        raise PeerEnded("another process of this run has ended")
-
-    with (
-        pytest.raises(PeerEnded),
-        resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building,
-    ):
-        half(building)
-    assert listing(tmp_path / ".out.partial") == {".lorazip", f".work-{KEY}"}
-    with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
-        assert listing(building.work(KEY)) == {"piece"}
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling"])

@@ -18,7 +18,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.summary import is_adapter_within, is_within
 from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.verify.run import verify
 
 # None of them is a float32 number: folded into a factor, each is rounded.
@@ -80,7 +80,7 @@ def test_a_limit_of_zero_keeps_every_factor_in_its_own_dtype(awkward: Path, tmp_
     assert checked.findings == []
     assert [adapter.squared_error for adapter in checked.adapters] == [0] * 9
     bundle = Bundle(tmp_path / "out")
-    b, a, scale = bundle.individual(entry(tmp_path / "out", "mixed"), ra.Q.name)
+    b, a, scale = bundle.own(entry(tmp_path / "out", "mixed"), ra.Q.name).values()
     assert (b.dtype, a.dtype, scale) == (torch.bfloat16, torch.float32, 8**0.5 * 4 / 4)
 
 

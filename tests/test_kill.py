@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorazip_core.compress.run import compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
 from lorazip_core.verify.run import verify
 
@@ -48,7 +48,7 @@ with atomic_directory(Path(folder) / "bundle", force=True, not_ours=lambda path:
 COMPRESS = """
 from pathlib import Path
 from lorazip_core.compress.run import compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 compress(Path(sys.argv[4]), Path(folder) / "bundle", CompressOptions(method="svd", rank=1), force=True)
 """

@@ -30,7 +30,7 @@ FLOORS = (
     "sample",
     "info",
 )
-ENCODER = ("maths.batch", "maths.tucker", "maths.cp", "schemes.encode", "clustering", "planning", "compress")
+ENCODER = ("maths.batch", "maths.tucker", "maths.cp", "maths.encode", "clustering", "planning", "compress")
 DECODER = ("bundle.decoder", "export", "verify", "info")
 
 

@@ -17,7 +17,7 @@ from lorazip_cli.options import bytes_of, size
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.reading import memory
-from lorazip_core.reading.memory import Bounds, Room, Task, agreed
+from lorazip_core.reading.memory import Bounds, Room, Task
 from lorazip_core.reading.memory import room as room_for
 from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.reading.placement import HOST
@@ -180,17 +180,6 @@ class TestOnAGpu:
         assert len(budgets) <= 2
         for budget in budgets:
             assert budget.numbers.bit_count() == 1
-
-    def test_several_processes_take_the_least_budget_of_theirs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Else each would cut other packs, where not all GPUs have as much memory free."""
-        collection = a_collection([100_000])
-        less, more = (room(GPU, collection, Bounds(None, bound * GIB)) for bound in (8, 80))
-        assert less.budget != more.budget
-        for own in (less, more):
-            monkeypatch.setattr(memory.team, "gathered", lambda budget: [less.budget, more.budget])
-            assert agreed(own) == own._replace(budget=less.budget)
-        monkeypatch.undo()
-        assert agreed(more) == more
 
     def test_one_large_adapter_is_read_by_way_of_the_host(self) -> None:
         collection = a_collection([100_000], 10, 4 * GIB)

@@ -28,7 +28,7 @@ from lorazip_core.base.filesystem import tree
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.verify.run import verify
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

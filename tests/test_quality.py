@@ -16,7 +16,7 @@ from lorazip_core.bundle.check import Finding
 from lorazip_core.bundle.quality import LARGE_ERROR, QualityWarning, quality_warnings
 from lorazip_core.bundle.summary import summarise
 from lorazip_core.compress import key
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import markdown

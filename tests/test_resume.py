@@ -26,7 +26,7 @@ from lorazip_core.base.progress import Advance
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import Budget
 from lorazip_core.verify.run import verify
 
@@ -169,7 +169,7 @@ DYING = """
 import os, sys
 from pathlib import Path
 from lorazip_core.compress.run import compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 adapters, out, needle, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 

@@ -36,7 +36,7 @@ from lorazip_core.base.progress import Advance, part_of
 from lorazip_core.base.stopping import check_stop, clear_stop, request_stop, stop_requested, stop_unmasked
 from lorazip_core.base.threads import in_order
 from lorazip_core.compress.run import compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import Interrupted, LocalError, OutputExists, PeerEnded
+from .errors import Interrupted, LocalError, OutputExists
 from .filesystem import check_parent, fsync, fsync_directories, fsync_files, naming, raise_error, write_file
 
 NotOurs = Callable[[Path], str | None]
@@ -105,7 +105,7 @@ def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs, resumab
     """As `atomic_directory`, but what is finished in the folder of `Building.work` outlives an interruption.
 
     It stays in ``.NAME.partial`` when the process is killed, or when KeyboardInterrupt ends the block, which is then
-    raised as Interrupted, or PeerEnded does. Any other failure removes it.
+    raised as Interrupted. Any other failure removes it.
     """
     target = Path(os.path.realpath(target))
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
@@ -142,12 +142,6 @@ def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs, resumab
                 f"{command} goes on from there; remove that folder if you do not want it",
             ) from interruption
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except PeerEnded:
-        if resumable and _finished_work(partial):
-            _clear(partial, keep_work=True)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

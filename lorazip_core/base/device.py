@@ -6,7 +6,6 @@ import re
 
 import torch
 
-from . import team
 from .errors import LocalError, UsageError
 
 
@@ -19,10 +18,7 @@ def find_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
         raise LocalError(f"--device {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use --device cpu")
-    if name == "cuda":
-        # Of the processes of one host each takes its own GPU, and some share one where there are too few.
-        name = f"cuda:{team.local_rank() % torch.cuda.device_count()}"
-    return torch.device(name)
+    return torch.device("cuda:0" if name == "cuda" else name)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -23,9 +23,6 @@ class LorazipError(Exception):
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _as_it_was, (type(self), self.args, self.__dict__)
-
 
 class CheckFailed(LorazipError):
     slug = "check-failed"
@@ -95,14 +92,3 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(f"{message} ({hint})")
-
-
-class PeerEnded(LocalError):
-    """Another process of the same run has ended: what this one has finished is still of use to a later run."""
-
-
-def _as_it_was(kind: type[LorazipError], args: tuple[object, ...], state: dict[str, object]) -> LorazipError:
-    """An error that came from another process; its own constructor takes other arguments than it keeps."""
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(state)
-    return error

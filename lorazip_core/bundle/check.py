@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
 import torch
@@ -20,8 +20,11 @@ from torch import Tensor
 from ..base.errors import BundleDamaged
 from ..base.filesystem import tree
 from ..base.progress import Advance
+from ..base.safetensors_header import TORCH_DTYPES
 from ..base.text import printable
 from ..base.threads import in_order
+from ..schemes.registry import SCHEMES
+from ..schemes.scheme import ANY, Scheme, Shape, Size, TensorSpec
 from .finding import Finding
 from .manifest import (
     MANIFEST_NAME,
@@ -39,25 +42,6 @@ from .tensor_file import DTYPES
 
 # Entries beside the manifest that are no part of the bundle: what hosting, version control and downloads put there.
 BESIDE = frozenset({"README.md", "LICENSE", ".gitattributes", ".gitignore", ".git", ".cache"})
-
-# A dimension is a number, or the range it may lie in.
-_Shape = tuple[int | range, ...]
-_ANY = range(1, 2**63)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# What the encoder's own QR, computed in float32, may be off from orthonormal: a few 1e-6 at d = 10^5 and R = 128.
-_ENCODER_SLACK = 5e-5
-
-
-def orthonormality_tolerance(dtype: torch.dtype) -> float:
-    """The largest |UᵀU − I|_ij of an orthonormal U, each of whose entries was rounded to ``dtype``.
-
-    With unit roundoff u, |Û − U| ≤ u|U| entrywise; columns have unit norm, so by Cauchy-Schwarz the Gram matrix moves
-    by at most 2u + u²: 7.8e-3 for bf16 (u = 2⁻⁸), 9.8e-4 for f16, 1.2e-7 for f32, to which the encoder's own
-    deviation is added. f16 entries below 2⁻¹⁴ round by 2⁻²⁵ absolutely, which that slack covers too.
-    """
-    unit_roundoff = torch.finfo(dtype).eps / 2
-    return 2 * unit_roundoff + unit_roundoff**2 + _ENCODER_SLACK
 
 
 def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
@@ -132,60 +116,55 @@ class _Check:
     def contents(self) -> None:
         """What is in the sound files is what the manifest says, which must not contradict itself."""
         for cluster in self.bundle.manifest.clusters:
-            ranks = self._basis(cluster)
+            shared = self._basis(cluster)
             for shard in cluster.shards:
                 if shard.path in self._sound:
-                    self._shard(cluster, shard, ranks)
+                    self._shard(cluster, shard, shared)
         for adapter in self.bundle.manifest.adapters:
             self._adapter(adapter)
         for extras in dict.fromkeys(adapter.extras for adapter in self.bundle.manifest.adapters):
             if extras in self._sound:
                 self._extras(extras)
 
-    def _basis(self, cluster: ClusterEntry) -> dict[str, tuple[int, int]]:
-        """Check U and V; the columns (R_U, R_V) of each module that has both in order."""
+    def _basis(self, cluster: ClusterEntry) -> dict[str, dict[str, Shape]]:
+        """Check what a cluster shares; the shapes, by suffix, of each module whose tensors are in order."""
         if cluster.basis not in self._sound:
             return {}
-        expected: dict[str, _Shape] = {}
-        for module in self._modules(cluster):
-            for side, size in (("U", module.d_out), ("V", module.d_in)):
-                rank = min(cluster.rank, size) if cluster.method == "joint" else cluster.rank
-                expected[f"{module.name}.{side}"] = (size, range(1, rank + 1))
-        columns = {}
-        tolerance = orthonormality_tolerance(self._dtype)
-        for name, tensor in self._tensors(cluster.basis, expected):
-            columns[name] = tensor.shape[1]
-            tensor = tensor.double()
-            if cluster.method == "joint":
-                off = tensor.mT @ tensor - torch.eye(tensor.shape[1], dtype=torch.float64)
-                kind, what = "not-orthonormal", "max |XᵀX − I|"
-            else:
-                off = tensor.square().sum(0) - 1
-                kind, what = "not-unit-norm", "max |‖column‖² − 1|"
-            worst = off.abs().max().item()
-            if worst > tolerance:
-                self._found(kind, cluster.basis, f"tensor {name}: {what} is {worst:.2e}, above {tolerance:.2e}")
-        ranks = {}
-        for module in self._modules(cluster):
-            u, v = columns.get(f"{module.name}.U"), columns.get(f"{module.name}.V")
-            if u is None or v is None:
-                continue
-            if cluster.method == "diag" and u != v:
-                message = f"module {module.name}: U has {u} columns and V has {v}"
-                self._found("wrong-shape", cluster.basis, message)
-                continue
-            ranks[module.name] = (u, v)
-        return ranks
+        scheme = SCHEMES[cluster.method]
+        expected = self._expected(
+            self._modules(cluster), lambda module: scheme.shared_tensors(_size(module), cluster.rank)
+        )
+        found: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+        for (module, suffix), tensor in self._tensors(cluster.basis, expected):
+            found[module][suffix] = tuple(tensor.shape)
+            if fault := scheme.fault(suffix, tensor):
+                self._found(fault.kind, cluster.basis, f"tensor {module}.{suffix}: {fault.message}")
+        return self._consistent(cluster.basis, scheme, scheme.shared, found)
 
-    def _shard(self, cluster: ClusterEntry, shard: ShardEntry, ranks: dict[str, tuple[int, int]]) -> None:
-        unknown = range(1, cluster.rank + 1)
-        expected: dict[str, _Shape] = {}
-        for module in self._modules(cluster):
-            rows = len(self.bundle.rows(shard, module.name))
-            columns = ranks.get(module.name, (unknown, unknown))
-            if rows:
-                expected[f"{module.name}.core"] = (rows, *(columns if cluster.method == "joint" else columns[:1]))
-        for _ in self._tensors(shard.path, expected):
+    def _consistent(
+        self, path: str, scheme: Scheme, suffixes: tuple[str, ...], found: dict[str, dict[str, Shape]]
+    ) -> dict[str, dict[str, Shape]]:
+        """The modules that have all tensors of these ``suffixes``, which fit each other."""
+        consistent = {}
+        for module, shapes in found.items():
+            if not set(suffixes) <= shapes.keys():
+                continue
+            if contradiction := scheme.contradiction(shapes):
+                self._found("wrong-shape", path, f"module {module}: {contradiction}")
+                continue
+            consistent[module] = shapes
+        return consistent
+
+    def _shard(self, cluster: ClusterEntry, shard: ShardEntry, shared: dict[str, dict[str, Shape]]) -> None:
+        scheme = SCHEMES[cluster.method]
+        rows = {module.name: len(self.bundle.rows(shard, module.name)) for module in self._modules(cluster)}
+
+        def own_tensors(module: ModuleEntry) -> dict[str, TensorSpec]:
+            own = scheme.own_tensors(_size(module), cluster.rank, shared.get(module.name))
+            return {suffix: spec._replace(shape=(rows[module.name], *spec.shape)) for suffix, spec in own.items()}
+
+        modules = [module for module in self._modules(cluster) if rows[module.name]]
+        for _ in self._tensors(shard.path, self._expected(modules, own_tensors)):
             pass
         try:
             named = self.bundle.metadata(shard.path).get("basis_sha256")
@@ -218,41 +197,41 @@ class _Check:
             self._unreadable(path, error)
 
     def _individual(self, adapter: AdapterEntry, path: str) -> None:
-        rank = _ANY if adapter.rank is None else range(1, adapter.rank + 1)
-        modules = self.bundle.modules(adapter)
-        original = adapter.scheme == "original"
-        expected: dict[str, _Shape] = {}
-        for module in modules:
-            expected[f"{module.name}.B"] = (module.d_out, rank)
-            expected[f"{module.name}.A"] = (rank, module.d_in)
-            if original:
-                expected[f"{module.name}.scale"] = ()
-        dtypes = _FLOATS if original else (self._dtype,)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors(path, expected, dtypes)}
-        for module in modules:
-            b, a = shapes.get(f"{module.name}.B"), shapes.get(f"{module.name}.A")
-            if b and a and b[1] != a[0]:
-                self._found("wrong-shape", path, f"module {module.name}: B is {list(b)} but A is {list(a)}")
+        scheme = self.bundle.scheme(adapter)
+        expected = self._expected(
+            self.bundle.modules(adapter), lambda module: scheme.own_tensors(_size(module), adapter.rank or 0)
+        )
+        found: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+        for (module, suffix), tensor in self._tensors(path, expected):
+            found[module][suffix] = tuple(tensor.shape)
+        self._consistent(path, scheme, scheme.own, found)
+
+    def _expected(
+        self, modules: Iterable[ModuleEntry], specs: Callable[[ModuleEntry], dict[str, TensorSpec]]
+    ) -> dict[tuple[str, str], TensorSpec]:
+        """What a file must have, by module and suffix."""
+        return {(module.name, suffix): spec for module in modules for suffix, spec in specs(module).items()}
 
     def _tensors(
-        self, path: str, expected: dict[str, _Shape], dtypes: tuple[torch.dtype, ...] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, path: str, expected: dict[tuple[str, str], TensorSpec]
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Read a file's tensors one by one, report what is not as expected, and yield what is."""
         try:
             names = set(self.bundle.names(path))
         except BundleDamaged as error:
             self._unreadable(path, error)
             return
-        for name in sorted(names - expected.keys()):
+        for name in sorted(names - set(map(".".join, expected))):
             self._found("unexpected-tensor", path, f"tensor {name} belongs to nothing in the manifest")
-        for name, shape in expected.items():
+        for key, spec in expected.items():
+            name = ".".join(key)
             if name not in names:
                 self._found("missing-tensor", path, f"tensor {name} is not there")
                 continue
             tensor = self.bundle.tensor(path, name)
-            allowed = (torch.float64,) if name.endswith(".scale") and not shape else dtypes or (self._dtype,)
-            if not _fits(tensor.shape, shape):
-                message = f"tensor {name} is {list(tensor.shape)}, not {_shown(shape)}"
+            allowed = [TORCH_DTYPES[dtype] for dtype in spec.dtypes] or [self._dtype]
+            if not _fits(tensor.shape, spec.shape):
+                message = f"tensor {name} is {list(tensor.shape)}, not {_shown(spec.shape)}"
                 self._found("wrong-shape", path, message)
             elif tensor.dtype not in allowed:
                 message = f"tensor {name} is {tensor.dtype}, not {' or '.join(map(str, allowed))}"
@@ -260,7 +239,7 @@ class _Check:
             elif not finite(tensor):
                 self._found("not-finite", path, f"tensor {name} has NaN or Inf")
             else:
-                yield name, tensor
+                yield key, tensor
 
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
@@ -291,7 +270,8 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
         paths.update(filter(None, (adapter.config, adapter.individual)))
         if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
             yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
-        if (adapter.scheme == "svd") != (adapter.rank is not None):
+        scheme = SCHEMES[adapter.scheme]
+        if (not scheme.shared and scheme.default_rank is not None) != (adapter.rank is not None):
             yield f"adapter {adapter.name!r}: scheme {adapter.scheme} with rank {adapter.rank}"
         names = {manifest.modules[index].name for index in manifest.module_sets[adapter.module_set]}
         if adapter.worst_module is not None and adapter.worst_module.name not in names:
@@ -321,13 +301,17 @@ def finite(tensor: Tensor) -> bool:
     return bool(total.isfinite() or tensor.isfinite().all())
 
 
-def _fits(shape: torch.Size, expected: _Shape) -> bool:
+def _size(module: ModuleEntry) -> Size:
+    return Size(module.d_out, module.d_in)
+
+
+def _fits(shape: torch.Size, expected: tuple[int | range, ...]) -> bool:
     return len(shape) == len(expected) and all(
         size in allowed if isinstance(allowed, range) else size == allowed
         for size, allowed in zip(shape, expected, strict=True)
     )
 
 
-def _shown(shape: _Shape) -> str:
-    sizes = ["r" if size == _ANY else f"1..{size[-1]}" if isinstance(size, range) else str(size) for size in shape]
+def _shown(shape: tuple[int | range, ...]) -> str:
+    sizes = ["r" if size == ANY else f"1..{size[-1]}" if isinstance(size, range) else str(size) for size in shape]
     return f"[{', '.join(sizes)}]"

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ..adapter.lock import Origin
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
+from ..schemes.registry import SCHEMES, methods
 from .kinds import check_bundle_path
 
 FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
@@ -27,16 +28,18 @@ Size = Annotated[int, Meta(ge=1)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
 InnerPath = Annotated[str, Meta(pattern=r"^(bases|cores|individual|extras|configs)/[a-z0-9][a-z0-9._-]*(?![\s\S])")]
 SquaredError = Annotated[float, Meta(ge=0)]
-Scheme = Literal["joint", "diag", "svd", "original"]
-Method = Literal["joint", "diag", "svd"]
+Scheme = Annotated[str, Meta(extra_json_schema={"enum": sorted(SCHEMES)})]
+Method = Annotated[str, Meta(extra_json_schema={"enum": sorted(methods())})]
+SharedMethod = Annotated[str, Meta(extra_json_schema={"enum": sorted(n for n in methods() if SCHEMES[n].shared)})]
 Weights = Literal["adapter", "module"]
 Dtype = Literal["bf16", "f16", "f32"]
 
 SHARED_EXTRAS = "shared-extras"
 """The feature of a bundle in which adapters with equal extras name one file."""
-# Per operation, the features of format 1. A manifest that requires another one is refused, by its name.
+# Per operation, the features of format 1, to read besides the schemes. A manifest that requires another one is refused,
+# by its name.
 KNOWN_FEATURES: dict[str, set[str]] = {
-    "read": {"joint", "diag", "svd", "original", SHARED_EXTRAS},
+    "read": {SHARED_EXTRAS},
     "export": {"linear", "conv", "embedding", "extras", "target_parameters"},
 }
 
@@ -89,7 +92,7 @@ class ShardEntry(Struct, frozen=True):
 class ClusterEntry(Struct, frozen=True):
     """Adapters that share a basis."""
 
-    method: Literal["joint", "diag"]
+    method: SharedMethod
     rank: Size
     basis: InnerPath
     shards: list[ShardEntry]
@@ -226,7 +229,8 @@ def _refuse_unknown(path: Path, fields: dict[str, Any], operations: tuple[str, .
     for operation in operations:
         features = requires.get(operation, [])
         for feature in features if isinstance(features, list) else ():
-            if isinstance(feature, str) and feature not in KNOWN_FEATURES[operation]:
+            known = KNOWN_FEATURES[operation] | (SCHEMES.keys() if operation == "read" else set())
+            if isinstance(feature, str) and feature not in known:
                 raise Unsupported(f"{path}: {operation} needs the feature {feature!r}", "update lorazip")
 
 
@@ -238,7 +242,9 @@ def _check_references(path: Path, manifest: Manifest) -> None:
     in_shards = sorted(index for shard in shards for index in shard.adapters)
     in_clusters = []
     for index, adapter in enumerate(manifest.adapters):
-        shared = adapter.scheme in ("joint", "diag")
+        if adapter.scheme not in SCHEMES:
+            raise BundleDamaged(f"{path}: adapter {adapter.name!r} has the scheme {adapter.scheme!r}, which is none")
+        shared = bool(SCHEMES[adapter.scheme].shared)
         if shared:
             in_clusters.append(index)
         if shared != (adapter.cluster is not None) or shared == (adapter.individual is not None):
@@ -248,6 +254,8 @@ def _check_references(path: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{path}: adapter {adapter.name!r} points at nothing")
         named |= {adapter.config, *filter(None, (adapter.individual, adapter.extras))}
     for number, cluster in enumerate(manifest.clusters):
+        if cluster.method not in SCHEMES or not SCHEMES[cluster.method].shared:
+            raise BundleDamaged(f"{path}: cluster {number} has the method {cluster.method!r}, which shares nothing")
         for shard in cluster.shards:
             for index in shard.adapters:
                 if index >= len(manifest.adapters) or manifest.adapters[index].cluster != number:

@@ -8,6 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 from ..base.text import count, error, megabytes
+from ..schemes.registry import SCHEMES
 from .summary import Summary
 
 LARGE_ERROR = 0.1
@@ -33,7 +34,7 @@ def quality_warnings(
     """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it."""
     warnings = []
     large = above(squared_errors)
-    alone = method == "svd"
+    alone = not SCHEMES[method].shared
     if large and max_error is None:
         hint = "a higher --rank" if alone else "a higher --rank, more --clusters or --method svd"
         warnings.append(

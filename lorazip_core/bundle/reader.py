@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from ..base.digests import sha256_bytes, sha256_stream
 from ..base.errors import BundleDamaged
 from ..base.filesystem import naming, system_error
+from ..schemes.registry import SCHEMES
+from ..schemes.scheme import Scheme
 from .manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -90,35 +92,42 @@ class Bundle:
             self._rows[key] = {index: row for row, index in enumerate(held)}
         return self._rows[key]
 
-    def basis(self, cluster: ClusterEntry, module: str) -> tuple[Tensor, Tensor]:
-        """U [d_out, R_U] and V [d_in, R_V], in the dtype of the bundle."""
-        return self.tensor(cluster.basis, f"{module}.U"), self.tensor(cluster.basis, f"{module}.V")
+    def scheme(self, adapter: AdapterEntry) -> Scheme:
+        """How an adapter is represented."""
+        return SCHEMES[adapter.scheme]
 
-    def core(self, adapter: AdapterEntry, module: str) -> Tensor:
-        """Σ of an adapter in a cluster: [R_U, R_V], or its diagonal [R]."""
+    def shared(self, cluster: ClusterEntry, module: str) -> dict[str, Tensor]:
+        """What the adapters of a cluster share of a module, by the suffixes of its scheme; mapped, not in memory."""
+        suffixes = SCHEMES[cluster.method].shared
+        return {suffix: self.tensor(cluster.basis, f"{module}.{suffix}") for suffix in suffixes}
+
+    def stacked(self, shard: ShardEntry, module: str) -> dict[str, Tensor]:
+        """The adapters' own tensors of a module in a shard, [n, ...], stacked by `rows`; mapped, not in memory."""
+        scheme = self.scheme(self.manifest.adapters[shard.adapters[0]])
+        return {suffix: self.tensor(shard.path, f"{module}.{suffix}") for suffix in scheme.own}
+
+    def own(self, adapter: AdapterEntry, module: str) -> dict[str, Tensor]:
+        """An adapter's own tensors of a module, by the suffixes of its scheme."""
+        scheme = self.scheme(adapter)
+        if adapter.individual is not None:
+            return {suffix: self.tensor(adapter.individual, f"{module}.{suffix}") for suffix in scheme.own}
         shard = self.shard(adapter)
-        return self.tensor(shard.path, f"{module}.core", row=self.rows(shard, module)[self.index(adapter)])
-
-    def cores(self, shard: ShardEntry, module: str) -> Tensor:
-        """All Σ of a shard, stacked by `rows`: [n, R_U, R_V], or their diagonals [n, R]; mapped, not in memory."""
-        return self.tensor(shard.path, f"{module}.core")
-
-    def individual(self, adapter: AdapterEntry, module: str) -> tuple[Tensor, Tensor, float]:
-        """B [d_out, r], A [r, d_in] and the scale of an adapter kept on its own: ΔŴ = scale · B A."""
-        if adapter.individual is None:
-            raise ValueError(f"{adapter.name} is not kept individually")
-        b, a = self.tensor(adapter.individual, f"{module}.B"), self.tensor(adapter.individual, f"{module}.A")
-        scale = 1.0
-        if adapter.scheme == "original":
-            scale = float(self.tensor(adapter.individual, f"{module}.scale"))
-        return b, a, scale
+        row = self.rows(shard, module)[self.index(adapter)]
+        return {suffix: self.tensor(shard.path, f"{module}.{suffix}", row=row) for suffix in scheme.own}
 
     def rank(self, adapter: AdapterEntry, module: str) -> int:
         """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read."""
-        if adapter.individual is not None:
-            return self._shape(adapter.individual, f"{module}.A")[0]
-        assert adapter.cluster is not None
-        return self._shape(self.manifest.clusters[adapter.cluster].basis, f"{module}.V")[1]
+        scheme = self.scheme(adapter)
+
+        def shape_of(suffix: str) -> tuple[int, ...]:
+            if adapter.individual is not None:
+                return self._shape(adapter.individual, f"{module}.{suffix}")
+            if suffix in scheme.shared:
+                assert adapter.cluster is not None
+                return self._shape(self.manifest.clusters[adapter.cluster].basis, f"{module}.{suffix}")
+            return self._shape(self.shard(adapter).path, f"{module}.{suffix}")[1:]
+
+        return scheme.decoded_rank(shape_of)
 
     def extras(self, adapter: AdapterEntry) -> dict[str, Tensor]:
         """The tensors of an adapter that are no LoRA factors, by their names in the source."""

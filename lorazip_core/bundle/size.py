@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..schemes.registry import SCHEMES
+from ..schemes.scheme import Scheme, Size, TensorSpec, itemsize
 from .manifest import Dtype, Method
 
 if TYPE_CHECKING:
@@ -30,16 +32,17 @@ def equal_groups(adapters: int, clusters: int) -> list[range]:
 def bundle_bytes(
     collection: Collection, method: Method, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
 ) -> int:
-    """About the bytes of a bundle. ``groups``, empty for svd, are the numbers of the adapters that share a basis.
+    """About the bytes of a bundle. ``groups`` are the numbers of the adapters that share a basis; empty where none do.
 
     Extras count for every adapter: that some are equal, and stored once, shows only when they are read.
     """
     adapters = collection.adapters
     item = _ITEM_BYTES[dtype]
-    if rank is None or method == "svd":
-        tensors, files = _individual_bytes(collection, rank, item), len(adapters)
+    scheme = SCHEMES[method]
+    if rank is None or not scheme.shared:
+        tensors, files = _individual_bytes(collection, scheme, rank, item), len(adapters)
     else:
-        tensors = sum(_shared_bytes(collection, group, method, rank, item) for group in groups)
+        tensors = sum(_shared_bytes(collection, group, scheme, rank, item) for group in groups)
         files = 2 * len(groups)
     for adapter in adapters:
         tensors += sum(_tensor_bytes(key, info.size_bytes) for key, info in adapter.extras.items())
@@ -55,19 +58,18 @@ def _tensor_bytes(name: str, data: int) -> int:
     return data + _TENSOR_BYTES + len(name)
 
 
-def _individual_bytes(collection: Collection, rank: int | None, item: int) -> int:
-    """Bytes of truncated SVDs; without a rank, of the full ones."""
+def _individual_bytes(collection: Collection, scheme: Scheme, rank: int | None, item: int) -> int:
+    """Bytes of adapters on their own; without a rank, at the rank that they have."""
     total = 0
     for adapter in collection.adapters:
         for name, part in adapter.parts.items():
-            kept = min(rank or part.rank, part.rank)
-            total += _tensor_bytes(name, kept * part.module.d_out * item)
-            total += _tensor_bytes(name, kept * part.module.d_in * item)
+            size = Size(part.module.d_out, part.module.d_in)
+            total += _tensors_bytes(name, scheme.own_tensors(size, min(rank or part.rank, part.rank)), item)
     return total
 
 
-def _shared_bytes(collection: Collection, group: Sequence[int], method: Method, rank: int, item: int) -> int:
-    """Bytes of the bases of one cluster and of its adapters' cores."""
+def _shared_bytes(collection: Collection, group: Sequence[int], scheme: Scheme, rank: int, item: int) -> int:
+    """Bytes of what one cluster shares, and of its adapters' own tensors."""
     stacked: defaultdict[str, int] = defaultdict(int)
     having: Counter[str] = Counter()
     for number in group:
@@ -77,13 +79,16 @@ def _shared_bytes(collection: Collection, group: Sequence[int], method: Method, 
     total = 0
     for module in collection.modules:
         name = module.name
-        if name not in having:
-            continue
-        if method == "diag":
-            left = right = core = min(rank, stacked[name])
-        else:
-            left, right = (min(rank, side, stacked[name]) for side in (module.d_out, module.d_in))
-            core = left * right
-        total += _tensor_bytes(name, left * module.d_out * item) + _tensor_bytes(name, right * module.d_in * item)
-        total += _tensor_bytes(name, having[name] * core * item)
+        if name in having:
+            size, most = Size(module.d_out, module.d_in), min(rank, stacked[name])
+            total += _tensors_bytes(name, scheme.shared_tensors(size, most), item)
+            total += _tensors_bytes(name, scheme.own_tensors(size, most), item, having[name])
     return total
+
+
+def _tensors_bytes(module: str, specs: Mapping[str, TensorSpec], item: int, rows: int = 1) -> int:
+    """Bytes of tensors of a module, which have ``item`` bytes an element where they have the dtype of the bundle."""
+    return sum(
+        _tensor_bytes(module, rows * spec.most_elements * (itemsize(spec.dtypes[0]) if spec.dtypes else item))
+        for spec in specs.values()
+    )

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import team
 from ..base.progress import Progress, Silent
 from ..base.threads import in_order
 from ..maths.batch import Batch
@@ -73,7 +72,7 @@ class Probes:
     def similarity(self) -> Tensor:
         """`subspace_similarity` of all adapters, [n, n]."""
         if len(self._compared) < len(self._order):
-            return team.from_first(lambda: similarity_of_all(self.updates, self._rank))
+            return similarity_of_all(self.updates, self._rank)
         place = self._order.argsort()
         return self._similarity[place][:, place]
 
@@ -112,7 +111,7 @@ class Probes:
         """`subspace_similarity` of adapters in any order."""
         (own, row), (others, column) = rows.sort(), columns.sort()
         same = rows is columns
-        found = team.from_first(lambda: subspace_similarity(self.updates, self._rank, own, own if same else others))
+        found = subspace_similarity(self.updates, self._rank, own, own if same else others)
         return found[row.argsort()][:, column.argsort()]
 
 
@@ -129,7 +128,7 @@ def settle(
     current = torch.tensor(labels)
     clusters = int(current.max()) + 1
     groups = updates.modules_at_once(clusters * 3 * rank)  # what a round of climbing spans
-    own = [_Modules(updates, groups[number], clusters, rank, seed) for number in team.dealt(len(groups))]
+    parts = [_Modules(updates, modules, clusters, rank, seed) for modules in groups]
     objective: list[float] = []
     for round_ in range(1, rounds + 1):
         weighted = torch.zeros(len(current), clusters, dtype=torch.float64)
@@ -137,9 +136,9 @@ def settle(
         improve = partial(_Modules.improved, labels=current)
         with (
             progress.stage(f"clustering, round {round_}", len(updates.shapes)) as advance,
-            closing(in_order(improve, own, updates.device)) as results,
+            closing(in_order(improve, parts, updates.device)) as results,
         ):
-            for found in team.in_turn(results, len(groups)):
+            for found in results:
                 for module, errors in found:
                     weights = updates.weights[:, module, None]
                     weighted += errors

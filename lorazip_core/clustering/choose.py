@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..adapter.collection import Collection
-from ..base import team
 from ..base.progress import Progress
 from ..base.text import count
 from ..base.threads import in_order
@@ -44,7 +43,7 @@ def choose_clusters(
     the numbers in the gaps beside the best are tried. The best few are settled on all modules; the best of these wins.
     """
     price = _Price(collection, rank, dtype)
-    alone = team.from_first(lambda: price.svd(updates))
+    alone = price.svd(updates)
     tried: dict[int, tuple[Clustering, Candidate]] = {}
 
     def attempt(clusters: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec import Struct
@@ -12,6 +12,9 @@ from msgspec import Struct
 from ..base.errors import UsageError
 from ..bundle.kinds import schema_of, wrote
 from ..bundle.manifest import Dtype, Weights
+
+if TYPE_CHECKING:
+    from ..adapter.collection import Collection
 
 
 class AssignedAdapter(Struct, frozen=True, kw_only=True):
@@ -146,3 +149,9 @@ def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack
         where = "is not in it" if name in names else "is not in the collection"
         raise UsageError(f"--clusters {path}: it was made for other adapters: {name!r} {where}")
     return read
+
+
+def read_clusters(path: Path, collection: Collection, *, may_lack: bool = False) -> Assignment:
+    """As `read_assignment`, for a collection."""
+    names = {adapter.name for adapter in collection.adapters}
+    return read_assignment(path, names, {skipped.name for skipped in collection.skipped}, may_lack=may_lack)

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from ..adapter.collection import open_collection
 from ..adapter.notes import notes
-from ..base import team
 from ..base.device import find_device, limit_memory
 from ..base.errors import UsageError
 from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Dtype, SkippedEntry, Weights
-from ..reading.memory import Bounds, Task, agreed, room
+from ..reading.memory import Bounds, Task, room
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
 from .alternation import Clustering, Probes, settle
@@ -110,13 +109,12 @@ def cluster(
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
     limit_memory(device, options.device_memory)
     with at_most(within.workers), one_thread():
-        budget = agreed(within).budget
-        with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
+        with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         check_clusters(options.clusters, len(scanned.collection.adapters))
-        updates = scanned.updates(options.weights, device, budget)
+        updates = scanned.updates(options.weights, device, within.budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
         scanned.check_unchanged()
     errors = [adapter.squared_error for adapter in assignment.adapters]
@@ -148,12 +146,8 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
     else:
         tried = probes.cluster(options.clusters, seed=seed)
         clustering = settle(updates, tried.labels, rank, seed=seed, progress=progress)
-    held_out, near = team.from_first(
-        lambda: (
-            held_out_errors(probes.updates, clustering.labels, rank, seed=seed),
-            near_duplicates(updates, seed=seed, progress=progress),
-        )
-    )
+    held_out = held_out_errors(probes.updates, clustering.labels, rank, seed=seed)
+    near = near_duplicates(updates, seed=seed, progress=progress)
     names = [adapter.name for adapter in collection.adapters]
     similarity = probes.similarity()
     adapters = _adapters(names, scanned.digests(), clustering, held_out, similarity)

@@ -27,6 +27,7 @@ from ..bundle.manifest import (
 from ..bundle.summary import squared_error
 from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
+from ..schemes.scheme import SharedScheme
 from .individual import Kept, individual_piece
 from .pieces import Pieces
 from .shards import ClusterFiles
@@ -52,11 +53,10 @@ class Assembly:
     def __post_init__(self) -> None:
         self._lost = torch.zeros(self.has.shape, dtype=torch.float64)
 
-    def add_clusters(self, encoded: Encoded, parameters: Parameters) -> None:
-        """Write bases and cores."""
+    def add_clusters(self, encoded: Encoded, scheme: SharedScheme) -> None:
+        """Write what clusters share, and what their adapters have of their own."""
         modules = [module.name for module in self.scan.collection.modules]
-        files = ClusterFiles(self.writer, encoded, self.pieces, modules, self.has)
-        self._clusters = files.write(parameters.method)
+        self._clusters = ClusterFiles(self.writer, encoded, self.pieces, modules, self.has, scheme).write()
         self._cluster_of = {
             member: number
             for number, cluster in enumerate(self._clusters)

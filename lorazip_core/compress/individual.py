@@ -1,10 +1,9 @@
-"""Adapters kept on their own: a truncated SVD of every module, or the original factors where nothing less will do."""
+"""Adapters on their own: each in the scheme that was asked for, or in the first one that serves it well enough."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,36 +11,43 @@ from torch import Tensor
 from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
-from ..maths.factored import truncated_svd
-from ..schemes.encode import encode_individual
+from ..schemes.registry import EXACT, FALLBACKS, individual_scheme
+from ..schemes.scheme import Encoding, ModuleGroup
 from .pieces import Pieces
 
+_SCHEME, _RANK, _ERRORS = "scheme", "rank", "squared_errors"
 
-@dataclass(frozen=True)
-class Kept:
-    """How an adapter is kept on its own, and ‖ΔW−ΔŴ‖² of its modules [M_i] in their order, in float64."""
 
-    scheme: Literal["svd", "original"]
+class Kept(NamedTuple):
+    """How an adapter is kept on its own, and ‖ΔW−ΔŴ‖² of its modules [M_i] in the order of their names, in float64."""
+
+    scheme: str
     rank: int | None
+    """The largest of any module; None for a scheme that has no rank."""
     squared_errors: Tensor
 
 
-@dataclass(frozen=True)
-class Individual:
-    """One adapter as it is stored: its tensors by name, and ‖ΔW−ΔŴ‖² by module."""
+class Individual(NamedTuple):
+    """An adapter as it is stored."""
 
-    scheme: Literal["svd", "original"]
+    scheme: str
     rank: int | None
-    tensors: dict[str, Tensor]
-    squared_errors: dict[str, float]
+    encoding: Encoding
 
     def store(self, number: int, pieces: Pieces) -> Kept:
         """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
-        errors = torch.tensor([self.squared_errors[name] for name in sorted(self.squared_errors)], dtype=torch.float64)
-        rank = torch.tensor(self.rank or 0, dtype=torch.int64)
-        pieces.write(f"kept-{number}", {"rank": rank, "squared_errors": errors})
-        pieces.write(individual_piece(number), self.tensors)
-        return Kept(self.scheme, self.rank, errors)
+        errors = self.encoding.squared_errors
+        kept = Kept(
+            self.scheme, self.rank, torch.tensor([errors[name] for name in sorted(errors)], dtype=torch.float64)
+        )
+        told = {
+            _SCHEME: torch.tensor(list(kept.scheme.encode()), dtype=torch.uint8),
+            _RANK: torch.tensor(kept.rank or 0, dtype=torch.int64),
+            _ERRORS: kept.squared_errors,
+        }
+        pieces.write(f"kept-{number}", told)
+        pieces.write(individual_piece(number), self.encoding.tensors)
+        return kept
 
 
 def individual_piece(number: int) -> str:
@@ -54,12 +60,12 @@ def stored(number: int, pieces: Pieces) -> Kept | None:
     if individual_piece(number) not in pieces or f"kept-{number}" not in pieces:
         return None
     told = pieces.load(f"kept-{number}")
-    rank = int(told["rank"]) or None
-    return Kept("original" if rank is None else "svd", rank, told["squared_errors"])
+    return Kept(bytes(told[_SCHEME].tolist()).decode(), int(told[_RANK]) or None, told[_ERRORS])
 
 
 def keep_individually(
     adapter: Adapter,
+    method: str | None,
     rank: int | None,
     max_error: float | None,
     *,
@@ -67,69 +73,37 @@ def keep_individually(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Individual:
-    """Keep an adapter at ``rank``; where that exceeds ``max_error``, or without a rank, at the smallest that meets it.
+    """Keep an adapter as ``method`` does at ``rank``, or else by the first fallback that meets ``max_error``.
 
-    The rank is one for all modules. When even the full rank, rounded to ``dtype``, exceeds ``max_error``, or ``dtype``
-    cannot hold the factors, the original ones are kept, whose error is 0.
+    Without a method, only fallbacks are tried. Without a limit, what matters is that ``dtype`` can hold the adapter.
     """
-    batches = _batches(adapter, device)
-    full = max(part.rank for part in adapter.parts.values())
-    limit = float("inf") if max_error is None else max_error * squared_norm
-    candidates = [] if rank is None else [rank]
-    if max_error is not None:
-        candidates += range(_smallest_rank(batches, limit), full + 1)
-    for candidate in candidates:
-        check_stop()
-        kept = _truncated(batches, candidate, dtype)
-        if is_adapter_within(kept.squared_errors.values(), [squared_norm], max_error):
-            return kept
-    return as_original(adapter)
+    groups = module_groups(adapter, device)
+    limit = None if max_error is None else max_error * squared_norm
+    for name in dict.fromkeys([*([method] if method else []), *FALLBACKS]):
+        scheme = individual_scheme(name)
+        for ranks in scheme.attempts(groups, rank if name == method else None, limit):
+            check_stop()
+            encoding = scheme.encode(groups, ranks, dtype)
+            if is_adapter_within(encoding.squared_errors.values(), [squared_norm], max_error):
+                return Individual(name, max(ranks.values()) if ranks else None, encoding)
+    raise AssertionError("the last fallback loses nothing")
 
 
-_Batches = list[tuple[list[str], Tensor, Tensor]]
+def keep_exactly(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Individual:
+    """Keep an adapter without any loss."""
+    return Individual(EXACT, None, individual_scheme(EXACT).encode(module_groups(adapter, device), None, dtype))
 
 
-def _batches(adapter: Adapter, device: torch.device) -> _Batches:
-    """The modules of equal shape and rank together: their names, B [m, d_out, r] and A [m, r, d_in] in float64.
-
-    In float32 a scale like 1/3 would be rounded, and an error of 1e-15 pass for 0.
-    """
-    names: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
+def module_groups(adapter: Adapter, device: torch.device) -> list[ModuleGroup]:
+    """The modules of an adapter, those together that can be."""
+    names: defaultdict[object, list[str]] = defaultdict(list)
     for name, part in adapter.parts.items():
-        names[part.module.d_out, part.module.d_in, part.rank].append(name)
-    batches = []
-    for group in names.values():
-        b, a = (torch.stack(side).to(device).double() for side in zip(*adapter.each_stored(group), strict=True))
-        scales = torch.tensor([adapter.parts[name].scale for name in group], dtype=torch.float64, device=device)
-        batches.append((group, b * scales[:, None, None], a))
-    return batches
+        dtypes = tuple(adapter.layout.tensors[key].dtype for key in (part.key_b, part.key_a))
+        names[part.module.d_out, part.module.d_in, part.rank, dtypes].append(name)
+    return [_group(adapter, group, device) for group in names.values()]
 
 
-def _smallest_rank(batches: _Batches, limit: float) -> int:
-    """The least rank at which the exact truncated SVDs lose no more energy than ``limit``; rounding may need more."""
-    spectra = [truncated_svd(b, a, b.shape[-1])[0].double().square().sum(-2).sum(0).cpu() for _, b, a in batches]
-    energy = torch.zeros(max(len(spectrum) for spectrum in spectra), dtype=torch.float64)
-    for spectrum in spectra:
-        energy[: len(spectrum)] += spectrum
-    lost = energy.flip(0).cumsum(0).flip(0)  # lost[r] is what a truncation at rank r loses
-    return max(1, int((lost > limit).sum()))
-
-
-def _truncated(batches: _Batches, rank: int, dtype: torch.dtype) -> Individual:
-    tensors, errors = {}, {}
-    for names, b, a in batches:
-        check_stop()
-        (stored_b, stored_a), lost = encode_individual(b, a, rank, dtype)
-        for name, module_b, module_a, error in zip(names, stored_b.cpu(), stored_a.cpu(), lost.tolist(), strict=True):
-            tensors[f"{name}.B"], tensors[f"{name}.A"], errors[name] = module_b, module_a, error
-    return Individual("svd", rank, tensors, errors)
-
-
-def as_original(adapter: Adapter) -> Individual:
-    """Keep the factors as they are in the file, each in its own dtype, and the scale beside them."""
-    tensors = {}
-    stored = adapter.each_stored(adapter.parts)
-    for (name, part), (b, a) in zip(adapter.parts.items(), stored, strict=True):
-        tensors[f"{name}.B"], tensors[f"{name}.A"] = b, a
-        tensors[f"{name}.scale"] = torch.tensor(part.scale, dtype=torch.float64)
-    return Individual("original", None, tensors, dict.fromkeys(adapter.parts, 0.0))
+def _group(adapter: Adapter, names: list[str], device: torch.device) -> ModuleGroup:
+    b, a = (torch.stack(side) for side in zip(*adapter.each_stored(names), strict=True))
+    scales = torch.tensor([adapter.parts[name].scale for name in names], dtype=torch.float64)
+    return ModuleGroup(names, b, a, scales, device)

@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__
 from ..base.digests import canonical_json, sha256_bytes, sha256_file
-from ..planning.plan import CompressOptions
+from ..planning.options import CompressOptions
 from ..reading.packs import Budget
 from ..reading.scan import Scan
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base import team
 from ..base.digests import sha256_file
 from ..base.progress import Progress
 from ..base.threads import in_order
@@ -25,7 +24,7 @@ _NAME = re.compile(r"([a-z]+(?:-\d+)*)\.([0-9a-f]{64})")
 
 
 class Pieces:
-    """The pieces in a folder, by name; several processes may add to one folder, each its own names.
+    """The pieces in a folder, by name.
 
     ``left`` are those that an earlier run has left, once they are checked.
     """
@@ -33,24 +32,12 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.left: frozenset[str] = frozenset()
         self._folder = folder
-        self._files: dict[str, Path] = {}
+        found = map(_NAME.fullmatch, os.listdir(folder))
+        self._files = {match[1]: folder / match[0] for match in found if match}
         self._readers: dict[str, TensorFileReader] = {}
-        self.look()
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
-
-    def look(self) -> None:
-        """Take notice of what other processes have added."""
-        found = {match[1]: self._folder / match[0] for match in map(_NAME.fullmatch, os.listdir(self._folder)) if match}
-        self._files = found
-        self._readers = {name: reader for name, reader in self._readers.items() if name in found}
-
-    def wait(self) -> None:
-        """Return when all processes have stored what they are storing, and all know of it."""
-        if team.size() > 1:
-            team.gathered(None)
-            self.look()
 
     def check(self) -> None:
         """Remove all that is not a whole piece. For what an earlier run left, before any of it is used."""
@@ -59,10 +46,9 @@ class Pieces:
             if entry not in named:  # unfinished, or a second one of its name
                 entry.unlink()
         with closing(in_order(_is_whole, self._files.values(), torch.device("cpu"))) as results:
-            torn = [path for path, whole in zip(self._files.values(), results, strict=True) if not whole]
-        for path in torn:
-            path.unlink()
-        self.look()
+            torn = [name for name, whole in zip(self._files, results, strict=True) if not whole]
+        for name in torn:
+            self._files.pop(name).unlink()
         self.left = frozenset(self._files)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:

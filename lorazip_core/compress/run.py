@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +16,9 @@ from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
-from ..base import team
-from ..base.atomic import Building, check_output, resumable_directory
+from ..base.atomic import check_output, resumable_directory
 from ..base.device import find_device, limit_memory
-from ..base.errors import LocalError, UsageError
+from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
@@ -37,41 +33,20 @@ from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter, not_of_bundle
 from ..clustering.alternation import Probes, settle
 from ..clustering.choose import choose_clusters
-from ..clustering.clusters_file import Assignment, read_assignment
-from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
-from ..reading.memory import Bounds, Task, agreed, planned_bytes, room
+from ..clustering.clusters_file import read_clusters
+from ..planning.options import CompressOptions
+from ..reading.memory import Bounds, Task, room
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
+from ..schemes.registry import shared_scheme
 from .assemble import Assembly
-from .individual import Kept, as_original, individual_piece, keep_individually, stored
+from .individual import Kept, individual_piece, keep_exactly, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
-
-
-class PlanReport(Struct, frozen=True, kw_only=True):
-    """What ``compress --dry-run`` prints: the collection, and the bytes of every scheme."""
-
-    schema: Literal["lorazip.plan/1"] = "lorazip.plan/1"
-    base_model: str | None
-    adapters: int
-    modules: int
-    skipped: list[SkippedEntry]
-    bytes_original: int
-    schemes: list[PlannedScheme]
-    problems: int = 0
-    """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
-    memory_bytes: int | None = None
-    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
-    least_memory_bytes: int | None = None
-    """The least that ``--memory`` may be."""
-    output_exists: bool | None = None
-    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
-    left_out: dict[str, list[str]] = {}
-    """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -101,65 +76,9 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     seconds: float
     warnings: list[QualityWarning] = []
     device_peak_bytes: int | None
-    """The most memory that PyTorch had taken on the GPU of the first process; null on a CPU."""
+    """The most memory that PyTorch had taken on the GPU; null on a CPU."""
     left_out: dict[str, list[str]] = {}
     """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
-
-
-def plan(
-    root: Path,
-    options: CompressOptions,
-    *,
-    output: Path | None = None,
-    allow_pickle: bool = False,
-    allow_mixed_base: bool = False,
-    skip_bad: bool = False,
-) -> PlanReport:
-    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
-
-    Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
-    """
-    check_adapters_path(root)
-    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
-    options.check(len(collection.adapters))
-    if options.clusters == "auto":
-        raise UsageError(
-            "--clusters auto cannot be planned: it depends on the weights", "plan with a number, or a file"
-        )
-    groups: Sequence[Sequence[int]]
-    if isinstance(options.clusters, Path):
-        groups = _groups(_read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
-    else:
-        groups = equal_groups(len(collection.adapters), options.clusters)
-    memory = _planned_memory(collection, options)
-    return PlanReport(
-        base_model=collection.base_model,
-        adapters=len(collection.adapters),
-        modules=len(collection.modules),
-        skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
-        bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
-        schemes=planned_schemes(collection, options, groups),
-        problems=0 if options.method == "svd" else _problems(collection, groups),
-        memory_bytes=memory and memory[0],
-        least_memory_bytes=memory and memory[1],
-        output_exists=None if output is None else os.path.lexists(output),
-        left_out={name: list(files) for name, files in collection.left_out.items()},
-    )
-
-
-def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:
-    """As `planned_bytes`; None for a device that another machine may have, and this one has not."""
-    try:
-        device = find_device(options.device)
-    except LocalError:
-        return None
-    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
-    return planned_bytes(device, collection, task)
-
-
-def _problems(collection: Collection, groups: Sequence[Sequence[int]]) -> int:
-    """How many bases there are to be found: a cluster has one for each module that any of its adapters has."""
-    return sum(len({name for number in group for name in collection.adapters[number].parts}) for group in groups)
 
 
 def compress(
@@ -192,7 +111,7 @@ def compress(
         progress.note(note)
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
-        _read_clusters(options.clusters, collection, may_lack=skip_bad)
+        read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
@@ -200,25 +119,20 @@ def compress(
     with (
         at_most(within.workers),
         one_thread(),
-        _building(output, force) as building,
+        resumable_directory(output, force=force, not_ours=not_of_bundle) as building,
         stop_unmasked(),
     ):
-        budget = agreed(within).budget
-        with progress.stage("reading adapters", len(team.dealt(len(collection.adapters)))) as advance:
+        with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
         for skipped in scanned.collection.skipped:
             progress.note(f"left out {skipped.name}: {skipped.reason}")
         options.check(len(scanned.collection.adapters))
-        pieces = team.from_first(lambda: _pieces(building, work_key(scanned, options, device, budget)))
-        run = _Run(scanned, options, device, budget, pieces, progress)
+        pieces = Pieces(building.work(work_key(scanned, options, device, within.budget)))
+        pieces.check()
+        run = _Run(scanned, options, device, within.budget, pieces, progress)
         encoded, clusters = run.encode()
-
-        def assembled() -> CompressReport:
-            assert building is not None
-            manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-            return _report(output, manifest, size, time.monotonic() - started, device)
-
-        report = team.from_first(assembled)
+        manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
+        report = _report(output, manifest, size, time.monotonic() - started, device)
     return report
 
 
@@ -228,24 +142,10 @@ def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
     An adapter on its own is a piece that becomes a file of the bundle as it is.
     """
     count = len(collection.adapters)
-    if options.method == "svd":
-        return bundle_bytes(collection, "svd", options.kept_rank or 1, [], options.dtype)
+    if not options.scheme.shared:
+        return bundle_bytes(collection, options.method, options.kept_rank or 1, [], options.dtype)
     groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
     return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
-
-
-def _building(output: Path, force: bool) -> AbstractContextManager[Building | None]:
-    """The directory that becomes the bundle, which is the affair of the first process alone."""
-    if team.is_first():
-        return resumable_directory(output, force=force, not_ours=not_of_bundle)
-    return nullcontext()
-
-
-def _pieces(building: Building | None, key: str) -> Pieces:
-    assert building is not None
-    pieces = Pieces(building.work(key))
-    pieces.check()
-    return pieces
 
 
 @dataclass(frozen=True)
@@ -264,15 +164,15 @@ class _Run:
         encoded, clusters = None, 0
         alone = list(range(len(self.scanned.collection.adapters)))
         options = self.options
-        if options.method != "svd":
+        if options.scheme.shared:
             assert options.kept_rank is not None
             updates = self.scanned.updates(options.weights, self.device, self.budget)
             labels = self._labels(updates, options.kept_rank)
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
-            job = SharedJob(
-                updates, self.scanned.check_unchanged, options.method, options.kept_rank, dtype, options.seed
-            )
+            ranks = [options.kept_rank] * len(updates.shapes)
+            scheme = shared_scheme(options.method)
+            job = SharedJob(updates, self.scanned.check_unchanged, scheme, ranks, dtype, options.seed)
             too_small = self._too_small.tolist()
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
@@ -294,7 +194,7 @@ class _Run:
         )
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
-            assembly.add_clusters(encoded, parameters)
+            assembly.add_clusters(encoded, shared_scheme(options.method))
         for number in range(len(self.scanned.collection.adapters)):
             if encoded is None or encoded.labels[number] is None:
                 kept = stored(number, self.pieces)
@@ -309,8 +209,7 @@ class _Run:
         if LABELS not in self.pieces:
             found = _assigned(self.scanned, updates, self.options, rank, self.progress)
             self.scanned.check_unchanged()
-            if team.is_first():
-                self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
+            self.pieces.write(LABELS, {LABELS: torch.tensor(found, dtype=torch.int64)})
             return found
         labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
         return labels
@@ -322,38 +221,40 @@ class _Run:
 
     def _keep_individually(self, alone: list[int]) -> None:
         options, adapters = self.options, self.scanned.collection.adapters
-        if options.method == "svd":
+        dtype = DTYPES[options.dtype]
+        asked = None if options.scheme.shared else options.method
+        if asked:
             note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
 
         def keep(number: int) -> Kept:
             if there := stored(number, self.pieces):
                 return there
             if self._too_small[number]:
-                kept = as_original(adapters[number])
+                kept = keep_exactly(adapters[number], dtype, self.device)
             else:
+                norm = math.fsum(self.scanned.norms[number].tolist())
                 kept = keep_individually(
                     adapters[number],
-                    options.kept_rank if options.method == "svd" else None,
+                    asked,
+                    options.kept_rank,
                     options.max_error,
-                    squared_norm=math.fsum(self.scanned.norms[number].tolist()),
-                    dtype=DTYPES[options.dtype],
+                    squared_norm=norm,
+                    dtype=dtype,
                     device=self.device,
                 )
             self.scanned.check_unchanged([number])
             return kept.store(number, self.pieces)
 
-        own = [alone[position] for position in team.dealt(len(alone))]
-        notes: list[tuple[int, str]] = []
+        notes: list[str] = []
         with (
-            self.progress.stage("keeping adapters individually", len(own)) as advance,
-            closing(in_order(keep, own, self.device)) as results,
+            self.progress.stage("keeping adapters individually", len(alone)) as advance,
+            closing(in_order(keep, alone, self.device)) as results,
         ):
-            for number, kept in zip(own, results, strict=True):
-                if kept.rank is None or options.method != "svd":
-                    notes.append((number, f"kept {adapters[number].name} {self._reason(number, kept)}"))
+            for number, kept in zip(alone, results, strict=True):
+                if kept.scheme != options.method:
+                    notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
-        self.pieces.wait()
-        for _, note in sorted(chain.from_iterable(team.gathered(notes))):
+        for note in notes:
             self.progress.note(note)
 
     def _reason(self, number: int, kept: Kept) -> str:
@@ -369,7 +270,7 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
     collection, seed = scanned.collection, options.seed
     names = [adapter.name for adapter in collection.adapters]
     if isinstance(options.clusters, Path):
-        read = _read_clusters(options.clusters, collection)
+        read = read_clusters(options.clusters, collection)
         if changed := read.differences(dict(zip(names, scanned.digests(), strict=True))):
             raise UsageError(
                 f"--clusters {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
@@ -385,20 +286,6 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
         return choice.clustering.labels
     tried = probes.cluster(options.clusters, seed=seed)
     return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
-
-
-def _read_clusters(path: Path, collection: Collection, *, may_lack: bool = False) -> Assignment:
-    names = {adapter.name for adapter in collection.adapters}
-    return read_assignment(path, names, {skipped.name for skipped in collection.skipped}, may_lack=may_lack)
-
-
-def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
-    here = [i for i, adapter in enumerate(collection.adapters) if adapter.name in assignment.assignment]
-    labels = assignment.labels([collection.adapters[i].name for i in here])
-    groups: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
-    for i, label in zip(here, labels, strict=True):
-        groups[label].append(i)
-    return groups
 
 
 def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:

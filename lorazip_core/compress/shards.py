@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..base.stopping import check_stop
 from ..base.threads import in_order
-from ..bundle.manifest import ClusterEntry, FileEntry, Method, ShardEntry
+from ..bundle.manifest import ClusterEntry, FileEntry, ShardEntry
 from ..bundle.tensor_file import TensorLayout
 from ..bundle.writer import BundleWriter
 from ..reading.packs import Problem
+from ..schemes.scheme import SharedScheme
 from .pieces import Pieces
-from .shared import Encoded, tensor_name
+from .shared import Encoded
+from .solutions import tensor_name
 
 SHARD_ADAPTERS = 512
 _WRITERS = 4  # more are in each other's way: every other step is one of the interpreter
 
-_SIDES: tuple[Literal["u", "v"], ...] = ("u", "v")
 _CPU = torch.device("cpu")
 
 
@@ -36,9 +36,10 @@ class ClusterFiles:
     modules: list[str]
     has: Tensor
 
-    def write(self, method: Method) -> list[ClusterEntry]:
+    scheme: SharedScheme
+
+    def write(self) -> list[ClusterEntry]:
         """Write them, several at once. Clusters are numbered anew, in the order of their numbers in ``encoded``."""
-        assert method != "svd"
         problems: defaultdict[int, list[Problem]] = defaultdict(list)
         for problem in sorted(self.encoded.places):
             problems[problem.cluster].append(problem)
@@ -63,7 +64,7 @@ class ClusterFiles:
                 ShardEntry(f"cores/{new}-{number}.safetensors", adapters, file.sha256)
                 for number, adapters in enumerate(held)
             ]
-            entries.append(ClusterEntry(method, self._rank(problems[cluster]), file.path, shards))
+            entries.append(ClusterEntry(self.scheme.name, self._rank(problems[cluster]), file.path, shards))
         every = [(new, shard) for new, entry in enumerate(entries) for shard in entry.shards]
         with closing(in_order(cores, every, _CPU, workers=_WRITERS)) as done:
             for _ in done:
@@ -71,49 +72,56 @@ class ClusterFiles:
         return entries
 
     def _bases(self, path: str, problems: list[Problem]) -> FileEntry:
-        """U and V of all modules of one cluster."""
-        sources = {f"{self.modules[each.module]}.{side.upper()}": (each, side) for each in problems for side in _SIDES}
+        """What the adapters of one cluster share, of all modules."""
+        sources = {
+            f"{self.modules[problem.module]}.{suffix}": (problem, suffix)
+            for problem in problems
+            for suffix in self.scheme.shared
+        }
         layouts = {name: self._layout(*source) for name, source in sources.items()}
         with self.writer.tensors(path, layouts) as file:
             for name in file.order:
                 check_stop()
-                problem, side = sources[name]
-                place = self.encoded.places[problem]
-                one = [(place.number, place.number + 1)]
-                for data in self.pieces.read(place.piece).rows(tensor_name(side, place.alike), one):
+                problem, suffix = sources[name]
+                piece, found = self.encoded.places[problem]
+                one = [(found.position, found.position + 1)]
+                for data in self.pieces.read(piece).rows(tensor_name(suffix, found.group), one):
                     file.append_bytes(name, data)
         return FileEntry(path, file.size_bytes, file.sha256)
 
     def _cores(self, shard: ShardEntry, problems: list[Problem]) -> None:
-        """Cores of some adapters of one cluster, of all modules that any of them has."""
+        """The own tensors of some adapters of one cluster, of all modules that any of them has."""
         held = torch.tensor(shard.adapters, dtype=torch.int64)
         sources = {}
         layouts = {}
         for problem in problems:
             wanted = held[self.has[held, problem.module]]
-            if len(wanted):
-                name = f"{self.modules[problem.module]}.core"
-                sources[name] = problem, wanted
-                dtype, shape = self._layout(problem, "cores")
+            for suffix in self.scheme.own if len(wanted) else ():
+                name = f"{self.modules[problem.module]}.{suffix}"
+                sources[name] = problem, suffix, wanted
+                dtype, shape = self._layout(problem, suffix)
                 layouts[name] = TensorLayout(dtype, (len(wanted), *shape))
         with self.writer.tensors(shard.path, layouts, basis_sha256=shard.basis_sha256) as file:
             for name in file.order:
                 check_stop()
-                problem, wanted = sources[name]
-                place = self.encoded.places[problem]
-                rows = place.row + torch.searchsorted(place.members, wanted)
-                for data in self.pieces.read(place.piece).rows(tensor_name("cores", place.alike), _runs(rows)):
+                problem, suffix, wanted = sources[name]
+                piece, found = self.encoded.places[problem]
+                rows = found.row + torch.searchsorted(found.members, wanted)
+                for data in self.pieces.read(piece).rows(tensor_name(suffix, found.group), _runs(rows)):
                     file.append_bytes(name, data)
 
-    def _layout(self, problem: Problem, field: Literal["u", "v", "cores"]) -> TensorLayout:
-        """Of one basis, or of the core of one adapter."""
-        place = self.encoded.places[problem]
-        dtype, shape = self.pieces.read(place.piece).layouts[tensor_name(field, place.alike)]
+    def _layout(self, problem: Problem, suffix: str) -> TensorLayout:
+        """Of one shared tensor, or of one adapter's own."""
+        piece, found = self.encoded.places[problem]
+        dtype, shape = self.pieces.read(piece).layouts[tensor_name(suffix, found.group)]
         return TensorLayout(dtype, shape[1:])
 
     def _rank(self, problems: list[Problem]) -> int:
-        """The largest number of columns of any basis."""
-        return max(self._layout(problem, side).shape[1] for problem in problems for side in _SIDES)
+        """The largest rank of any module."""
+        return max(
+            self.scheme.stored_rank({suffix: self._layout(problem, suffix).shape for suffix in self.scheme.shared})
+            for problem in problems
+        )
 
 
 def _runs(rows: Tensor) -> list[tuple[int, int]]:

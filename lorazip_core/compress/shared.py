@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..base import team
 from ..base.progress import Advance, Progress, Share, part_of
 from ..base.threads import in_order
 from ..bundle.summary import is_adapter_within
-from ..maths.stack import ScaledStack
-from ..maths.tucker import QUICK, THOROUGH
 from ..reading.packs import Pack, Problem, packs
 from ..reading.updates import Updates
-from ..schemes.encode import Shared, encode_diag, encode_joint
+from ..schemes.scheme import Problems, SharedScheme, Solution
 from .pieces import Pieces, note_left
+from .solutions import StoredSolution, read_solutions, to_tensors
 
-_MANY = 2**14  # updates in a collection: of more, the search for bases is the quick one
 # Steps of progress, a problem: while it is solved, which takes minutes where adapters are many, and when it is stored.
 _SOLVED, _STORED = 99, 1
 _STEPS = _SOLVED + _STORED
@@ -32,7 +28,6 @@ _STEPS = _SOLVED + _STORED
 Labels = list[int | None]
 """The cluster of every adapter; None for one that is kept individually."""
 _CPU = torch.device("cpu")
-_PROBLEMS, _MEMBERS, _ERRORS = "problems", "members", "squared_errors"
 LABELS = "labels"  # the piece that holds those that took long to find
 
 
@@ -42,8 +37,9 @@ class SharedJob:
 
     updates: Updates
     check: Callable[[Iterable[int]], None]
-    method: Literal["joint", "diag"]
-    rank: int
+    scheme: SharedScheme
+    ranks: Sequence[int]
+    """Of every module."""
     dtype: torch.dtype
     seed: int
 
@@ -59,41 +55,37 @@ class Generation:
     @classmethod
     def of(cls, job: SharedJob, labels: Labels) -> Generation:
         """The first one."""
-        return cls(0, labels, packs(job.updates.sizes(labels), job.updates.shapes, job.updates.budget))
+        return cls(0, labels, _packs(job, job.updates.sizes(labels)))
 
     def after(self, job: SharedJob, labels: Labels, changed: set[int | None]) -> Generation:
         """The next one, of the clusters that have ``changed``."""
         sizes = {problem: size for problem, size in job.updates.sizes(labels).items() if problem.cluster in changed}
-        return Generation(self.number + 1, labels, packs(sizes, job.updates.shapes, job.updates.budget))
+        return Generation(self.number + 1, labels, _packs(job, sizes))
 
     def piece(self, pack: int) -> str:
         """The name of the piece that pack number ``pack`` becomes."""
         return f"pack-{self.number}-{pack}"
 
     @property
-    def own(self) -> range:
-        """The numbers of the packs that are this process's work."""
-        return team.dealt(len(self.packs))
-
-    @property
     def problems(self) -> int:
         """How many problems these are."""
-        return sum(len(self.packs[number]) for number in self.own)
+        return sum(map(len, self.packs))
 
     def places(self) -> dict[Problem, str]:
         """The piece in which every problem's solution is."""
         return {problem: self.piece(number) for number, pack in enumerate(self.packs) for problem in pack}
 
 
+def _packs(job: SharedJob, sizes: Mapping[Problem, int]) -> list[Pack]:
+    """Problems are solved together whose modules have one shape and one rank."""
+    return packs(sizes, list(zip(job.updates.shapes, job.ranks, strict=True)), job.updates.budget)
+
+
 class Place(NamedTuple):
-    """Where a problem's solution is: the piece, the shape of its bases there (a number), which of the bases of that
-    shape, the first of its cores, and the adapters that these belong to, of whom some may have left since."""
+    """The piece that a solution is in, and where it is there. Of its adapters some may have left since."""
 
     piece: str
-    alike: int
-    number: int
-    row: int
-    members: Tensor
+    solution: StoredSolution
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,7 @@ def encode_clusters(
     names = [generation.piece(number) for number in range(len(generation.packs))]
     note_left(pieces, [*([LABELS] if LABELS in pieces else []), *names], progress)
     with progress.stage("fitting bases", _STEPS * generation.problems) as advance:
-        encode_packs(job, generation, generation.own, pieces, advance)
-    pieces.wait()
+        encode_packs(job, generation, pieces, advance)
     encoded = read_encoded(job, labels, generation.places(), pieces)
     for refit in (True, False):
         errors = zip(encoded.lost.tolist(), job.updates.norms.tolist(), strict=True)
@@ -136,37 +127,34 @@ def encode_clusters(
         if refit:
             generation = generation.after(job, labels, changed)
             with progress.stage("fitting bases again", _STEPS * generation.problems) as advance:
-                encode_packs(job, generation, generation.own, pieces, advance)
-            pieces.wait()
+                encode_packs(job, generation, pieces, advance)
             solved_in |= generation.places()
         encoded = read_encoded(job, labels, solved_in, pieces)
     return encoded
 
 
-def encode_packs(
-    job: SharedJob, generation: Generation, numbers: Iterable[int], pieces: Pieces, advance: Advance
-) -> None:
-    """Encode the packs of these ``numbers`` that are not there yet. ``advance`` is told `_STEPS` for every problem."""
+def encode_packs(job: SharedJob, generation: Generation, pieces: Pieces, advance: Advance) -> None:
+    """Encode the packs that are not there yet. ``advance`` is told `_STEPS` for every problem."""
     steps = _Steps(advance)
     missing: list[int] = []
-    for number in numbers:
+    for number in range(len(generation.packs)):
         if generation.piece(number) in pieces:
             steps.add(_STEPS * len(generation.packs[number]))
         else:
             missing.append(number)
 
-    def load(number: int) -> PackInput:
+    def load(number: int) -> Problems:
         return load_pack(job.updates, generation.packs[number], generation.labels)
 
-    def solve(number: int, loaded: PackInput) -> tuple[int, dict[Problem, Shared]]:
+    def solve(number: int, loaded: Problems) -> tuple[int, dict[Problem, Solution]]:
         pack = generation.packs[number]
         with part_of(steps.add, _SOLVED * len(pack)) as share:
             return number, encode_pack(job, pack, loaded, share)
 
-    def store(solved: tuple[int, dict[Problem, Shared]]) -> int:
+    def store(solved: tuple[int, dict[Problem, Solution]]) -> int:
         number, of = solved
-        job.check({member for shared in of.values() for member in shared.members})
-        pieces.write(generation.piece(number), _to_store(of))
+        job.check({member for solution in of.values() for member in solution.members})
+        pieces.write(generation.piece(number), to_tensors(of))
         return len(of)
 
     if job.updates.device.type == "cpu":
@@ -196,19 +184,10 @@ class _Steps:
                 self._advance(whole)
 
 
-class PackInput(NamedTuple):
-    """The updates of the modules of a pack; for each of them, in the order of its stack, the problem that it belongs to
-    as a number in the pack, −1 for none, and its weight."""
-
-    stacks: list[ScaledStack]
-    owners: list[Tensor]
-    weights: list[Tensor]
-
-
-def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
+def load_pack(updates: Updates, pack: Pack, labels: Labels) -> Problems:
     """Load what the problems of a pack are about."""
     numbered = torch.tensor([-1 if label is None else label for label in labels])
-    loaded = PackInput([], [], [])
+    loaded = Problems([], [], [], len(pack))
     for module, problems in groupby(enumerate(pack), key=lambda each: each[1].module):
         number = torch.full((int(numbered.max()) + 2,), -1)  # the last is that of −1
         for position, problem in problems:
@@ -223,25 +202,11 @@ def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
     return loaded
 
 
-def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput, share: Share) -> dict[Problem, Shared]:
+def encode_pack(job: SharedJob, pack: Pack, loaded: Problems, share: Share) -> dict[Problem, Solution]:
     """Solve the problems of one pack."""
-    if job.method == "joint":
-        many = int((job.updates.ranks > 0).sum()) > _MANY
-        effort = QUICK if many else THOROUGH
-        solved = encode_joint(
-            *loaded, len(pack), rank=job.rank, dtype=job.dtype, seed=job.seed, effort=effort, share=share
-        )
-        return dict(zip(pack, solved, strict=True))
-    found: dict[Problem, Shared] = {}
-    for stack, owners, weights in zip(*loaded, strict=True):
-        for number in torch.unique(owners[owners >= 0]).tolist():
-            own = owners == number
-            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
-            with part_of(share, 1 / len(pack)) as of_one:
-                found[pack[number]] = encode_diag(
-                    some, weights[own], rank=job.rank, dtype=job.dtype, seed=job.seed, share=of_one
-                )
-    return found
+    rank = job.ranks[pack[0].module]
+    solved = job.scheme.encode(loaded, rank, dtype=job.dtype, seed=job.seed, share=share)
+    return dict(zip(pack, solved, strict=True))
 
 
 def read_encoded(job: SharedJob, labels: Labels, names: dict[Problem, str], pieces: Pieces) -> Encoded:
@@ -253,52 +218,12 @@ def read_encoded(job: SharedJob, labels: Labels, names: dict[Problem, str], piec
     numbered = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
     places = {}
     for name in dict.fromkeys(names.values()):
-        reader = pieces.read(name)
-        problems = reader.tensor(_PROBLEMS).tolist()
-        counts = [count for *_, count in problems]
-        members, errors = (torch.split(reader.tensor(each), counts) for each in (_MEMBERS, _ERRORS))
-        index: Counter[int] = Counter()
-        row: Counter[int] = Counter()
-        for (cluster, module, alike, count), held, found in zip(problems, members, errors, strict=True):
-            problem = Problem(cluster, module)
-            own = numbered[held] == cluster
-            if names.get(problem) == name and own.any():
-                places[problem] = Place(name, alike, index[alike], row[alike], held)
-                lost[held[own], module] = found[own]
-            index[alike] += 1
-            row[alike] += count
+        for found in read_solutions(pieces.read(name)):
+            own = numbered[found.members] == found.problem.cluster
+            if names.get(found.problem) == name and own.any():
+                places[found.problem] = Place(name, found)
+                lost[found.members[own], found.problem.module] = found.squared_errors[own]
     return Encoded(labels, places, lost)
-
-
-def tensor_name(field: Literal["u", "v", "cores"], alike: int) -> str:
-    """What a tensor is called in a piece that has this field of all problems of one shape; the fields of `Shared`."""
-    return f"{field}.{alike}"
-
-
-def _to_store(solved: dict[Problem, Shared]) -> dict[str, Tensor]:
-    """The bases and cores of all problems of one shape in one tensor each, so that few things are written.
-
-    And, problem by problem, [P, 4] cluster, module, shape and number of adapters, the adapters, and their errors.
-    """
-    alike: defaultdict[tuple[torch.Size, torch.Size, torch.Size], list[Problem]] = defaultdict(list)
-    for problem, shared in solved.items():
-        alike[shared.u.shape, shared.v.shape, shared.cores.shape[1:]].append(problem)
-    tensors: dict[str, Tensor] = {}
-    lines: list[list[int]] = []
-    members: list[int] = []
-    errors: list[Tensor] = []
-    for number, problems in enumerate(alike.values()):
-        own = [solved[problem] for problem in problems]
-        tensors[tensor_name("u", number)] = torch.stack([shared.u for shared in own])
-        tensors[tensor_name("v", number)] = torch.stack([shared.v for shared in own])
-        tensors[tensor_name("cores", number)] = torch.cat([shared.cores for shared in own])
-        for problem, shared in zip(problems, own, strict=True):
-            lines.append([*problem, number, len(shared.members)])
-            members += shared.members
-            errors.append(shared.squared_errors)
-    tensors[_PROBLEMS], tensors[_MEMBERS] = torch.tensor(lines), torch.tensor(members)
-    tensors[_ERRORS] = torch.cat(errors)
-    return tensors
 
 
 def _alone(labels: Labels) -> set[int]:

@@ -243,7 +243,7 @@ def _export_one(bundle: Bundle, adapter: AdapterEntry, root: Path, folder: str, 
 
 def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> dict[Module, Written] | None:
     """An adapter of scheme ``original`` as it was, or None where that is not what it is or what is wanted."""
-    if adapter.scheme != "original" or _truncates(bundle, adapter, options.rank):
+    if not bundle.scheme(adapter).keeps_factors or _truncates(bundle, adapter, options.rank):
         return None
     try:
         config = parse_config(adapter.name, bundle.config_text(adapter))

@@ -38,8 +38,9 @@ class Written(NamedTuple):
 
 
 def own_factors(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry, dtype: str | None) -> Written:
-    """The factors and scale of an adapter of scheme ``original``: bit for bit, unless another dtype is asked for."""
-    b, a, scale = bundle.individual(adapter, module.name)
+    """The factors and scale of an adapter whose scheme keeps them: bit for bit, unless another dtype is asked for."""
+    tensors = bundle.own(adapter, module.name)
+    b, a, scale = tensors["B"], tensors["A"], float(tensors["scale"])
     if dtype is None:
         return Written(b, a, scale, 0.0)
     stored_b, stored_a = _rounded(bundle, adapter, module, (b, a), (DTYPES[dtype], DTYPES[dtype]))
@@ -51,14 +52,14 @@ def folded_factors(
 ) -> Written:
     """The decoded factors with the scale folded into B, truncated to ``rank`` and rounded to ``dtype``.
 
-    Without ``dtype`` they get that of the bundle, and those of scheme ``original`` their own.
+    Without ``dtype`` they get that of the bundle, and those that a scheme keeps their own.
     """
     exact = decode(bundle, adapter, module.name, torch.float64)
     if dtype is not None:
         dtypes = DTYPES[dtype], DTYPES[dtype]
-    elif adapter.scheme == "original":
-        own_b, own_a, _ = bundle.individual(adapter, module.name)
-        dtypes = own_b.dtype, own_a.dtype
+    elif bundle.scheme(adapter).keeps_factors:
+        own = bundle.own(adapter, module.name)
+        dtypes = own["B"].dtype, own["A"].dtype
     else:
         dtypes = (DTYPES[bundle.manifest.parameters.dtype],) * 2
     if rank is None or rank >= exact[1].shape[0]:

@@ -62,7 +62,7 @@ The adapter {_code(adapter.name)}{_source(origin)}, read from these files. {_lic
 
 - {_scheme(bundle, adapter, changes)}
 - {_error(adapter, changes)}
-- {_factors(adapter, changes)}
+- {_factors(bundle, adapter, changes)}
 
 ## Use
 
@@ -95,16 +95,17 @@ def _license(origin: Origin) -> str:
 
 
 def _scheme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
+    scheme = bundle.scheme(adapter)
+    if scheme.keeps_factors:
+        if changes.rank is not None:
+            return f"Scheme `{adapter.scheme}`: the bundle has its own factors, from which the export computed others."
+        as_they_were = ", as they were" if changes.squared_distance == 0 else ""
+        return f"Scheme `{adapter.scheme}`: {scheme.about}{as_they_were}."
+    rank, sharing = adapter.rank, 1
     if adapter.cluster is not None:
         cluster = bundle.manifest.clusters[adapter.cluster]
-        sharing = sum(len(shard.adapters) for shard in cluster.shards)
-        core = "a diagonal core" if cluster.method == "diag" else "a full core"
-        return f"Scheme `{adapter.scheme}`: a basis of rank {cluster.rank} shared by {sharing} adapters, and {core}."
-    if adapter.scheme == "original":
-        if changes.rank is not None:
-            return "Scheme `original`: the bundle has its own factors, from which the export computed others."
-        return f"Scheme `original`: its own factors{', as they were' if changes.squared_distance == 0 else ''}."
-    return f"Scheme `{adapter.scheme}`: a truncated SVD of each update on its own, rank {adapter.rank}."
+        rank, sharing = cluster.rank, sum(len(shard.adapters) for shard in cluster.shards)
+    return f"Scheme `{adapter.scheme}`: {scheme.about.format(rank=rank, adapters=sharing)}."
 
 
 def _error(adapter: AdapterEntry, changes: Changes) -> str:
@@ -121,11 +122,11 @@ def _error(adapter: AdapterEntry, changes: Changes) -> str:
     )
 
 
-def _factors(adapter: AdapterEntry, changes: Changes) -> str:
+def _factors(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
     if changes.rank is None:
         return f"Its own factors, {changes.dtype}, with the ranks and scales of its own configuration."
     padded = ", padded with zeros to one rank for all modules" if changes.padded else ""
-    if adapter.scheme != "original":
+    if not bundle.scheme(adapter).keeps_factors:
         form = "A = Vᵀ and B = U Σ"
     elif changes.truncated:
         form = "A = Vᵀ and B = U Σ of each truncated update, else its own A and B,"

@@ -41,7 +41,7 @@ def export_bytes(
     total = 0.0
     for adapter in adapters:
         width = widths[adapter.module_set]
-        original = adapter.scheme == "original"
+        original = bundle.scheme(adapter).keeps_factors
         if adapter.cluster is None:
             size, (kept, patterns) = float(sizes[str(adapter.individual)]), _own_rank(bundle, adapter)
         else:

@@ -4,8 +4,8 @@ max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i 
 are the caller's: he scales the updates by their square roots.
 
 The problem has many local optima, and plain HOOI on the d×d problem is slow. Here every search happens on small cores:
-project the updates on generous bases of a few times the rank, search there from many starts, lift the best ones, and
-let each climb in the span of the basis and its gradient until the objective stands still.
+project the updates on generous bases of a few times the rank, search there from many starts, lift the best one, and
+let it climb in the span of the basis and its gradient until the objective stands still.
 
 All problems of a batch go through this together. Every subspace is found by power steps and Cholesky QR, which are
 products for all problems at once, where eigenvectors would be computed one problem after another on a GPU.
@@ -27,7 +27,7 @@ from .stack import Stack
 _RANGE_ROUNDS = 3
 _SMALL_RANK = 24
 _LEAST_STARTS, _LARGE_RANK_ROUNDS = 3, 8  # optima get fewer, and rounds dearer, with the rank
-_TRIAL_ROUNDS, _CLIMB_ROUNDS = 3, 60
+_CLIMB_ROUNDS = 60
 _SMALL_ROUNDS = 4  # of the problem within the span that a round of climbing looks at
 _POWER_STEPS = 2  # a half-step of HOOI
 _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the way to one optimum
@@ -35,7 +35,7 @@ _TIE = 1e-6  # of the objective: what decides between two bases is more than rou
 _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
 # Of problems that are searched together: numbers in the Gram matrices of all starts, and in the bases to search within.
-_SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**22, 2**28
+_SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**21, 2**27
 # About how the time of a fit is shared: all corners, in each the rounds of all starts, the finals, and the last climb.
 _OF_SEARCH, _OF_STARTS, _OF_FINALS, _OF_CLIMB = 0.55, 0.8, 0.2, 0.25
 _FEW = 0.7  # of the problems that still climb, and the batch goes on with these alone
@@ -53,50 +53,25 @@ class _Corner(NamedTuple):
         return rank + max(self.least, min(int(self.wider * rank), self.most))
 
 
-class Effort(NamedTuple):
-    """How far the search goes. Bases that drop out on the way make room for rounds of those that are left.
-
-    A large rank has the first corner alone.
-    """
-
-    corners: tuple[_Corner, ...]  # at a small rank, optima differ in the width that they need
-    rounds: int
-    survivors: int
-    survivor_rounds: int
-    corner_finalists: int
-    final_rounds: int  # on all of the cores, for those of all corners
-    finalists: int
-    tolerance: float  # of the objective, per round of the last climb
-
-
-# Either finds the optimum of nine problems in ten. On the others the quick search, which takes a fifth to a third of
-# the time, loses some 10⁻³ more of the error.
-THOROUGH = Effort(
-    corners=(_Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 24), _Corner(5.0, 32, 80, 24)),
-    rounds=14,
-    survivors=8,
-    survivor_rounds=10,
-    corner_finalists=4,
-    final_rounds=20,
-    finalists=3,
-    tolerance=1e-7,
-)
-QUICK = Effort(
-    corners=(_Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 12)),
-    rounds=9,
-    survivors=5,
-    survivor_rounds=6,
-    corner_finalists=2,
-    final_rounds=12,
-    finalists=1,
-    tolerance=1e-6,
-)
+# How far the search goes. Bases that drop out on the way make room for rounds of those that are left. On 32 real
+# adapters a third corner, more starts, rounds and finalists took five times as long, for 0.02% of the mean error; fewer
+# starts than these have cost the worst adapter 5%.
+_CORNERS = _Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 12)  # at a small rank; a large one has the first alone
+_ROUNDS, _SURVIVORS = 9, 5  # of all starts, and those that go on
+_SURVIVOR_ROUNDS, _CORNER_FINALISTS = 6, 2
+_FINAL_ROUNDS = 12  # on all of the cores, for the finalists of all corners
+_LAST_TOLERANCE = 1e-6  # of the objective, per round of the last climb
 
 
 def search_size(rank: int) -> tuple[int, int]:
     """Columns a side of the cores that are searched for bases of ``rank``, and the starts there, at the most."""
-    corners = [*THOROUGH.corners, *QUICK.corners]
+    corners = _corners(rank)
     return max(corner.width(rank) for corner in corners), 1 + max(_start_count(corner, rank) for corner in corners)
+
+
+def _corners(rank: int) -> tuple[_Corner, ...]:
+    """Where the search for bases of ``rank`` goes: at a small rank, optima differ in the width that they need."""
+    return _CORNERS if rank <= _SMALL_RANK else _CORNERS[:1]
 
 
 def searched_together(rank: int, longest: int, device: torch.device) -> int:
@@ -134,42 +109,29 @@ def is_lossless(rows: int, d_out: int, d_in: int, rank: int) -> bool:
     return rank >= min(rows, d_out) and rank >= min(rows, d_in)
 
 
-def fit_joint_batch(
-    batch: Batch, rank: int, *, seed: int = 0, effort: Effort = THOROUGH, share: Share = unheard
-) -> Basis:
+def fit_joint_batch(batch: Batch, rank: int, *, seed: int = 0, share: Share = unheard) -> Basis:
     """What `fit_joint` finds for every problem: U [P, d_out, R_U] and V [P, d_in, R_V].
 
     More rows than ``rank`` in every problem. What is found for one does not depend on the others, but for rounding.
     ``share`` is told how far it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    corners = effort.corners if rank <= _SMALL_RANK else effort.corners[:1]
+    corners = _corners(rank)
     wide = _leading_basis(batch, corners[-1].width(rank), generator)
     cores = batch.chunked_cores(*wide)
     ranks = min(rank, batch.shape[0]), min(rank, batch.shape[1])
     found = []
     for corner in corners:
         with part_of(share, _OF_SEARCH / len(corners)) as own:
-            found.append(_search(cores, corner, ranks, effort, generator, own))
+            found.append(_search(cores, corner, ranks, generator, own))
     u, v = (torch.cat(side, 1) for side in zip(*found, strict=True))
     with part_of(share, _OF_FINALS) as own:
-        u, v, reached = _hooi(cores, u, v, effort.final_rounds, own)
-    u, v = _best_distinct(u, v, reached, effort.finalists)
-    lifted = [Basis(wide.u @ u[:, i], wide.v @ v[:, i]) for i in range(u.shape[1])]
-    best = lifted[0] if len(lifted) == 1 else _better([_climb(batch, basis, _TRIAL_ROUNDS) for basis in lifted])
+        u, v, reached = _hooi(cores, u, v, _FINAL_ROUNDS, own)
+    u, v = _best_distinct(u, v, reached, 1)
+    best = Basis(wide.u @ u[:, 0], wide.v @ v[:, 0])
     with part_of(share, _OF_CLIMB) as own:
-        best, _ = _climb(batch, best, _CLIMB_ROUNDS, effort.tolerance, share=own)
+        best, _ = _climb(batch, best, _CLIMB_ROUNDS, _LAST_TOLERANCE, share=own)
     return Basis(*map(_completed, best))
-
-
-def _better(found: list[tuple[Basis, Tensor]]) -> Basis:
-    """For each problem the basis that reached most; of those that differ by rounding, the first."""
-    best, most = found[0]
-    for basis, reached in found[1:]:
-        better = reached > most * (1 + _TIE)
-        best = Basis(*(torch.where(better[:, None, None], new, old) for new, old in zip(basis, best, strict=True)))
-        most = torch.where(better, reached, most)
-    return best
 
 
 def hosvd(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
@@ -231,12 +193,7 @@ def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basi
 
 
 def _search(
-    cores: Cores,
-    corner: _Corner,
-    ranks: tuple[int, int],
-    effort: Effort,
-    generator: torch.Generator,
-    share: Share,
+    cores: Cores, corner: _Corner, ranks: tuple[int, int], generator: torch.Generator, share: Share
 ) -> tuple[Tensor, Tensor]:
     """The best few bases U [P, s, k, R_U], V [P, s, l, R_V] of the cores [k, l], out of the HOSVD's and many random
     starts on a corner of them."""
@@ -247,10 +204,10 @@ def _search(
     u = _starts(small.full_left_gram(), ranks[0], count, generator)
     v = _starts(small.full_right_gram(), ranks[1], count, generator)
     with part_of(share, _OF_STARTS) as own:
-        u, v, reached = _hooi(small, u, v, effort.rounds if rank <= _SMALL_RANK else _LARGE_RANK_ROUNDS, own)
-    u, v = _best_distinct(u, v, reached, effort.survivors)
-    u, v, reached = _hooi(small, u, v, effort.survivor_rounds)
-    u, v = _best_distinct(u, v, reached, effort.corner_finalists)
+        u, v, reached = _hooi(small, u, v, _ROUNDS if rank <= _SMALL_RANK else _LARGE_RANK_ROUNDS, own)
+    u, v = _best_distinct(u, v, reached, _SURVIVORS)
+    u, v, reached = _hooi(small, u, v, _SURVIVOR_ROUNDS)
+    u, v = _best_distinct(u, v, reached, _CORNER_FINALISTS)
     return _padded(u, rows), _padded(v, columns)
 
 

@@ -1,61 +1,24 @@
-"""What a compression would take on disk, from shapes alone: no weight is read."""
+"""What a compression would take on disk and of memory, from shapes alone: no weight is read."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal
 
 from msgspec import Struct
 
-from ..base.errors import UsageError
-from ..bundle.manifest import Dtype, Method, Weights
-from ..bundle.size import bundle_bytes
-from ..clustering.clusters_file import check_clusters
-
-if TYPE_CHECKING:
-    from ..adapter.collection import Collection
-
-DEFAULT_RANK = {"joint": 16, "diag": 16, "svd": 4}
-
-_METHODS: tuple[Method, ...] = ("joint", "diag", "svd")
-
-
-class CompressOptions(Struct, frozen=True):
-    """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment.
-
-    ``memory`` and ``device_memory`` are `Bounds`, in bytes.
-    """
-
-    method: Method = "joint"
-    rank: int | None = None
-    clusters: int | Literal["auto"] | Path = 1
-    dtype: Dtype = "bf16"
-    seed: int = 0
-    weights: Weights = "adapter"
-    max_error: float | None = None
-    device: str = "auto"
-    memory: int | None = None
-    device_memory: int | None = None
-
-    @property
-    def kept_rank(self) -> int | None:
-        """The rank asked for or the method's default; None for an svd that only has to meet ``max_error``."""
-        if self.rank is None and self.method == "svd" and self.max_error is not None:
-            return None
-        return self.rank if self.rank is not None else DEFAULT_RANK[self.method]
-
-    def check(self, adapters: int | None = None) -> None:
-        """Raise UsageError for options that make no sense, alone or for this many adapters."""
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank {self.rank}: must be at least 1")
-        if self.max_error is not None and not 0 <= self.max_error <= 1:
-            raise UsageError(f"--max-error {self.max_error}: a squared error is between 0 and 1")
-        if self.dtype not in get_args(Dtype):
-            raise UsageError(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
-        if self.method == "svd" and self.clusters != 1:
-            raise UsageError("--clusters: svd keeps every adapter on its own", "use --method joint or diag")
-        check_clusters(self.clusters, adapters)
+from ..adapter.collection import Collection, open_collection
+from ..base.device import find_device
+from ..base.errors import LocalError, UsageError
+from ..bundle.kinds import check_adapters_path
+from ..bundle.manifest import Method, SkippedEntry
+from ..bundle.size import bundle_bytes, equal_groups
+from ..clustering.clusters_file import Assignment, read_clusters
+from ..reading.memory import Task, planned_bytes
+from ..schemes.registry import SCHEMES, methods
+from .options import CompressOptions
 
 
 class PlannedScheme(Struct, frozen=True):
@@ -69,6 +32,84 @@ class PlannedScheme(Struct, frozen=True):
     chosen: bool
 
 
+class PlanReport(Struct, frozen=True, kw_only=True):
+    """What ``compress --dry-run`` prints: the collection, and the bytes of every scheme."""
+
+    schema: Literal["lorazip.plan/1"] = "lorazip.plan/1"
+    base_model: str | None
+    adapters: int
+    modules: int
+    skipped: list[SkippedEntry]
+    bytes_original: int
+    schemes: list[PlannedScheme]
+    problems: int = 0
+    """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
+    memory_bytes: int | None = None
+    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
+    least_memory_bytes: int | None = None
+    """The least that ``--memory`` may be."""
+    output_exists: bool | None = None
+    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
+    left_out: dict[str, list[str]] = {}
+    """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
+
+
+def plan(
+    root: Path,
+    options: CompressOptions,
+    *,
+    output: Path | None = None,
+    allow_pickle: bool = False,
+    allow_mixed_base: bool = False,
+    skip_bad: bool = False,
+) -> PlanReport:
+    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
+
+    Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
+    """
+    check_adapters_path(root)
+    collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
+    options.check(len(collection.adapters))
+    if options.clusters == "auto":
+        raise UsageError(
+            "--clusters auto cannot be planned: it depends on the weights", "plan with a number, or a file"
+        )
+    groups: Sequence[Sequence[int]]
+    if isinstance(options.clusters, Path):
+        groups = _groups(read_clusters(options.clusters, collection, may_lack=skip_bad), collection)
+    else:
+        groups = equal_groups(len(collection.adapters), options.clusters)
+    memory = _planned_memory(collection, options)
+    return PlanReport(
+        base_model=collection.base_model,
+        adapters=len(collection.adapters),
+        modules=len(collection.modules),
+        skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
+        bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
+        schemes=planned_schemes(collection, options, groups),
+        problems=_problems(collection, groups) if options.scheme.shared else 0,
+        memory_bytes=memory and memory[0],
+        least_memory_bytes=memory and memory[1],
+        output_exists=None if output is None else os.path.lexists(output),
+        left_out={name: list(files) for name, files in collection.left_out.items()},
+    )
+
+
+def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:
+    """As `planned_bytes`; None for a device that another machine may have, and this one has not."""
+    try:
+        device = find_device(options.device)
+    except LocalError:
+        return None
+    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    return planned_bytes(device, collection, task)
+
+
+def _problems(collection: Collection, groups: Sequence[Sequence[int]]) -> int:
+    """How many bases there are to be found: a cluster has one for each module that any of its adapters has."""
+    return sum(len({name for number in group for name in collection.adapters[number].parts}) for group in groups)
+
+
 def planned_schemes(
     collection: Collection, options: CompressOptions, groups: Sequence[Sequence[int]]
 ) -> list[PlannedScheme]:
@@ -79,10 +120,19 @@ def planned_schemes(
     """
     original = sum(adapter.size_bytes for adapter in collection.adapters)
     schemes = []
-    for method in sorted(_METHODS, key=lambda method: method != options.method):
+    for method in sorted(methods(), key=lambda method: method != options.method):
         chosen = method == options.method
-        rank = options.kept_rank if chosen else options.rank or DEFAULT_RANK[method]
-        shared = [] if method == "svd" else groups
+        rank = options.kept_rank if chosen else options.rank or SCHEMES[method].default_rank
+        shared = groups if SCHEMES[method].shared else []
         size = bundle_bytes(collection, method, rank, shared, options.dtype)
         schemes.append(PlannedScheme(method, rank, len(shared), size, 1 - size / original, chosen))
     return schemes
+
+
+def _groups(assignment: Assignment, collection: Collection) -> list[list[int]]:
+    here = [i for i, adapter in enumerate(collection.adapters) if adapter.name in assignment.assignment]
+    labels = assignment.labels([collection.adapters[i].name for i in here])
+    groups: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
+    for i, label in zip(here, labels, strict=True):
+        groups[label].append(i)
+    return groups

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..adapter.collection import Collection
 from ..adapter.reader import Part
-from ..base import team
 from ..base.device import free_bytes
 from ..base.errors import LocalError
 from ..base.threads import cores
-from ..maths.tucker import search_size, searched_together
+from ..schemes.registry import SCHEMES, shared_scheme
+from ..schemes.scheme import PackSize, SharedScheme, Size
 from .packs import CPU_BUDGET, Budget, Problem, packs
 from .placement import HOST, Placement, place, stays
 from .runs import MOST_HELD
@@ -25,14 +25,10 @@ _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly
 
 # Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
 # order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
-_CPU_BYTES, _DIAG_BYTES, _GPU_BYTES = 16, 48, 20
+_CPU_BYTES, _GPU_BYTES = 16, 20
 _WIDE_BYTES = 12  # more where some factors of a pack are F64: what was read, and what errors are computed from
 _AHEAD_BYTES = 4  # of the next pack, which is loaded meanwhile where tensors do not stay on the GPU
-_CORE_BYTES = 2 * 4  # per number in the core of an update on which the search runs: with its transpose
-_DIAG_ROW_BYTES = 24 * 4 * 8  # per row of a factor and column of the basis: products with a population of bases
 _COLUMN_BYTES = 32  # per number in a basis: in float32, and on its way to be orthonormal in float64
-_GRAM_BYTES = 5 * 4  # per number in a Gram matrix of cores
-_OVERLAP_BYTES = 3 * 4  # per number in the products of all bases that are compared
 _ALONE_BYTES = 40  # per number in an adapter that is decomposed on its own, in float64
 _WORKER_BYTES = 96 * 2**20  # of what is made for a slice of a pack at a time
 _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read into, and results on their way to disk
@@ -60,13 +56,13 @@ class Task(NamedTuple):
     ``clusters`` is how many there may be, and ``sought`` whether it is still to be found who is in which.
     """
 
-    method: Literal["joint", "diag", "svd"]
+    method: str
     rank: int
     clusters: int
     sought: bool
 
     @classmethod
-    def of(cls, method: Literal["joint", "diag", "svd"], rank: int, clusters: object, adapters: int) -> Task:
+    def of(cls, method: str, rank: int, clusters: object, adapters: int) -> Task:
         """For what `--clusters` says: a number, ``auto``, or a file."""
         if isinstance(clusters, int):
             return cls(method, rank, clusters, clusters > 1)
@@ -108,12 +104,18 @@ def room(device: torch.device, collection: Collection, task: Task, bounds: Bound
     if not resident:
         each_number += 2 * _AHEAD_BYTES if wide else _AHEAD_BYTES
     numbers, updates = _counts(collection)
-    least = max(numbers.values()) * each_number + max(updates.values()) * _CORE_BYTES * search_size(task.rank)[0] ** 2
+    least = max(numbers.values()) * each_number + max(updates.values()) * _of_update(task)
     if left < least:
         raise _too_little("--device-memory", bound, least + bound - left)
     most = 2 ** ((left // each_number).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.numbers, most), _MOST_ON_GPU.modules)
     return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
+
+
+def _of_update(task: Task) -> int:
+    """What an update takes on a GPU besides its factors."""
+    scheme = SCHEMES[task.method]
+    return scheme.working_bytes_of_update(task.rank) if isinstance(scheme, SharedScheme) else 0
 
 
 def host_bytes(device: torch.device, collection: Collection, task: Task) -> HostBytes:
@@ -134,16 +136,11 @@ def planned_bytes(device: torch.device, collection: Collection, task: Task) -> t
     return most, least
 
 
-def agreed(own: Room) -> Room:
-    """The same with the budget that all processes work with, the least of theirs: what is cut by it is dealt out."""
-    return own._replace(budget=min(team.gathered(own.budget)))
-
-
 def _whole_bytes(collection: Collection, task: Task) -> int:
     """What one run holds, however many workers there are."""
     n = len(collection.adapters)
     size = _FIXED_BYTES + n * _ADAPTER_BYTES
-    if task.method != "svd":
+    if SCHEMES[task.method].shared:
         size += min(MOST_HELD, sum(adapter.layout.interleaved_bytes for adapter in collection.adapters))
     if not task.sought:
         return size
@@ -157,7 +154,7 @@ def _whole_bytes(collection: Collection, task: Task) -> int:
 def _worker_bytes(collection: Collection, task: Task) -> int:
     """What a worker needs for the pack that takes most, or the adapter that it decomposes on its own."""
     alone = max(sum(part.parameters for part in parts.values()) for parts, _ in _kinds(collection)) * _ALONE_BYTES
-    if task.method == "svd":
+    if not SCHEMES[task.method].shared:
         return _WORKER_BYTES + alone
     numbers, updates = _counts(collection)
     shapes = [(module.d_out, module.d_in) for module in collection.modules]
@@ -168,25 +165,19 @@ def _worker_bytes(collection: Collection, task: Task) -> int:
         names = [collection.modules[module].name for _, module in pack]
         own, count = sum(numbers[name] for name in names), sum(updates[name] for name in names)
         more = 0 if wide.isdisjoint(names) else own * _WIDE_BYTES
-        most = max(most, _pack_bytes(own, count, len(pack), shapes[pack[0].module], task) + more)
+        size = PackSize(own, count, len(pack) * task.clusters, Size(*shapes[pack[0].module]))
+        most = max(most, _pack_bytes(size, task) + more)
     return _WORKER_BYTES + max(most + _source_bytes(collection), alone)
 
 
-def _pack_bytes(numbers: int, updates: int, modules: int, shape: tuple[int, int], task: Task) -> int:
-    """What a pack takes, of so many modules of one shape, if it is not split between clusters."""
-    longest = max(shape)
-    if task.method == "diag":
-        return numbers * (_DIAG_BYTES + _DIAG_ROW_BYTES * min(task.rank, 32) // sum(shape))
-    width, starts = search_size(task.rank)
-    wide = min(width, longest)
-    # A problem is searched only if it has more rows than the basis has columns.
-    problems = min(modules * task.clusters, numbers // ((task.rank + 1) * sum(shape)))
-    searched = max(1, min(problems, searched_together(task.rank, longest, torch.device("cpu"))))
-    search = updates * wide**2 * _CORE_BYTES
-    compared = (starts * task.rank) ** 2 * _OVERLAP_BYTES
-    search += searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)
-    climb = modules * task.clusters * longest * min(3 * task.rank, longest) * _COLUMN_BYTES if task.sought else 0
-    return numbers * _CPU_BYTES + max(search, climb)
+def _pack_bytes(pack: PackSize, task: Task) -> int:
+    """What a pack takes, if it is not split between clusters."""
+    solved = shared_scheme(task.method).working_bytes(pack, task.rank)
+    if not task.sought:
+        return solved
+    longest = max(pack.size)
+    climbed = pack.problems * longest * min(3 * task.rank, longest) * _COLUMN_BYTES
+    return max(solved, pack.elements * _CPU_BYTES + climbed)
 
 
 def _source_bytes(collection: Collection) -> int:

@@ -1,13 +1,13 @@
 """What is worked on together: problems of one shape, cut into packs of bounded size.
 
-A pack is the unit of work: it is loaded and solved at once, stored as one piece, and given to one process. Which packs
-there are depends on shapes, labels and a budget only, so that every run and every process makes the same ones.
+A pack is the unit of work: it is loaded and solved at once, and stored as one piece. Which packs there are
+depends on shapes, labels and a budget only, so that every run makes the same ones.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -31,24 +31,24 @@ class Problem(NamedTuple):
 Pack = tuple[Problem, ...]
 
 
-def packs(sizes: Mapping[Problem, int], shapes: Sequence[tuple[int, int]], budget: Budget) -> list[Pack]:
+def packs(sizes: Mapping[Problem, int], kinds: Sequence[Hashable], budget: Budget) -> list[Pack]:
     """Cut the problems, of ``sizes`` in numbers, into packs within ``budget``.
 
-    ``shapes`` has the (d_out, d_in) of every module, and all problems of a pack have one shape. A module is split
-    between clusters if its problems exceed the budget together; a problem is never split, so one that exceeds the
+    ``kinds`` has, of every module, what those in one pack have in common, like (d_out, d_in). A module is split between
+    clusters if its problems exceed the budget together; a problem is never split, so one that exceeds the
     budget is a pack of its own. Problems go by module and then by cluster, packs by their first problem.
     """
     by_module: defaultdict[int, list[Problem]] = defaultdict(list)
     for problem in sorted(sizes, key=_by_module):
         by_module[problem.module].append(problem)
-    by_shape: defaultdict[tuple[int, int], list[list[Problem]]] = defaultdict(list)
+    by_kind: defaultdict[Hashable, list[list[Problem]]] = defaultdict(list)
     for module, problems in by_module.items():
-        by_shape[shapes[module]].append(problems)
-    found = [pack for modules in by_shape.values() for pack in _of_one_shape(modules, sizes, budget)]
+        by_kind[kinds[module]].append(problems)
+    found = [pack for modules in by_kind.values() for pack in _of_one_kind(modules, sizes, budget)]
     return sorted(found, key=lambda pack: _by_module(pack[0]))
 
 
-def _of_one_shape(modules: list[list[Problem]], sizes: Mapping[Problem, int], budget: Budget) -> Iterator[Pack]:
+def _of_one_kind(modules: list[list[Problem]], sizes: Mapping[Problem, int], budget: Budget) -> Iterator[Pack]:
     together: list[Problem] = []
     held = count = 0
     for problems in modules:

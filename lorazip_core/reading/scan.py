@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +16,12 @@ from ..adapter.collection import Collection
 from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from ..adapter.reader import Adapter
-from ..base import team
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.progress import Advance
 from ..bundle.manifest import SourceEntry, Weights
 from .groups import by_layout
-from .intake import Intake, Verify, take_in
+from .intake import Intake, take_in
 from .packs import CPU_BUDGET, Budget
 from .placement import HOST, Placement
 from .stacks import Files, Resident, Stacks
@@ -122,7 +120,7 @@ def scan(
             _check_locked(adapter, files, locked[adapter.name])
 
     stamps = [_stamps(adapter) for adapter in collection.adapters]
-    intake = _taken_in(collection, device, placement, verify, advance)
+    intake = take_in(collection, device, placement, verify, advance)
     bad = [error for _, error in sorted(intake.errors.items())]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
@@ -138,28 +136,6 @@ def scan(
         _still_resident(intake, collection, left),
         [stamps[number] for number in kept],
     )
-
-
-def _taken_in(
-    collection: Collection, device: torch.device, placement: Placement, verify: Verify, advance: Advance
-) -> Intake:
-    """`take_in`; of several processes each reads a part, and nothing stays on a device."""
-    if team.size() == 1:
-        return take_in(collection, device, placement, verify, advance)
-    numbers = list(team.dealt(len(collection.adapters)))
-    own: Intake | None = None
-    if numbers:
-        part = replace(collection, adapters=tuple(collection.adapters[number] for number in numbers))
-        kind: Literal["host", "streamed"] = "host" if placement.kind == "host" else "streamed"
-        own = take_in(part, device, placement._replace(kind=kind), verify, advance)
-    n, modules = len(collection.adapters), len(collection.modules)
-    together = Intake(torch.zeros(n, modules, dtype=torch.float64), [[] for _ in range(n)])
-    for first, found in enumerate(team.gathered(own)):
-        if found is not None:
-            together.norms[first :: team.size()] = found.norms
-            together.files[first :: team.size()] = found.files
-            together.errors.update({first + i * team.size(): error for i, error in found.errors.items()})
-    return together
 
 
 def _still_resident(intake: Intake, before: Collection, left: Collection) -> Resident | None:

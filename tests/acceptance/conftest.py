@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.compress.run import CompressReport, compress
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # reference_reader
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorazip_core.compress.run import CompressReport
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 SHARED = Path(__file__).parents[3] / "shared"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorazip_core.adapter.collection import Collection
 from lorazip_core.maths.stack import Stack
 from lorazip_core.maths.tucker import fit_joint
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lorazip_core.base.errors import AdapterErrors
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorazip_core.export.exporter import export
-from lorazip_core.planning.plan import CompressOptions
+from lorazip_core.planning.options import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 

@@ -69,18 +69,17 @@ def compress(
     settings: Settings,
     *,
     adapters: int,
-    launcher: Sequence[object] = (),
     data_limit: int | None = None,
     kill_after: float | None = None,
     check: bool = True,
 ) -> Compressed:
-    """Compress ``folder`` into ``bundle``, which stays. ``launcher`` replaces ``python -m lorazip_cli``."""
-    command = [*(launcher or LORAZIP), *settings.words(folder, bundle)]
+    """Compress ``folder`` into ``bundle``, which stays."""
+    command = [*LORAZIP, *settings.words(folder, bundle)]
     with GpuMemory() as gpu:
         done = run(command, watch=True, data_limit=data_limit, kill_after=kill_after, check=check)
     if done.exit_code:
         return Compressed(adapters, done.seconds, done.exit_code, done.watched, message=_last_line(done))
-    report = _report(done.stdout)
+    report = json.loads(done.stdout)
     summary = report["summary"]
     return Compressed(
         adapters=adapters,
@@ -167,11 +166,6 @@ def head(*names: str) -> list[str]:
 
 
 PEAKS = "peak anonymous, MB", "of the machine, MB", "open files, mappings"
-
-
-def _report(stdout: str) -> dict:
-    """The JSON object that was printed; a launcher of several processes may print other lines around it."""
-    return json.loads(stdout[stdout.index("{") : stdout.rindex("}") + 1])
 
 
 def _last_line(done: Finished) -> str:

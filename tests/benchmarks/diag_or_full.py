@@ -24,8 +24,8 @@ from torch import Tensor
 from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.threads import in_order
+from lorazip_core.maths.encode import encode_diag, encode_joint
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.schemes.encode import encode_diag, encode_joint
 
 Method = Literal["diag", "joint"]
 DEFAULT = Path(__file__).parents[3] / "shared" / "data" / "smollm2-r16"

@@ -36,7 +36,7 @@ from lorazip_core.adapter.reader import Adapter
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.maths.batch import Batch
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.maths.tucker import QUICK, fit_joint_batch
+from lorazip_core.maths.tucker import fit_joint_batch
 
 CONVERGED = 1e-3  # of the authors
 MOST_ROUNDS = 1000
@@ -89,7 +89,7 @@ def solve_joint(problems: Sequence[Problem], rank: int, seed: int) -> list[dict[
             stacks.append(ScaledStack.of(Stack.of(problem.factors(), range(len(numbered)))))
             owners.append(torch.tensor(numbered)[list(stacks[-1].members)])
             keys += [(problem.module, cluster) for cluster in problem.clusters]
-        u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed, effort=QUICK)
+        u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed)
         for number, (module, cluster) in enumerate(keys):
             found[module][cluster] = u[number], v[number]
     return [found[problem.module] for problem in problems]

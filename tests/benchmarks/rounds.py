@@ -12,8 +12,6 @@ from compressing import PEAKS, Compressed, Settings, compress, digest, gpu, head
 from process import LORAZIP, Finished, run
 from readers import BASELINE, Reading, files_of, measure, warm
 
-MODULE = LORAZIP[1:]
-
 
 @dataclass
 class Rounds:
@@ -213,13 +211,6 @@ def resumed(folder: Path, work: Path, settings: Settings, adapters: int, after: 
         remove(bundle)
         return [Trial(f"{name}, but it had ended", killed, None, killed=True)]
     return [Trial(name, killed, None, killed=True), trial("then again", folder, work, settings, adapters)]
-
-
-def torchrun(processes: int) -> tuple[object, ...]:
-    """The launcher of so many processes on this host."""
-    python = sys.executable
-    launcher = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    return (*launcher, *MODULE)
 
 
 def trials_table(of: Sequence[Trial]) -> str:

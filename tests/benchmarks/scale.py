@@ -109,11 +109,6 @@ def run(options: argparse.Namespace) -> int:
         for limit in options.hard_limit:
             name = f"with at most {limit / 1e9:g} GB of private memory"
             trials.append(rounds.trial(name, folder, work, settings, adapters, data_limit=limit))
-        for processes in options.torchrun:
-            launcher = rounds.torchrun(processes)
-            trials.append(
-                rounds.trial(f"torchrun, {processes} processes", folder, work, settings, adapters, launcher=launcher)
-            )
         for share in options.kill_at:
             trials += rounds.resumed(folder, work, settings, adapters, share * usual)
         if trials:
@@ -220,7 +215,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--at-most", type=float, metavar="RATIO", help="exit 1 if compress takes longer by this factor")
     verb.add_argument("--scaling", type=numbers, metavar="N,N,…", help="compress the first N, too")
     verb.add_argument("--hard-limit", type=numbers, default=[], metavar="BYTES,…", help="RLIMIT_DATA of one more run")
-    verb.add_argument("--torchrun", type=numbers, default=[], metavar="P,…", help="one more run of P processes")
     verb.add_argument(
         "--kill-at",
         type=lambda text: list(map(float, text.split(","))),

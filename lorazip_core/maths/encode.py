@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..base.progress import Share, part_of, unheard
-from ..maths.batch import Batch
-from ..maths.cp import solve_diag
-from ..maths.cp_search import fit_diag
-from ..maths.factored import Factors, squared_distance, truncated_svd
-from ..maths.stack import ScaledStack, Stack
-from ..maths.tucker import THOROUGH, Basis, Effort, fit_joint_batch, hosvd, is_lossless, searched_together
+from .batch import Batch
+from .cp import solve_diag
+from .cp_search import fit_diag
+from .factored import Factors, squared_distance, truncated_svd
+from .stack import ScaledStack, Stack
+from .tucker import Basis, fit_joint_batch, hosvd, is_lossless, searched_together
 
 _CANCELLED = 1e-9  # share of ‖D‖² below which the sum of _squared_errors has lost half of its digits
 
@@ -43,7 +43,6 @@ def encode_joint(
     rank: int,
     dtype: torch.dtype,
     seed: int,
-    effort: Effort = THOROUGH,
     share: Share = unheard,
 ) -> list[Shared]:
     """Fit and store a basis for each of several problems: min Σ w_i ‖D_i − U Σ_i Vᵀ‖² over the updates D_i of each.
@@ -68,9 +67,7 @@ def encode_joint(
         own = [_renumbered(owner, chosen, problems) for owner in owners]
         # Neither batch has a name here: only one of them is held at a time.
         with part_of(share, len(chosen) / problems) as of_chosen:
-            basis = fit_joint_batch(
-                Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, effort=effort, share=of_chosen
-            )
+            basis = fit_joint_batch(Batch.of(stacks, own, len(chosen), scales), rank, seed=seed, share=of_chosen)
         shared = _encode_batch(Batch.exact(stacks, own, len(chosen)), Basis(*basis), dtype)
         encoded |= zip(chosen.tolist(), shared, strict=True)
     for problem in plain.nonzero()[:, 0].tolist():
@@ -117,6 +114,28 @@ def encode_diag(
     order = sorted(range(len(stack.members)), key=stack.members.__getitem__)
     members = tuple(stack.members[i] for i in order)
     return Shared(u.cpu(), v.cpu(), cores[order], members, errors[order])
+
+
+def encode_diag_problems(
+    stacks: Sequence[ScaledStack],
+    owners: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    problems: int,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    seed: int,
+    share: Share = unheard,
+) -> list[Shared]:
+    """`encode_diag` for each of several problems, one after another; arguments as those of `encode_joint`."""
+    found: dict[int, Shared] = {}
+    for stack, owner, weight in zip(stacks, owners, weights, strict=True):
+        for problem in torch.unique(owner[owner >= 0]).tolist():
+            own = owner == problem
+            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
+            with part_of(share, 1 / problems) as of_one:
+                found[problem] = encode_diag(some, weight[own], rank=rank, dtype=dtype, seed=seed, share=of_one)
+    return [found[problem] for problem in range(problems)]
 
 
 def _without_overflow(cores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:

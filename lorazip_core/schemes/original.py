@@ -1,0 +1,48 @@
+"""``original``: the factors as they were, each in its own dtype, and their scale beside them. Nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from .factors import FactorsScheme
+from .scheme import ANY, Encoding, ModuleGroup, Ranks, Shape, Size, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..maths.factored import Factors
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+class Original(FactorsScheme):
+    """For adapters that nothing smaller represents well enough, or whose values the dtype of the bundle cannot hold."""
+
+    name: ClassVar[str] = "original"
+    about: ClassVar[str] = "its own factors"
+    own: ClassVar[tuple[str, ...]] = ("B", "A", "scale")
+    is_method: ClassVar[bool] = False
+    keeps_factors: ClassVar[bool] = True
+
+    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
+        yield None
+
+    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+        encoding = Encoding({}, {})
+        for group in groups:
+            for name, b, a, scale in zip(group.names, group.b, group.a, group.scales, strict=True):
+                encoding.tensors.update({f"{name}.B": b, f"{name}.A": a, f"{name}.scale": scale})
+                encoding.squared_errors[name] = 0.0
+        return encoding
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        return tensors["B"].to(dtype) * tensors["scale"].to(dtype)[..., None, None], tensors["A"].to(dtype)
+
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        return {
+            "B": TensorSpec((size.d_out, ANY), _FLOATS),
+            "A": TensorSpec((ANY, size.d_in), _FLOATS),
+            "scale": TensorSpec((), ("F64",)),
+        }

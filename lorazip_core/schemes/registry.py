@@ -1,0 +1,44 @@
+"""The schemes that there are. One more is a file beside this one and a line in `SCHEMES`."""
+
+from __future__ import annotations
+
+from .diag import Diag
+from .joint import Joint
+from .original import Original
+from .scheme import IndividualScheme, Scheme, SharedScheme
+from .svd import Svd
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Joint(),
+        Diag(),
+        Svd(),
+        Original(),
+    )
+}
+DEFAULT = Joint.name
+"""The method of those who name none."""
+EXACT = Original.name
+"""The scheme that loses nothing, whatever the values are."""
+FALLBACKS = (Svd.name, EXACT)
+"""What an adapter gets that its method serves too badly, or cannot hold: the first of these that is good enough."""
+
+
+def methods() -> list[str]:
+    """The schemes that can be asked for."""
+    return [scheme.name for scheme in SCHEMES.values() if scheme.is_method]
+
+
+def shared_scheme(name: str) -> SharedScheme:
+    """The scheme of a cluster."""
+    scheme = SCHEMES[name]
+    assert isinstance(scheme, SharedScheme)
+    return scheme
+
+
+def individual_scheme(name: str) -> IndividualScheme:
+    """The scheme of an adapter on its own."""
+    scheme = SCHEMES[name]
+    assert isinstance(scheme, IndividualScheme)
+    return scheme

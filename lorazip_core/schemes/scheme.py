@@ -1,0 +1,223 @@
+"""What the rest of lorazip asks of a scheme, a way to represent the updates of adapters in a bundle.
+
+A scheme is a file beside this one and a line in `registry`. Its tensors are named by the module and a suffix of the
+scheme (``model.layers.0.mlp.up_proj.core``); here and in schemes they go by their suffixes.
+
+Schemes load torch when they encode or decode and not when they are imported: whoever reads a manifest needs none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..base.progress import Share
+    from ..maths.factored import Factors
+    from ..maths.stack import ScaledStack
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[str], Shape]
+"""The shape of the tensor of a module with this suffix."""
+
+
+ANY = range(1, 2**63)
+"""A dimension of any size."""
+
+
+class Size(NamedTuple):
+    """The shape of an update."""
+
+    d_out: int
+    d_in: int
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor in a file must be like."""
+
+    shape: tuple[int | range, ...]
+    """Every dimension, or the range that it may lie in."""
+    dtypes: tuple[str, ...] = ()
+    """Those it may have, as safetensors names them; none for the dtype of the bundle."""
+
+    @property
+    def most_elements(self) -> int:
+        return math.prod(size[-1] if isinstance(size, range) else size for size in self.shape)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element, by the name that safetensors gives its dtype: BF16, F8_E4M3, BOOL."""
+    bits = re.match(r"[A-Z]+(\d+)", dtype)
+    return int(bits[1]) // 8 if bits else 1
+
+
+class Fault(NamedTuple):
+    """Why a tensor of the right shape and dtype is not what its scheme stores; ``kind`` is that of the finding."""
+
+    kind: str
+    message: str
+
+
+class Scheme(ABC):
+    """A way to represent updates; see `SharedScheme` and `IndividualScheme`."""
+
+    name: ClassVar[str]
+    """In manifests, on the command line, and as the feature that a reader must know."""
+    about: ClassVar[str]
+    """One line for people, about one adapter; ``{rank}`` and ``{adapters}``, those that share, are filled in."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """The suffixes of the tensors that the adapters of a cluster share, for every module; none if they share none."""
+    own: ClassVar[tuple[str, ...]]
+    """The suffixes of an adapter's own tensors, for every module."""
+    default_rank: ClassVar[int | None] = None
+    """The rank without ``--rank``; None for a scheme that has no rank."""
+    is_method: ClassVar[bool] = True
+    """Whether ``--method`` can ask for it; else it is only what some adapters end with."""
+    keeps_factors: ClassVar[bool] = False
+    """Whether it stores B, A and their scale as they are in the source, so that export can give them back."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        """B̂ [..., d_out, k] and Â [..., k, d_in] with ΔŴ = B̂ Â, computed in ``dtype``.
+
+        ``tensors`` may have leading dimensions for adapters and modules that are decoded together; what they share
+        lacks those of the adapters.
+        """
+
+    @abstractmethod
+    def decoded_rank(self, shape_of: ShapeOf) -> int:
+        """The k of `decode`, from the shapes of the tensors."""
+
+    @abstractmethod
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        """What an adapter's own tensors of a module are like at ``rank``, or for ``shared`` ones of these shapes."""
+
+    def shared_tensors(self, size: Size, rank: int) -> dict[str, TensorSpec]:
+        """What the shared tensors of a module must be like."""
+        return {}
+
+    def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
+        """Why tensors of a module, each of them right, do not belong together; None if they do."""
+        return None
+
+    def fault(self, suffix: str, tensor: Tensor) -> Fault | None:
+        """What is wrong with the values of a shared tensor, as it is stored."""
+        return None
+
+
+class Problems(NamedTuple):
+    """Updates D_i of modules of one shape that are to be represented together, each module in each cluster by itself.
+
+    A problem is one module for the adapters of one cluster: min Σ_i w_i ‖D_i − D̂_i‖².
+    """
+
+    stacks: list[ScaledStack]
+    """Of every module, the adapters that have it."""
+    owners: list[Tensor]
+    """[n] for every stack, in its order: the number of the problem that each adapter belongs to, −1 for none."""
+    weights: list[Tensor]
+    """[n] for every stack: the w_i."""
+    total: int
+    """How many problems there are."""
+
+
+class Solution(NamedTuple):
+    """One module of one cluster as it is stored. Rows follow ``members``, ascending numbers of adapters."""
+
+    shared: dict[str, Tensor]
+    own: dict[str, Tensor]
+    """[n, ...] each."""
+    members: tuple[int, ...]
+    squared_errors: Tensor
+    """[n] in float64: ‖D_i − D̂_i‖² of what is stored, infinite where the dtype cannot hold it."""
+
+
+class PackSize(NamedTuple):
+    """How large problems are that are solved together."""
+
+    elements: int
+    """In the factors of all updates."""
+    updates: int
+    problems: int
+    size: Size
+
+
+class SharedScheme(Scheme):
+    """Adapters of a cluster share tensors of every module; each has a small tensor of its own beside them."""
+
+    @abstractmethod
+    def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:
+        """Solve ``problems`` at ``rank`` and round what is kept to ``dtype``. ``share`` is told how far it is."""
+
+    @abstractmethod
+    def stored_rank(self, shared: Mapping[str, Shape]) -> int:
+        """The rank of shared tensors of these shapes, as the manifest has it: the largest."""
+
+    @abstractmethod
+    def working_bytes(self, pack: PackSize, rank: int) -> int:
+        """An upper bound on the main memory that `encode` takes on a CPU, the updates included."""
+
+    @abstractmethod
+    def working_bytes_of_update(self, rank: int) -> int:
+        """The least that `encode` takes for one update on a GPU besides its factors."""
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """m modules of one adapter that have equal shapes, ranks and dtypes, with ΔW = scale · B A."""
+
+    names: list[str]
+    b: Tensor
+    """[m, d_out, r], as the file has it."""
+    a: Tensor
+    """[m, r, d_in]"""
+    scales: Tensor
+    """[m] in float64."""
+    device: torch.device
+    """Where to compute."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[1])
+
+    @cached_property
+    def exact(self) -> Factors:
+        """scale · B and A in float64: in float32 a scale like 1/3 would be rounded, and 1e-15 be taken for 0."""
+        b, a = (side.to(self.device).double() for side in (self.b, self.a))
+        return b * self.scales.to(self.device)[:, None, None], a
+
+
+Ranks = Mapping[str, int] | None
+"""The rank of every module, by name; None for a scheme that has no rank."""
+
+
+class Encoding(NamedTuple):
+    """An adapter as it is stored."""
+
+    tensors: dict[str, Tensor]
+    """By module and suffix, as its file has them."""
+    squared_errors: dict[str, float]
+    """By module: ‖ΔW − ΔŴ‖² of what is stored, infinite where the dtype cannot hold it."""
+
+
+class IndividualScheme(Scheme):
+    """Every adapter on its own."""
+
+    @abstractmethod
+    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
+        """The ranks to try in turn, until Σ‖ΔW − ΔŴ‖² is at most ``limit``.
+
+        ``rank`` is what was asked for. Without a rank and a limit nothing is wanted of a scheme that has a rank.
+        """
+
+    @abstractmethod
+    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+        """Encode all modules of an adapter, rounded to ``dtype``; what is stored is on the CPU."""
