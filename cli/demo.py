@@ -17,7 +17,7 @@ from lorazip_core.sample import sample_path
 from . import console
 from .options import Force, Quiet
 from .progress import progress
-from .report_file import write_report
+from .report_file import write_data
 from .table import error, megabytes
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def demo(
     compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
     show.note("verify: every error again, from the originals")
     report = verify(bundle, against=sample_path(), progress=show)
-    write_report(report_file, report)
+    write_data(report_file, console.json_bytes(report))
     show.note("export: back to ordinary PEFT adapters")
     export(bundle, adapters, force=force, progress=show)
     _render(report, output)

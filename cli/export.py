@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,9 +12,12 @@ from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 from .early import check_new
-from .options import Bundle, Dtype, Force, Json, Quiet, between
+from .options import Bundle, Dtype, Force, Json, Quiet, check_rank
 from .progress import progress
 from .table import count
+
+if TYPE_CHECKING:
+    from lorazip_core.export.exporter import ExportReport
 
 
 def export(
@@ -34,7 +37,7 @@ def export(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Truncate every module to this rank."),
+        typer.Option("--rank", metavar="R", callback=check_rank, help="Truncate every module to this rank."),
     ] = None,
     dtype: Annotated[
         Dtype | None,
@@ -68,12 +71,13 @@ def export(
         force=force,
         progress=progress(quiet),
     )
-    if json:
-        console.json(report)
-    elif not quiet:
-        ranks = sorted({one.rank for one in report.adapters})
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        console.say(f"{count(len(report.adapters), 'adapter')} ({report.format}, {span}) in {report.output}")
-        if report.max_lora_rank is not None:
-            console.say(f"serve with: vllm serve MODEL --enable-lora --max-lora-rank {report.max_lora_rank}")
+    console.show(report, _render, as_json=json, quiet=quiet)
     return 0
+
+
+def _render(report: ExportReport) -> None:
+    ranks = sorted({one.rank for one in report.adapters})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    console.say(f"{count(len(report.adapters), 'adapter')} ({report.format}, {span}) in {report.output}")
+    if report.max_lora_rank is not None:
+        console.say(f"serve with: vllm serve MODEL --enable-lora --max-lora-rank {report.max_lora_rank}")

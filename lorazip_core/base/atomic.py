@@ -19,7 +19,9 @@ NotOurs = Callable[[Path], str | None]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_MARKER = ".lorazip"
+MARKER = ".lorazip"
+"""The file by which lorazip knows its own unfinished directories."""
+
 _WORK = ".work-"  # and the key of the work
 
 
@@ -121,7 +123,7 @@ def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs, resumab
             fsync_files(partial, without=[folder.name for folder in work])
             for folder in work:
                 shutil.rmtree(folder)
-            (partial / _MARKER).unlink()
+            (partial / MARKER).unlink()
             fsync_directories(partial)
             check_output(target, force=force, not_ours=not_ours)
             if target.exists():
@@ -160,10 +162,10 @@ def _take_over(partial: Path, target: Path, not_ours: NotOurs, keep_work: bool) 
             raise _not_written_by_us(partial, None) from None
         raise
     try:
-        if not (partial / _MARKER).exists() and (why := _objection(partial, not_ours)):
+        if not (partial / MARKER).exists() and (why := _objection(partial, not_ours)):
             raise _not_written_by_us(partial, why)
         _unlock(partial)
-        (partial / _MARKER).touch()
+        (partial / MARKER).touch()
         _clear(partial, keep_work=keep_work)
     except BaseException:
         os.close(lock)
@@ -230,7 +232,7 @@ def _exchange_or_rename(target: Path, new: Path, old: Path) -> None:
                 old.rename(target)
             raise
     with suppress(OSError):  # not marked, it is known by what it holds
-        (new / _MARKER).touch()
+        (new / MARKER).touch()
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -264,12 +266,12 @@ def _clear(folder: Path, *, keep_work: bool) -> None:
         if entry.is_dir() and not entry.is_symlink():
             if not (keep_work and entry.name.startswith(_WORK)):
                 shutil.rmtree(entry)
-        elif entry.name != _MARKER:
+        elif entry.name != MARKER:
             entry.unlink()
 
 
 def _finished_work(partial: Path) -> bool:
     """Whether a run that was interrupted before the commit has left anything to go on from."""
-    if not (partial / _MARKER).exists():
+    if not (partial / MARKER).exists():
         return False
     return any(not piece.name.startswith(".") for folder in partial.glob(f"{_WORK}*") for piece in folder.iterdir())

@@ -26,8 +26,8 @@ from ..base.threads import in_order
 from ..schemes.registry import SCHEMES
 from ..schemes.scheme import ANY, Scheme, Shape, Size, TensorSpec
 from .finding import Finding
+from .kinds import MANIFEST_NAME
 from .manifest import (
-    MANIFEST_NAME,
     SHARED_EXTRAS,
     AdapterEntry,
     ClusterEntry,

@@ -22,16 +22,8 @@ from ..base.errors import BundleDamaged
 from ..base.filesystem import naming, system_error
 from ..schemes.registry import SCHEMES
 from ..schemes.scheme import Scheme
-from .manifest import (
-    MANIFEST_NAME,
-    AdapterEntry,
-    ClusterEntry,
-    FileEntry,
-    Manifest,
-    ModuleEntry,
-    ShardEntry,
-    read_manifest,
-)
+from .kinds import MANIFEST_NAME
+from .manifest import AdapterEntry, ClusterEntry, FileEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..base.digests import sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported, UsageError
 from ..base.filesystem import link_or_copy, tree
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest, read_manifest
+from .kinds import MANIFEST_NAME
+from .manifest import FileEntry, Manifest, encode_manifest, read_manifest
 from .tensor_file import TensorFileWriter, TensorLayout, layout_of
 
 

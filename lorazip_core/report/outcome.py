@@ -125,7 +125,7 @@ def limit_of_adapters(report: VerifyReport) -> float:
     return next(limit for limit in (report.gates.max_error, made_with, LARGE_ERROR) if limit is not None)
 
 
-def told(report: VerifyReport) -> list[str]:
+def finding_lines(report: VerifyReport) -> list[str]:
     """The findings in lines for people: all of a kind while they are few, and one cause once, whatever follows from it.
 
     Where no adapter has the files that the bundle was made from, it does not matter what else of them differs.
