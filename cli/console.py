@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Report = TypeVar("Report", bound=msgspec.Struct)
 
 LISTED = 10
-"""So many lines of a list are shown, and no more."""
+"""Lines of a list that are shown at most."""
 
 
 def line(text: str = "") -> None:
@@ -89,7 +89,7 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextmanager
 def _writing(stream: TextIO) -> Iterator[None]:
-    """Data that cannot be written (a full disk) are a failure; that nobody reads them, or what people read, is none."""
+    """Raise LocalError for data that cannot be written, as on a full disk; a reader that has gone is no failure."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is refused before PyTorch is loaded, which takes seconds: an output that exists is told of at once."""
+"""What is refused at once, before PyTorch is loaded, which takes seconds."""
 
 from __future__ import annotations
 

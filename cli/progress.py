@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _OFTEN, _SELDOM = 10.0, 60.0  # seconds between two lines in a log while much happens, and at the most
 _STOPPING = "stopping ... (a second signal ends it at once)"
-_WORTH_A_LINE = 1.0  # seconds that a stage takes before a log hears of its end
+_WORTH_A_LINE = 1.0  # seconds; the end of a shorter stage is not logged
 
 
 def progress(quiet: bool) -> Progress:

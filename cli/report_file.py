@@ -89,7 +89,7 @@ def _is_filled_in_place(path: Path) -> bool:
 
 
 def _fill(path: Path, data: bytes) -> None:
-    """Write to what is there, which stays the same file for whoever has it open; empty again if that fails.
+    """Write to what is there, which stays the same file for others that have it open; empty again if that fails.
 
     Our own stdout and stderr go on where they are: opened anew, a log that they are appended to would be cut.
     """

@@ -64,8 +64,8 @@ def _umask() -> int:
         status = Path("/proc/self/status").read_text()
     except OSError:
         status = ""
-    if told := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
-        return int(told[1], 8)
+    if found := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
+        return int(found[1], 8)
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -101,7 +101,7 @@ def tree(root: Path, without: Collection[str] = ()) -> Iterator[str]:
 
 
 def raise_error(error: OSError) -> None:
-    """For `os.walk`, which passes over folders that cannot be read unless it is told otherwise."""
+    """For `os.walk`, which would skip folders that cannot be read."""
     raise error
 
 
@@ -124,7 +124,7 @@ def check_space(target: Path, needed: int) -> None:
     real = Path(os.path.realpath(target))
     folder = existing_parent(real)
     total, _, free = shutil.disk_usage(folder)
-    if total == 0:  # a file system that does not tell
+    if total == 0:  # some file systems do not say
         return
     partial = folder / f".{real.name}.partial"
     if folder == real.parent and partial.is_dir():

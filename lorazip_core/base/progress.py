@@ -43,7 +43,7 @@ class Transfer(Protocol):
 
 
 class Progress(Protocol):
-    """What a verb tells its caller while it works."""
+    """How a verb reports its progress to its caller."""
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """Open a stage of ``total`` steps; the function it yields is called with each number of steps done.

@@ -36,7 +36,7 @@ class Kind(Struct, frozen=True):
 
 
 class _Head(Struct):
-    """What the JSON files of lorazip say of themselves."""
+    """The fields by which JSON files of lorazip are recognised."""
 
     schema: str | None = None
     format: str | None = None
@@ -62,8 +62,8 @@ def check_bundle_path(path: Path) -> None:
 def check_adapters_path(path: Path, *, may_be_empty: bool = False, typed: str | None = None) -> None:
     """Raise UsageError for what is no directory of adapters at first sight; adapters are not looked for.
 
-    A file that is not lorazip's is let through: whoever looks for adapters knows those of other tools by name. Messages
-    name the path as it was ``typed``, if that is not how it is found.
+    A file that is not lorazip's passes: the search for adapters names those of other tools. Messages have the path as
+    it was ``typed``, if that differs.
     """
     shown = typed or str(path)
     if not path.exists():
@@ -80,7 +80,7 @@ def check_adapters_path(path: Path, *, may_be_empty: bool = False, typed: str | 
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a directory has the manifest of a bundle, whatever else is to be said of it."""
+    """Whether a directory has the manifest of a bundle, sound or not."""
     return _head(folder / MANIFEST_NAME).format == FORMAT
 
 

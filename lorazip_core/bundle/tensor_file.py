@@ -183,7 +183,7 @@ class TensorFileReader:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> TensorFileWriter:
-    """A whole file at once; the writer, closed, tells its size and digest."""
+    """Write a whole file at once; the writer, closed, has its size and digest."""
     layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
     with TensorFileWriter(path, layouts, metadata=metadata) as writer:
         writer.append_all(tensors)

@@ -23,7 +23,7 @@ from .workspace import Workspace
 
 
 class NotAsLocked(AdapterError):
-    """A local adapter is not (any more) what the lock has."""
+    """A local adapter differs from the lock, or is gone."""
 
 
 def fetch_adapter(
@@ -34,11 +34,11 @@ def fetch_adapter(
     Raises AdapterError when the reader refuses it or a local one has changed, HubError, LocalError.
     """
     folder = workspace.work(requested.name)
-    told = 0
+    reported = 0
 
     def received(size: int) -> None:
-        nonlocal told
-        told += size
+        nonlocal reported
+        reported += size
         transfer.received(size)
 
     try:
@@ -47,7 +47,7 @@ def fetch_adapter(
         entry = requested.locked(files)
         workspace.arrived(entry, folder)
     except BaseException as error:
-        transfer.received(-told)
+        transfer.received(-reported)
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise _local(error) from error
@@ -61,15 +61,15 @@ def _file(requested: RequestedAdapter, file: RequestedFile, folder: Path, hub: H
         return _local_file(requested, file, requested.local / file.name, target, received)
     assert requested.origin.repository is not None
     assert requested.origin.commit is not None
-    told = 0
+    arrived = 0
 
     def downloaded(size: int) -> None:
-        nonlocal told
-        told += size
+        nonlocal arrived
+        arrived += size
         received(size)
 
     blob, identified = hub.file(requested.origin.repository, requested.origin.commit, file, downloaded)
-    received(identified.size_bytes - told)  # what came from the cache
+    received(identified.size_bytes - arrived)  # the rest was in the cache
     link_or_copy(blob, target)
     fsync(target)
     return identified
@@ -91,12 +91,12 @@ def _local_file(
 
 
 def _is_pickled(requested: RequestedAdapter) -> bool:
-    """The lock has pickles only for who asked for them when it was made."""
+    """Whether it has a pickle, which is in a lock only if pickles were allowed when it was made."""
     return any(file.name.endswith(".bin") for file in requested.files)
 
 
 def check_space(todo: Iterable[RequestedAdapter], directory: Path, hub: Hub) -> None:
-    """Raise LocalError if the files of ``todo`` do not fit, into the cache of the Hub or into ``directory``."""
+    """Raise LocalError if the cache of the Hub, or ``directory``, has no space for the files of ``todo``."""
     cache, directory = _existing(Path(constants.HF_HUB_CACHE)), _existing(directory)
     linked = cache.stat().st_dev == directory.stat().st_dev
     needed: Counter[Path] = Counter()

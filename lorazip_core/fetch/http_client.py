@@ -31,7 +31,7 @@ from .hub_errors import HubUnavailable
 _TIMEOUT = 30.0  # seconds that a silent server has, where huggingface_hub would wait for ever
 _LONG_WAIT = 5.0  # seconds; only such waits are reported
 _WORTH_NOTING = 1.0  # seconds until a request is repeated, and since the last answer to any
-_TOO_LONG = 900.0  # seconds that nobody waits
+_TOO_LONG = 900.0  # seconds: a longer wait is an error
 
 
 class Stopped(Exception):
@@ -53,7 +53,7 @@ class HttpClient:
         self._not_before = 0.0
         self.stopped = threading.Event()
         self.last_answer = -math.inf
-        """When the Hub last answered something else than that it can't (`time.monotonic`)."""
+        """When the Hub last answered with other than 429 or a server error (`time.monotonic`)."""
         self._repeats_noted = 0
         """The highest number of a repetition that was reported since then."""
 

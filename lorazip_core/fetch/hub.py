@@ -53,7 +53,7 @@ class Snapshot(NamedTuple):
 
 
 class Hub:
-    """One run's conversation with the Hub. Every method raises HubError, in one line, when it fails in the end."""
+    """The requests of one run. Every method raises HubError, in one line, when the last attempt has failed."""
 
     def __init__(self, client: HttpClient, retries: RetryPolicy) -> None:
         endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
@@ -122,9 +122,9 @@ class Hub:
         return isinstance(try_to_load_from_cache(repository, path, revision=commit), str)
 
     def file(self, repository: str, commit: str, file: RequestedFile, received: Received) -> tuple[Path, LockedFile]:
-        """A file at a commit, in the cache and checked. ``received`` hears of bytes as they arrive, also of wrong ones.
+        """A file at a commit, in the cache and checked. ``received`` is called with the bytes as they arrive.
 
-        What is taken back because an attempt failed is told to ``received`` as a negative number.
+        When an attempt fails, it is called with a negative number for those that do not count.
         """
         counter = _counter(self._count, received)
         wrong = False
@@ -165,7 +165,7 @@ class Hub:
             self.downloaded += size
 
     def _call(self, what: str, function: Callable[[], T], *, revision: str | None = None, file: str | None = None) -> T:
-        """``function()``, again after failures that may pass, their reason in one line after those that do not."""
+        """``function()``, repeated after transient failures; other failures are raised as HubError."""
         started = time.monotonic()
         attempts = 0
 
@@ -181,7 +181,7 @@ class Hub:
             wait=tenacity.wait_exponential_jitter(self._retries.first_wait, max=30.0, jitter=self._retries.first_wait),
             retry=tenacity.retry_if_exception(lambda error: is_transient(error) or isinstance(error, Corrupt)),
             sleep=sleep_using_event(self._client.stopped),
-            before_sleep=self._tell,
+            before_sleep=self._note_retry,
             reraise=True,
         )
         try:
@@ -200,8 +200,8 @@ class Hub:
                 raise trouble.as_unavailable from error
             raise trouble from error
 
-    def _tell(self, state: tenacity.RetryCallState) -> None:
-        """Have a person know of an attempt that failed, before the wait for the next one."""
+    def _note_retry(self, state: tenacity.RetryCallState) -> None:
+        """Report an attempt that failed, before the wait for the next one."""
         error = state.outcome.exception() if state.outcome else None
         if error is not None and state.next_action is not None:
             repeats = self._retries.attempts - 1
@@ -230,9 +230,9 @@ def _license_text(value: Any) -> str | None:
 
 
 def _counter(arrived: Received, received: Received) -> Any:
-    """A class that huggingface_hub takes for a progress bar of one file.
+    """A class that huggingface_hub takes for the progress bar of a file, and which calls the two functions instead.
 
-    It tells ``arrived`` all that arrives, and ``received`` too, but that takes it back when the file starts anew.
+    ``arrived`` gets all bytes. ``received`` gets them too, and a negative number when the download starts again.
     """
 
     class Counter:
@@ -253,7 +253,7 @@ def _counter(arrived: Received, received: Received) -> Any:
             received(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the wire, which Xet tells apart from bytes of the file."""
+            """Bytes on the wire, which Xet counts apart from bytes of the file."""
 
         def set_postfix_str(self, *args: Any, **kwargs: Any) -> None: ...
 

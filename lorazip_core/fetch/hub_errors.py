@@ -37,7 +37,7 @@ class HubRefused(HubError):
 
 
 class HubDiffers(HubRefused):
-    """The Hub does not have (any more) what it is said to have: the repository, or the file."""
+    """The Hub does not have, or not any more, a repository or file that was asked for."""
 
 
 class RevisionGone(HubDiffers):
@@ -45,7 +45,7 @@ class RevisionGone(HubDiffers):
 
 
 class HubFailed(HubError):
-    """The Hub or the network failed, to the last attempt; asking again later may help. ``where`` is what for."""
+    """The Hub or the network failed, and so did the last attempt; later it may work. ``where`` says for what."""
 
     def __init__(self, where: str, what: str, hint: str) -> None:
         super().__init__(f"{where}: {what}", hint)
@@ -53,7 +53,7 @@ class HubFailed(HubError):
 
     @property
     def as_unavailable(self) -> HubUnavailable:
-        """The same, said of the Hub as a whole."""
+        """The same failure, as one of the Hub as a whole."""
         return HubUnavailable(self._what, self.hint)
 
 
@@ -146,8 +146,8 @@ def translate(
 
 def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: int) -> HubError:
     status = error.response.status_code
-    said = _harmless(error.server_message or "")
-    if status == 401 and "Invalid credentials" in said:
+    reason = _one_line(error.server_message or "")
+    if status == 401 and "Invalid credentials" in reason:
         return HubUnavailable(f"{host} refuses your token", "renew HF_TOKEN, or run 'hf auth login'")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         kind = HubDiffers if status == 404 else HubRefused  # without a token, what is missing is a 401 as well
@@ -157,7 +157,7 @@ def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: 
     if status in _TRANSIENT:
         still = f"the Hub still answers {status}{' (too many requests)' if status == 429 else ''}"
         return HubFailed(where, f"{still} after {_times(attempts)}", _KEPT_429 if status == 429 else _KEPT)
-    return HubRefused(f"{where}: the Hub answers {status}{f': {said}' if said else ''}")
+    return HubRefused(f"{where}: the Hub answers {status}{f': {reason}' if reason else ''}")
 
 
 def describe_transient(error: BaseException) -> str:
@@ -171,7 +171,7 @@ def describe_transient(error: BaseException) -> str:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether there is not even a connection: no such host, nobody listens there."""
+    """Whether no connection could be made: no such host, or none that accepts it."""
     return "ConnectError" in type(_root(error)).__name__
 
 
@@ -211,8 +211,8 @@ def _reason(error: BaseException) -> str:
     return "the connection broke off" if "ProtocolError" in type(error).__name__ else type(error).__name__
 
 
-def _harmless(text: str) -> str:
-    """What a server says, on one line, short, and without the token."""
+def _one_line(text: str) -> str:
+    """Text of a server on one line, cut to 200 characters, and without the token."""
     token = get_token()
     text = plain(" ".join(text.split()))
     return (text.replace(token, "***") if token else text)[:200]

@@ -28,9 +28,9 @@ def identity(origin: Origin) -> Identity:
 def give_names(adapters: Iterable[RequestedAdapter], taken: Mapping[Identity, str]) -> list[RequestedAdapter]:
     """The adapters, each with its folder: ``owner/repo``, ``owner/repo--sub--folder``, ``directory/sub--folder``.
 
-    There are always two levels, so that no adapter lies inside another. Who is in ``taken`` keeps its folder. Names
-    that differ in case or Unicode form alone would be one folder on some file systems; so whoever would share a name
-    gets a digest of its identity behind it, whatever the order.
+    There are always two levels, so that no adapter lies inside another. An adapter in ``taken`` keeps its folder.
+    Names that differ in case or Unicode form alone would be one folder on some file systems; so each of them gets a
+    digest of its identity at the end, whatever the order.
     """
     found = list(adapters)
     sharing: defaultdict[str, set[Identity]] = defaultdict(set)

@@ -68,7 +68,7 @@ class Planner:
         self._progress = progress
 
     def from_lock(self, sources: Sequence[Source] | None) -> Plan:
-        """Just what the lock says, of ``sources`` or of all; asks nobody. Raises CheckFailed for others than it has."""
+        """The adapters of the lock, of ``sources`` or of all; no requests. Raises CheckFailed for sources that it lacks."""
         known = self._known()
         names = set(self._entries if sources is None else ())
         for source in sources or ():

@@ -13,7 +13,7 @@ from ..base.digests import sha256_file
 
 @dataclass(frozen=True)
 class RequestedFile:
-    """A file of an adapter. What the Hub does not tell is None; ``sha256`` or ``git_oid`` identify the content."""
+    """A file of an adapter. What the Hub does not list is None; ``sha256`` or ``git_oid`` identify the content."""
 
     name: str
     path: str
@@ -21,7 +21,7 @@ class RequestedFile:
     size_bytes: int | None = None
     sha256: str | None = None
     git_oid: str | None = None
-    """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub tells of files that are not in Git LFS."""
+    """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub lists for files that are not in Git LFS."""
 
     @property
     def has_digest(self) -> bool:
@@ -72,7 +72,7 @@ class RequestedAdapter:
 
 
 def requested_by_lock(entry: LockedAdapter, directory: Path) -> RequestedAdapter:
-    """What an entry of the lock of ``directory`` stands for: just these bytes, from where they came."""
+    """The adapter of an entry of the lock of ``directory``: the same bytes from the same source."""
     origin = entry.origin
     folder = f"{origin.subfolder}/" if origin.subfolder else ""
     files = tuple(RequestedFile(file.path, folder + file.path, file.size_bytes, file.sha256) for file in entry.files)

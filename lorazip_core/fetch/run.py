@@ -39,12 +39,12 @@ _SILENT = Silent()
 def fetch(
     sources: Sequence[str], directory: Path, options: FetchOptions, *, progress: Progress = _SILENT
 ) -> FetchReport:
-    """Have the adapters that ``sources`` name in ``directory``, and its lock written when all of them are there.
+    """Fetch the adapters that ``sources`` name into ``directory``, and write its lock when all of them are there.
 
-    What fails on its own is in the report's ``failures``; what has arrived stays, and the next run goes on from there.
-    Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that a lock to be
-    kept to lacks, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at work,
-    and with ``fail_fast`` the first failure.
+    Failures of single adapters are in the report's ``failures``; what has arrived stays, and the next run goes on from
+    there. Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that the lock
+    lacks under ``locked``, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at
+    work, and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
     if os.path.lexists(directory) and not directory.is_dir():
@@ -63,7 +63,7 @@ def fetch(
                 run.look(sources, executor)
         if not (options.dry_run or (options.locked and run.has_all)):
             with (
-                # What a killed run had yet to finish is of another lock than the one to be kept to.
+                # What a killed run has left to finish belongs to another lock than that of --locked.
                 Workspace(directory, recover=not options.locked) as workspace,
                 client.executor(options.jobs) as executor,
             ):
@@ -94,13 +94,13 @@ class _Run:
     complete: bool = False
 
     def look(self, words: Sequence[str], executor: Executor) -> None:
-        """Which adapters, at which commits, and what of them is there already."""
+        """Find out which adapters at which commits are asked for, and which of them are there already."""
         self.lock = read_strictly(self.directory)
         self.before = {entry.name: entry for entry in self.lock.adapters} if self.lock else {}
         self.journal = read_journal(self.directory)
         self._make_plan(words, executor)
         self._compare(executor)
-        self._find_strangers()
+        self._find_others()
         self.complete = self.options.locked and self.has_all and not self.plan.failures
 
     @property
@@ -109,7 +109,7 @@ class _Run:
         return len(self.entries) == len(self.plan.requested)
 
     def _make_plan(self, words: Sequence[str], executor: Executor) -> None:
-        """Asks the Hub for what the lock does not know."""
+        """Take from the lock what it has, and ask the Hub for the rest."""
         options, lock = self.options, self.lock
         options.check(words, lock, self.directory)
         sources = read_sources(words, self.directory, options.filters)
@@ -154,7 +154,7 @@ class _Run:
             return error
 
     def fetch_missing(self, workspace: Workspace, executor: Executor) -> None:
-        """Download and copy what is not there; if nothing is missing then, write the lock."""
+        """Download and copy what is missing, and write the lock if nothing has failed."""
         todo = []
         for requested in self.plan.requested:
             if requested.name in self.states and requested.name not in self.entries:
@@ -211,7 +211,7 @@ class _Run:
             self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
 
     def _failure_of(self, requested: RequestedAdapter, error: LorazipError, outage: Outage) -> Failure:
-        """What is said of an exception, or of what is behind it."""
+        """The failure to report for an exception: an outage, if it is one more of many."""
         if self.options.locked and isinstance(error, HubCorrupt | HubDiffers | NotAsLocked):
             error = CheckFailed(error.message, error.hint)
         try:
@@ -237,21 +237,21 @@ class _Run:
         if self.options.fail_fast and self.plan.failures:
             raise self.plan.failures[0].error
 
-    def _find_strangers(self) -> None:
-        """Adapters in the directory that nobody asked for: compress would take them as well."""
+    def _find_others(self) -> None:
+        """Report adapters in the directory that were not asked for: compress would take them as well."""
         known = set(self.before)
         if not self.options.locked:
             known |= self.journal.keys() | {requested.name for requested in self.plan.requested}
         there = find_adapters(self.directory).adapters if self.directory.exists() else ()
-        strangers = [folder.name for folder in there if folder.name not in known]
+        others = [folder.name for folder in there if folder.name not in known]
         if self.options.locked:
-            for name in strangers:
+            for name in others:
                 where = f"{self.directory / name}: {LOCK_NAME} has no such adapter"
                 hint = "an unfinished fetch brought it: run that again, or move it away"
                 error = CheckFailed(where, hint if name in self.journal else "move it away")
                 self.plan.failures.append(Failure(name, error))
-        elif strangers:
-            names = f"{strangers[0]!r}{f' and {len(strangers) - 1} more' if strangers[1:] else ''}"
+        elif others:
+            names = f"{others[0]!r}{f' and {len(others) - 1} more' if others[1:] else ''}"
             self.progress.note(f"{self.directory} has adapters that were not fetched, such as {names}")
 
     def _finish(self, workspace: Workspace) -> None:
