@@ -108,7 +108,7 @@ def raise_error(error: OSError) -> None:
 def check_parent(target: Path, option: str = "-o") -> None:
     """Raise UsageError if ``target`` would be below a file, OSError if its folder can be neither made nor written."""
     real = Path(os.path.realpath(target))
-    folder = existing_parent(real)
+    folder = nearest_existing(real.parent)
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a directory", f"choose another {option}")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -122,7 +122,7 @@ def check_space(target: Path, needed: int) -> None:
     What an interrupted run left there is of use, or cleared, and so counts as free.
     """
     real = Path(os.path.realpath(target))
-    folder = existing_parent(real)
+    folder = nearest_existing(real.parent)
     total, _, free = shutil.disk_usage(folder)
     if total == 0:  # some file systems do not say
         return
@@ -136,9 +136,9 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above ``path`` that there is."""
-    return next(parent for parent in path.parents if parent.exists())
+def nearest_existing(path: Path) -> Path:
+    """An absolute path, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def fsync(path: Path) -> None:

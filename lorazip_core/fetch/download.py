@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from ..adapter.lock import LockedAdapter, LockedFile
 from ..adapter.reader import open_adapter
 from ..base.errors import AdapterError, LocalError
-from ..base.filesystem import fsync, link_or_copy
+from ..base.filesystem import fsync, link_or_copy, nearest_existing
 from ..base.progress import Transfer
 from ..base.text import megabytes
 from .hub import Hub, Received
@@ -97,7 +97,7 @@ def _is_pickled(requested: RequestedAdapter) -> bool:
 
 def check_space(todo: Iterable[RequestedAdapter], directory: Path, hub: Hub) -> None:
     """Raise LocalError if the cache of the Hub, or ``directory``, has no space for the files of ``todo``."""
-    cache, directory = _existing(Path(constants.HF_HUB_CACHE)), _existing(directory)
+    cache, directory = (nearest_existing(path.absolute()) for path in (Path(constants.HF_HUB_CACHE), directory))
     linked = cache.stat().st_dev == directory.stat().st_dev
     needed: Counter[Path] = Counter()
     for requested in todo:
@@ -123,8 +123,3 @@ def _local(error: OSError) -> LocalError:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     hint = "free some space, or choose another -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
     return LocalError(f"{where}{error.strerror or error}", hint)
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 
 from ..base.errors import HubError, LorazipError, UsageError
-from ..base.text import plain
+from ..base.text import count, plain
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _KEPT = "what has arrived is kept: run again later"
@@ -134,11 +134,11 @@ def translate(
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, what, where, host, attempts)
     if isinstance(error, HTTPError):
-        return HubFailed(where, f"no answer from {host} after {_times(attempts)}: {_reason(error)}", _KEPT)
+        return HubFailed(where, f"no answer from {host} after {count(attempts, 'attempt')}: {_reason(error)}", _KEPT)
     if _is_inconsistent(error):
-        return HubFailed(where, f"another size arrived than was promised, {_times(attempts)}", _KEPT)
+        return HubFailed(where, f"another size arrived than was promised, {count(attempts, 'attempt')}", _KEPT)
     if _is_xet(error):
-        return HubFailed(where, f"Xet failed, {_times(attempts)}", "without it: HF_HUB_DISABLE_XET=1")
+        return HubFailed(where, f"Xet failed, {count(attempts, 'attempt')}", "without it: HF_HUB_DISABLE_XET=1")
     if isinstance(error, json.JSONDecodeError | FileMetadataError):
         return HubError(f"{what}: {host} does not answer as a Hub does", "is HF_ENDPOINT right, or a proxy in between?")
     return None
@@ -156,7 +156,7 @@ def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: 
         return kind(f"{what}: not found, or your token may not read it", "check the name and the token")
     if status in _TRANSIENT:
         still = f"the Hub still answers {status}{' (too many requests)' if status == 429 else ''}"
-        return HubFailed(where, f"{still} after {_times(attempts)}", _KEPT_429 if status == 429 else _KEPT)
+        return HubFailed(where, f"{still} after {count(attempts, 'attempt')}", _KEPT_429 if status == 429 else _KEPT)
     return HubRefused(f"{where}: the Hub answers {status}{f': {reason}' if reason else ''}")
 
 
@@ -193,10 +193,6 @@ def _is_xet(error: BaseException) -> bool:
 
 def _log_in(before: str = "") -> str:
     return f"{before}set HF_TOKEN or run 'hf auth login'"
-
-
-def _times(attempts: int) -> str:
-    return "1 attempt" if attempts == 1 else f"{attempts} attempts"
 
 
 def _reason(error: BaseException) -> str:

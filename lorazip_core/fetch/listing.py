@@ -21,7 +21,7 @@ from ..base.errors import AdapterError, LorazipError, UsageError
 from ..base.text import count, megabytes, printable
 from .hub import Hub, Snapshot
 from .hub_errors import HubRefused, HubUnavailable, RevisionGone
-from .requested import RequestedAdapter, RequestedFile
+from .requested import RequestedAdapter, RequestedFile, label_of
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
 
 README = "README.md"
@@ -124,7 +124,7 @@ def candidates(lookup: Lookup, pinned: str | None, hub: Hub) -> list[Candidate |
     for folder, below in _outermost(asked).items():
         found.append(Candidate(lookup, snapshot, folder, tuple(folders[folder])))
         if below:
-            found.append(_inner("/".join(filter(None, (lookup.repository, folder))), below))
+            found.append(_inner(label_of(lookup.repository, folder), below))
     if not asked:
         within = f" in {lookup.subfolder}" if lookup.subfolder else ""
         found.append(_misfit(lookup, AdapterError(lookup.repository, f"no {CONFIG_NAME}{within}: not an adapter")))
@@ -167,7 +167,7 @@ def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> list[Found]:
     Raises HubUnavailable.
     """
     lookup, snapshot, folder = candidate.lookup, candidate.snapshot, candidate.folder
-    label = "/".join(filter(None, (snapshot.repository, folder)))
+    label = label_of(snapshot.repository, folder)
     if folder and not is_inner_path(folder):
         return [LeftOut(label, "the path of its folder is unsafe")]
     try:
@@ -243,7 +243,7 @@ def local_adapters(
     folders = {"" if each.name == "." else each.name: each for each in there.adapters}
 
     def label(name: str) -> str:
-        return "/".join(filter(None, (source.text, printable(name))))
+        return label_of(source.text, printable(name))
 
     found: list[Found] = [LeftOut(label(left.name), left.reason) for left in there.left_out]
     for name, below in _outermost(folders).items():
@@ -272,7 +272,7 @@ def _local_adapter(
     license_of: Callable[[Path], str | None],
 ) -> list[Found]:
     """One of them, and what is left out beside it. Raises AdapterError."""
-    label = "/".join(filter(None, (source.text, printable(subfolder))))
+    label = label_of(source.text, printable(subfolder))
     if printable(subfolder) != subfolder:
         raise AdapterError(label, "the name of its folder is not UTF-8", "rename it")
     adapter = open_adapter(label, folder.folder, allow_pickle=limits.allow_pickle, present=presence(label))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -19,6 +20,9 @@ from .listing import Candidate, Failure, Found, Limits, Lookup, adapter_of, cand
 from .names import Identity, give_names, identity
 from .requested import RequestedAdapter, requested_by_lock
 from .sources import DirectorySource, Source
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Planner:
         self._progress = progress
 
     def from_lock(self, sources: Sequence[Source] | None) -> Plan:
-        """The adapters of the lock, of ``sources`` or of all; no requests. Raises CheckFailed for sources that it lacks."""
+        """What the lock has, of ``sources`` or all, without requests. Raises CheckFailed for sources that it lacks."""
         known = self._known()
         names = set(self._entries if sources is None else ())
         for source in sources or ():
@@ -165,28 +169,30 @@ class Planner:
         answers: dict[Lookup, list[Found]] = {lookup: [] for lookup in asked}
         outage = Outage(self._jobs)
         listed: list[Candidate] = []
-        with self._progress.stage("looking at repositories", len(asked)) as advance:
 
-            def look(lookup: Lookup) -> list[Candidate | LeftOut | Failure]:
-                return candidates(lookup, pins.get((lookup.repository, lookup.revision)), self._hub)
+        def look(lookup: Lookup) -> list[Candidate | LeftOut | Failure]:
+            return candidates(lookup, pins.get((lookup.repository, lookup.revision)), self._hub)
 
-            for lookup, there in zip(asked, self._executor.map(look, asked), strict=True):
-                check_stop()
-                outage.record(next((each.error for each in there if isinstance(each, Failure)), None))
-                listed += [each for each in there if isinstance(each, Candidate)]
-                answers[lookup] += [each for each in there if not isinstance(each, Candidate)]
-                advance(1)
-        with self._progress.stage("reading configurations", len(listed)) as advance:
+        def read(candidate: Candidate) -> list[Found]:
+            return adapter_of(candidate, self._hub, self._limits)
 
-            def read(candidate: Candidate) -> list[Found]:
-                return adapter_of(candidate, self._hub, self._limits)
+        for lookup, there in self._map("looking at repositories", look, asked, outage):
+            listed += [each for each in there if isinstance(each, Candidate)]
+            answers[lookup] += [each for each in there if not isinstance(each, Candidate)]
+        for candidate, found in self._map("reading configurations", read, listed, outage):
+            answers[candidate.lookup] += found
+        return answers
 
-            for candidate, found in zip(listed, self._executor.map(read, listed), strict=True):
+    def _map(
+        self, label: str, function: Callable[[T], list[R]], items: list[T], outage: Outage
+    ) -> Iterator[tuple[T, list[R]]]:
+        """Each item with its result, in order, as a stage of progress."""
+        with self._progress.stage(label, len(items)) as advance:
+            for item, found in zip(items, self._executor.map(function, items), strict=True):
                 check_stop()
                 outage.record(next((each.error for each in found if isinstance(each, Failure)), None))
-                answers[candidate.lookup] += found
+                yield item, found
                 advance(1)
-        return answers
 
     def _lookups(self, source: Source) -> list[Lookup | LeftOut | Failure]:
         try:

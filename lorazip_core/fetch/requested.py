@@ -55,8 +55,7 @@ class RequestedAdapter:
     @property
     def label(self) -> str:
         """Where it comes from, as messages name it."""
-        source = self.origin.repository or self.origin.directory or ""
-        return "/".join(filter(None, (source, self.origin.subfolder)))
+        return label_of(self.origin.repository or self.origin.directory or "", self.origin.subfolder)
 
     @property
     def size_bytes(self) -> int:
@@ -69,6 +68,11 @@ class RequestedAdapter:
     def locked(self, files: list[LockedFile]) -> LockedAdapter:
         """The entry of the lock, once its files have arrived."""
         return LockedAdapter(name=self.name, origin=self.origin, base_model=self.base_model, files=files)
+
+
+def label_of(source: str, folder: str) -> str:
+    """A folder of a repository or directory, as messages name it."""
+    return "/".join(filter(None, (source, folder)))
 
 
 def requested_by_lock(entry: LockedAdapter, directory: Path) -> RequestedAdapter:
