@@ -40,8 +40,12 @@ if TYPE_CHECKING:
     from lorazip_core.compress.run import CompressReport
     from lorazip_core.planning.plan import PlanReport
 
-_METHODS = sorted(methods(), key=lambda name: bool(SCHEMES[name].shared))
 _BESIDE = "files beside adapters that a bundle does not carry"
+
+
+def _methods() -> list[str]:
+    """What --method may be: those that share nothing first."""
+    return sorted(methods(), key=lambda name: bool(SCHEMES[name].shared))
 
 
 def compress(
@@ -53,8 +57,8 @@ def compress(
         str,
         typer.Option(
             "--method",
-            metavar="|".join(_METHODS),
-            callback=one_of(_METHODS),
+            metavar="|".join(_methods()),
+            callback=one_of(_methods),
             help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
         ),
     ] = DEFAULT,

@@ -35,12 +35,12 @@ def between(least: int, most: int) -> Callable[[int | None], int | None]:
     return check
 
 
-def one_of(known: Sequence[str]) -> Callable[[str], str]:
-    """A check that a value is one of those known."""
+def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    """A check that a value is one of those ``known`` by then."""
 
     def check(value: str) -> str:
-        if value not in known:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
+        if value not in known():
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known()))}")
         return value
 
     return check

@@ -20,12 +20,13 @@ from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterError
 from lorazip_core.bundle.decoder import decode
+from lorazip_core.bundle.losses import Losses
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.maths.factored import Factors
 from lorazip_core.reading import blocks, buffers, contents
 from lorazip_core.reading.placement import HOST, Placement
 from lorazip_core.verify import measure as measuring
-from lorazip_core.verify.measure import Measured, Original, Pair, measure
+from lorazip_core.verify.measure import Original, Pair, measure
 from lorazip_core.verify.run import verify
 
 # Blocks of one adapter, of some and of all of a layout. The last two are meant for a GPU, here in ordinary memory.
@@ -49,12 +50,12 @@ def pairs_of(bundle: Bundle) -> list[Pair]:
     return [Pair(entry, by_name[entry.name]) for entry in bundle.manifest.adapters]
 
 
-def measured(bundle: Bundle, pairs: list[Pair], placement: Placement = HOST) -> dict[str, Measured | str]:
+def measured(bundle: Bundle, pairs: list[Pair], placement: Placement = HOST) -> dict[str, Losses | str]:
     """By name the errors, or why there are none."""
     told: list[int] = []
     seen = measure(bundle, pairs, told.append, measurable=set(NAMES), placement=placement)
     assert told == [1] * len(pairs)
-    found: dict[str, Measured | str] = {}
+    found: dict[str, Losses | str] = {}
     for name, each in seen.items():
         if isinstance(each, Original):
             assert each.measured is not None
@@ -64,9 +65,9 @@ def measured(bundle: Bundle, pairs: list[Pair], placement: Placement = HOST) -> 
     return found
 
 
-def same(errors: Measured | str, others: Measured | str) -> bool:
-    assert isinstance(errors, Measured)
-    assert isinstance(others, Measured)
+def same(errors: Losses | str, others: Losses | str) -> bool:
+    assert isinstance(errors, Losses)
+    assert isinstance(others, Losses)
     norms = errors.norms == pytest.approx(others.norms, rel=1e-12)
     return bool(norms and errors.distances == pytest.approx(others.distances, rel=1e-9, abs=1e-20))
 
@@ -84,7 +85,7 @@ def test_neither_batches_nor_order_show_in_the_errors(
     assert found.keys() == usual.keys() == set(NAMES)
     for pair in pairs:
         errors = found[pair.entry.name]
-        assert isinstance(errors, Measured)
+        assert isinstance(errors, Losses)
         assert errors.norms.keys() == pair.original.parts.keys()
         assert same(errors, usual[pair.entry.name])
 

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.compress.run import compress, plan
+from lorazip_core.compress.run import compress
 from lorazip_core.planning.options import CompressOptions
+from lorazip_core.planning.plan import plan
 
 REAL = Path(__file__).parents[2] / "shared/data"
 LARGE = tuple(Module(f"layers.{i}.proj", "linear", 160, 120 + 40 * (i % 2)) for i in range(4))

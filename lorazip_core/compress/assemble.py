@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,18 +12,17 @@ from .. import __version__
 from ..adapter.module import Module
 from ..adapter.reader import Adapter
 from ..base.digests import safe_name
+from ..bundle.losses import Losses
 from ..bundle.manifest import (
     AdapterEntry,
     ClusterEntry,
     Manifest,
     ModuleEntry,
-    ModuleError,
     ParameterEntry,
     Parameters,
     SkippedEntry,
     required_to_read,
 )
-from ..bundle.summary import squared_error
 from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
 from ..schemes.scheme import SharedScheme
@@ -113,11 +111,10 @@ class Assembly:
             extras = self.writer.add_shared(f"extras/{name}.safetensors", tensors).path
         config = self.writer.add_bytes(f"configs/{name}.json", adapter.config_text).path
         kept = self._individual.get(number)
+        losses = Losses(self.scan.collection.modules[module].name for module in modules)
         norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()
-        shares = [max(own, 0.0) / norm if norm > 0 else 0.0 for own, norm in zip(lost, norms, strict=True)]
-        worst = max(shares)
-        worst_module = ModuleError(self.scan.collection.modules[modules[shares.index(worst)]].name, worst)
-        squared_norm = math.fsum(norms)
+        for module, norm, own in zip(list(losses.norms), norms, lost, strict=True):
+            losses.put(module, norm, own)
         return AdapterEntry(
             name=adapter.name,
             scheme=kept.scheme if kept else self._clusters[self._cluster_of[number]].method,
@@ -129,10 +126,10 @@ class Assembly:
             config=config,
             base_model=adapter.config.base_model,
             files=self.scan.files[number],
-            squared_norm=squared_norm,
-            squared_error=squared_error(lost, norms),
-            mean_module_squared_error=math.fsum(shares) / len(shares),
-            worst_module=worst_module if squared_norm > 0 else None,
+            squared_norm=losses.squared_norm,
+            squared_error=losses.squared_error,
+            mean_module_squared_error=losses.mean_module_squared_error,
+            worst_module=losses.worst_module,
             because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
             origin=self.scan.origins[number],
             left_out=list(self.scan.collection.left_out.get(adapter.name, ())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,15 +18,23 @@ from ..base.text import printable
 from ..base.threads import in_order
 from ..bundle.finding import Finding
 from ..bundle.kinds import EXPORT_NAME, MANIFEST_NAME
+from ..bundle.losses import Losses
 from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
 from ..reading.placement import pass_through
-from .measure import Measured, Pair, measure
+from .measure import Pair, Seen, measure
 
 _CPU = torch.device("cpu")
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-10
+
+
+class _Difference(NamedTuple):
+    """What of an adapter differs from its original, and whether its errors can be measured all the same."""
+
+    findings: list[Finding]
+    comparable: bool
 
 
 def compare(
@@ -36,72 +45,88 @@ def compare(
     allow_pickle: bool,
     device: torch.device = _CPU,
     progress: Progress,
-) -> tuple[dict[str, Measured], list[Finding]]:
+) -> tuple[dict[str, Losses], list[Finding]]:
     """The true errors by adapter, where they can be known, and all that differs from the originals in ``root``.
 
     ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
     """
     originals, bad, no_adapters = _open_originals(root, allow_pickle)
-    if not {entry.name for entry in bundle.manifest.adapters} & {*originals, *bad}:
-        message = (
-            f"none of the {len(bundle.manifest.adapters)} adapters of the bundle is there: is it the right directory?"
-        )
+    entries = bundle.manifest.adapters
+    if not {entry.name for entry in entries} & {*originals, *bad}:
+        message = f"none of the {len(entries)} adapters of the bundle is there: is it the right directory?"
         return {}, [Finding("source-missing", None, message, damage=False)]
+    pairs = [Pair(entry, originals[entry.name]) for entry in entries if entry.name in originals]
+    different = _differences(bundle, pairs, damaged, progress)
+    seen = _read(bundle, pairs, {name for name, each in different.items() if each.comparable}, device, progress)
     broken = list(_not_in_bundle(bundle, {*originals, *bad} - no_adapters))
-    there = [Pair(entry, originals[entry.name]) for entry in bundle.manifest.adapters if entry.name in originals]
-
-    def differences(pair: Pair) -> tuple[list[Finding], bool]:
-        """What of a pair differs, and whether its errors can be measured all the same."""
-        found = list(_modules(bundle, pair))
-        comparable = not found
-        if MANIFEST_NAME in damaged:
-            return found, False
-        try:
-            found += _carried(bundle, pair, damaged)
-        except AdapterError as error:
-            return [*found, _source("source-unusable", pair.entry.name, error.reason)], False
-        return found, comparable and not damaged & _needed(bundle, pair.entry)
-
-    with (
-        progress.stage("comparing adapters", len(there)) as advance,
-        closing(in_order(differences, there, _CPU)) as results,
-    ):
-        different: dict[str, list[Finding]] = {}
-        measurable: set[str] = set()
-        for (entry, _), (found, comparable) in zip(there, results, strict=True):
-            different[entry.name] = found
-            if comparable:
-                measurable.add(entry.name)
-            advance(1)
-    with progress.stage("reading originals", len(there)) as advance:
-        sizes = [pair.original.layout.size for pair in there]
-        placement = pass_through(device, sum(sizes), max(sizes, default=0), free_bytes(device))
-        if placement.kind == "host":
-            device = _CPU  # too little of a GPU is free
-        seen = measure(bundle, there, advance, measurable=measurable, device=device, placement=placement)
-    measured: dict[str, Measured] = {}
-    for entry in bundle.manifest.adapters:
-        if entry.name not in originals:
-            reason = bad.get(entry.name, "it is not there")
-            broken.append(_source("source-unusable" if entry.name in bad else "source-missing", entry.name, reason))
-            continue
-        original = seen[entry.name]
-        if isinstance(original, AdapterError):
-            broken.append(_source("source-unusable", entry.name, original.reason))
-            broken += (finding for finding in different[entry.name] if finding.kind != "source-unusable")
-            continue
-        broken += [*_source_files(entry, original.files), *different[entry.name]]
-        if (errors := original.measured) is None:
-            continue
-        if (module := errors.not_finite()) is not None:
-            broken.append(_source("source-unusable", entry.name, f"module {module}: its update has NaN or Inf"))
-            continue
-        measured[entry.name] = errors
-        broken += _claims(entry, errors)
+    measured: dict[str, Losses] = {}
+    for entry in entries:
+        if entry.name in originals:
+            losses, findings = _judged(entry, seen[entry.name], different[entry.name].findings)
+            broken += findings
+            if losses is not None:
+                measured[entry.name] = losses
+        else:
+            kind = "source-unusable" if entry.name in bad else "source-missing"
+            broken.append(_source(kind, entry.name, bad.get(entry.name, "it is not there")))
     if (root / EXPORT_NAME).is_file() and any(found.kind == "source-differs" for found in broken):
         message = "these are adapters that lorazip exported from a bundle, not the originals"
         broken.insert(0, Finding("source-exported", None, message, damage=False))
     return measured, broken
+
+
+def _differences(
+    bundle: Bundle, pairs: list[Pair], damaged: set[str | None], progress: Progress
+) -> dict[str, _Difference]:
+    """By adapter, what differs besides the updates."""
+
+    def difference(pair: Pair) -> _Difference:
+        found = list(_modules(bundle, pair))
+        comparable = not found
+        if MANIFEST_NAME in damaged:
+            return _Difference(found, False)
+        try:
+            found += _carried(bundle, pair, damaged)
+        except AdapterError as error:
+            return _Difference([*found, _source("source-unusable", pair.entry.name, error.reason)], False)
+        return _Difference(found, comparable and not damaged & _needed(bundle, pair.entry))
+
+    different = {}
+    with (
+        progress.stage("comparing adapters", len(pairs)) as advance,
+        closing(in_order(difference, pairs, _CPU)) as results,
+    ):
+        for pair, found in zip(pairs, results, strict=True):
+            different[pair.entry.name] = found
+            advance(1)
+    return different
+
+
+def _read(
+    bundle: Bundle, pairs: list[Pair], measurable: set[str], device: torch.device, progress: Progress
+) -> dict[str, Seen]:
+    """By adapter, what reading its original has told."""
+    with progress.stage("reading originals", len(pairs)) as advance:
+        sizes = [pair.original.layout.size for pair in pairs]
+        placement = pass_through(device, sum(sizes), max(sizes, default=0), free_bytes(device))
+        if placement.kind == "host":
+            device = _CPU  # too little of a GPU is free
+        return measure(bundle, pairs, advance, measurable=measurable, device=device, placement=placement)
+
+
+def _judged(entry: AdapterEntry, seen: Seen, different: list[Finding]) -> tuple[Losses | None, list[Finding]]:
+    """The errors of an adapter, if they could be measured, and all that is wrong with it."""
+    if isinstance(seen, AdapterError):
+        others = [finding for finding in different if finding.kind != "source-unusable"]
+        return None, [_source("source-unusable", entry.name, seen.reason), *others]
+    findings = [*_source_files(entry, seen.files), *different]
+    losses = seen.measured
+    if losses is None:
+        return None, findings
+    if (module := losses.not_finite()) is not None:
+        reason = f"module {module}: its update has NaN or Inf"
+        return None, [*findings, _source("source-unusable", entry.name, reason)]
+    return losses, [*findings, *_claims(entry, losses)]
 
 
 def _open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
@@ -193,7 +218,7 @@ def _needed(bundle: Bundle, entry: AdapterEntry) -> set[str | None]:
     return {bundle.manifest.clusters[entry.cluster].basis, bundle.shard(entry).path}
 
 
-def _claims(entry: AdapterEntry, measured: Measured) -> Iterator[Finding]:
+def _claims(entry: AdapterEntry, measured: Losses) -> Iterator[Finding]:
     """Every number that the manifest claims of an adapter is what was measured."""
 
     def false(claim: str, claimed: object, truth: object) -> Finding:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.stopping import check_stop
 from ..bundle.decoder import Decoder
-from ..bundle.manifest import AdapterEntry, ModuleError, SourceEntry
+from ..bundle.losses import Losses
+from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
 from ..maths.factored import squared_norm_and_distance
 from ..reading.blocks import Block, in_blocks
@@ -34,60 +34,11 @@ class Pair(NamedTuple):
     original: Adapter
 
 
-class Measured:
-    """The errors of one adapter, from ‖ΔW‖² and ‖ΔW−ΔŴ‖² of each of its ``modules``; NaN until they are put in."""
-
-    def __init__(self, modules: Iterable[str]) -> None:
-        self.norms = dict.fromkeys(modules, math.nan)
-        self.distances = self.norms.copy()
-
-    def put(self, module: str, squared_norm: float, squared_distance: float) -> None:
-        """‖ΔW‖² and ‖ΔW−ΔŴ‖² of one module."""
-        self.norms[module] = squared_norm
-        self.distances[module] = squared_distance
-
-    @property
-    def squared_norm(self) -> float:
-        """Σ‖ΔW‖² over modules."""
-        return math.fsum(self.norms.values())
-
-    @property
-    def squared_distance(self) -> float:
-        """Σ‖ΔW−ΔŴ‖² over modules."""
-        return math.fsum(self.distances.values())
-
-    @property
-    def squared_error(self) -> float:
-        """Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖² over modules; 0 for an adapter whose updates are all zero."""
-        return self.squared_distance / self.squared_norm if self.squared_norm > 0 else 0.0
-
-    @property
-    def mean_module_squared_error(self) -> float:
-        """Mean over modules of ‖ΔW−ΔŴ‖² / ‖ΔW‖²; a zero module counts 0."""
-        return math.fsum(self.ratio(module) for module in self.norms) / len(self.norms)
-
-    @property
-    def worst_module(self) -> ModuleError | None:
-        """The module of largest ‖ΔW−ΔŴ‖² / ‖ΔW‖²; None for an adapter whose updates are all zero."""
-        if self.squared_norm == 0:
-            return None
-        worst = max(self.norms, key=self.ratio)
-        return ModuleError(worst, self.ratio(worst))
-
-    def not_finite(self) -> str | None:
-        """A module whose update has NaN or Inf, if there is one."""
-        return next((module for module, norm in self.norms.items() if not math.isfinite(norm)), None)
-
-    def ratio(self, module: str) -> float:
-        """‖ΔW−ΔŴ‖² / ‖ΔW‖² of one module; 0 for a zero module."""
-        return self.distances[module] / self.norms[module] if self.norms[module] > 0 else 0.0
-
-
 class Original(NamedTuple):
     """What reading an original has told: its files, and its errors if they were wanted."""
 
     files: list[SourceEntry]
-    measured: Measured | None
+    measured: Losses | None
 
 
 Seen = Original | AdapterError
@@ -137,10 +88,10 @@ def _home(bundle: Bundle, entry: AdapterEntry) -> str:
     return entry.individual or bundle.shard(entry).path
 
 
-def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder) -> list[Measured | None]:
+def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder) -> list[Losses | None]:
     """The errors of those of a block that are measurable and could be read."""
     measured = [
-        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Measured(pair.original.parts)
+        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Losses(pair.original.parts)
         for pair, files in zip(pairs, block.files, strict=True)
     ]
     homes = [

@@ -20,7 +20,7 @@ from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise
 
 if TYPE_CHECKING:
-    from .measure import Measured
+    from ..bundle.losses import Losses
 
 _SILENT = Silent()
 
@@ -33,7 +33,7 @@ class AdapterReport(Struct, frozen=True, kw_only=True):
     cluster: int | None
     claimed_squared_error: float
     squared_error: float | None
-    """Measured against the originals; null without them, or where they or the bundle do not allow it."""
+    """Losses against the originals; null without them, or where they or the bundle do not allow it."""
     mean_module_squared_error: float | None
     worst_module: ModuleError | None
     """These two are claims or measured, as ``errors_are`` of the report says."""
@@ -216,7 +216,7 @@ def _claimed(entry: AdapterEntry) -> AdapterReport:
     )
 
 
-def _measured(entry: AdapterEntry, measured: Measured | None) -> AdapterReport:
+def _measured(entry: AdapterEntry, measured: Losses | None) -> AdapterReport:
     return AdapterReport(
         name=entry.name,
         scheme=entry.scheme,
@@ -228,7 +228,7 @@ def _measured(entry: AdapterEntry, measured: Measured | None) -> AdapterReport:
     )
 
 
-def _module_errors(bundle: Bundle, measured: dict[str, Measured]) -> ModuleErrors:
+def _module_errors(bundle: Bundle, measured: dict[str, Losses]) -> ModuleErrors:
     names = [entry.name for entry in bundle.manifest.adapters if entry.name in measured]
     modules = [module.name for module in bundle.manifest.modules]
     column = {module: number for number, module in enumerate(modules)}

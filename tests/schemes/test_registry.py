@@ -1,0 +1,169 @@
+"""A scheme is one file and one line of the registry: everything else takes it from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import random_adapters as ra
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorazip_cli.main import main
+from lorazip_core.maths.factored import Factors, squared_distance
+from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
+from lorazip_core.schemes.scheme import (
+    Encoding,
+    IndividualScheme,
+    ModuleGroup,
+    Problems,
+    Ranks,
+    Shape,
+    ShapeOf,
+    SharedScheme,
+    Size,
+    Solution,
+    TensorSpec,
+)
+
+
+class Sign(IndividualScheme):
+    """B and A as their signs and one scale each."""
+
+    name: ClassVar[str] = "sign"
+    about: ClassVar[str] = "the signs of its factors"
+    own: ClassVar[tuple[str, ...]] = ("signs_b", "signs_a", "size")
+
+    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
+        yield None
+
+    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+        encoding = Encoding({}, {})
+        for group in groups:
+            for name, b, a in zip(group.names, *group.exact, strict=True):
+                own = {"signs_b": b.sign().to(torch.int8), "signs_a": a.sign().to(torch.int8)}
+                own["size"] = (b.abs().mean() * a.abs().mean()).float()
+                encoding.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in own.items()})
+                encoding.squared_errors[name] = float(squared_distance((b, a), self.decode(own, torch.float64)))
+        return encoding
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        scaled = tensors["signs_b"].to(dtype) * tensors["size"].to(dtype)[..., None, None]
+        return scaled, tensors["signs_a"].to(dtype)
+
+    def decoded_rank(self, shape_of: ShapeOf) -> int:
+        return shape_of("signs_a")[0]
+
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        most = range(1, max(size) + 1)
+        return {
+            "signs_b": TensorSpec((size.d_out, most), ("I8",)),
+            "signs_a": TensorSpec((most, size.d_in), ("I8",)),
+            "size": TensorSpec((), ("F32",)),
+        }
+
+
+class Mean(SharedScheme):
+    """A cluster shares a pair of factors of rank 1, and each adapter has how much of it it is."""
+
+    name: ClassVar[str] = "mean"
+    about: ClassVar[str] = "a share of what {adapters} adapters have in common, at rank {rank}"
+    shared: ClassVar[tuple[str, ...]] = ("left", "right")
+    own: ClassVar[tuple[str, ...]] = ("amount",)
+    default_rank: ClassVar[int | None] = 1
+
+    def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: object) -> list[Solution]:
+        found: dict[int, Solution] = {}
+        for stack, owner in zip(problems.stacks, problems.owners, strict=True):
+            for problem in sorted(set(owner.tolist()) - {-1}):
+                members = [m for m, own in zip(stack.members, owner.tolist(), strict=True) if own == problem]
+                updates = dict(self._updates(stack.select(set(members)).exact()))
+                dense = torch.stack([updates[member] for member in sorted(members)])
+                u, _, vh = torch.linalg.svd(dense.mean(0))
+                left, right = u[:, :1].to(dtype), vh[:1].to(dtype)
+                amounts = (dense * (left.double() @ right.double())).sum((1, 2)).to(dtype)
+                kept = amounts.double()[:, None, None] * (left.double() @ right.double())
+                errors = (dense - kept).square().sum((1, 2))
+                found[problem] = Solution(
+                    {"left": left, "right": right}, {"amount": amounts[:, None]}, tuple(sorted(members)), errors
+                )
+        return [found[problem] for problem in range(problems.total)]
+
+    def _updates(self, stack: object) -> Iterable[tuple[int, Tensor]]:
+        for b, a, positions in stack.factors():  # type: ignore[attr-defined]
+            yield from zip(stack.members[positions], b @ a, strict=True)  # type: ignore[attr-defined]
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        return tensors["left"].to(dtype) * tensors["amount"].to(dtype)[..., None], tensors["right"].to(dtype)
+
+    def decoded_rank(self, shape_of: ShapeOf) -> int:
+        return shape_of("right")[0]
+
+    def stored_rank(self, shared: Mapping[str, Shape]) -> int:
+        return shared["left"][1]
+
+    def shared_tensors(self, size: Size, rank: int) -> dict[str, TensorSpec]:
+        return {"left": TensorSpec((size.d_out, 1)), "right": TensorSpec((1, size.d_in))}
+
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        return {"amount": TensorSpec((1,))}
+
+    def working_bytes(self, pack: object, rank: int) -> int:
+        return 2**20
+
+    def working_bytes_of_update(self, rank: int) -> int:
+        return 0
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, object]:
+    code = main([*map(str, argv), "--json", "-q"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    told: dict[str, object] = json.loads(out)
+    return told
+
+
+@pytest.mark.parametrize("scheme", [Sign(), Mean()], ids=lambda scheme: scheme.name)
+def test_a_new_scheme_goes_through_every_command(
+    scheme: Sign | Mean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = ra.write_collection(tmp_path / "adapters", ra.MIXED)
+    monkeypatch.setitem(SCHEMES, scheme.name, scheme)
+    bundle, exported = tmp_path / "bundle", tmp_path / "exported"
+    planned = run(capsys, "compress", adapters, "--method", scheme.name, "--dry-run")
+    chosen = planned["schemes"][0]  # type: ignore[index]
+    assert (chosen["method"], chosen["chosen"]) == (scheme.name, True)
+    made = run(capsys, "compress", adapters, "-o", bundle, "--method", scheme.name)
+    assert made["method"] == scheme.name
+    told = run(capsys, "info", bundle)
+    assert {adapter["scheme"] for adapter in told["adapters"]} == {scheme.name}  # type: ignore[attr-defined]
+    assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True
+    assert run(capsys, "export", bundle, "-o", exported, "--dtype", "f32")["adapters"]
+    cards, weights = list(exported.rglob("README.md")), list(exported.rglob("adapter_model.safetensors"))
+    assert len(cards) == len(weights) == len(ra.MIXED)
+    assert all(scheme.about.split("{")[0] in card.read_text() for card in cards)
+    for path in weights:
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_who_does_not_know_a_scheme_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = ra.write_collection(tmp_path / "adapters", ra.MIXED)
+    with monkeypatch.context() as patch:
+        patch.setitem(SCHEMES, "sign", Sign())
+        run(capsys, "compress", adapters, "-o", tmp_path / "bundle", "--method", "sign")
+    assert main(["verify", str(tmp_path / "bundle")]) == 5
+    assert "'sign'" in capsys.readouterr().err
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "other"), "--method", "sign"]) == 2
+
+
+def test_what_an_adapter_falls_back_on_is_there() -> None:
+    assert all(individual_scheme(name) for name in FALLBACKS)
+    assert individual_scheme(FALLBACKS[-1]).keeps_factors
+    assert all(shared_scheme(name).shared for name in methods() if SCHEMES[name].shared)
+    assert {scheme.name for scheme in SCHEMES.values()} == set(SCHEMES)
