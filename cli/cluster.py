@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
-from lorazip_core.base.files import canonical_json
 from lorazip_core.bundle.kinds import check_adapters_path
-from lorazip_core.report import check_available
+from lorazip_core.report.html import cluster_page
 
 from . import console
 from .options import (
@@ -22,24 +20,23 @@ from .options import (
     DeviceMemory,
     Directory,
     Dtype,
+    ForceFiles,
     Json,
     Memory,
     Quiet,
+    ReportPage,
     Seed,
     SkipBad,
     Weights,
-    between,
-    bound,
+    check_rank,
 )
 from .progress import progress
-from .report_file import check_report_files, write_data
+from .report_file import check_report_files, write_report_files
 from .table import count, error, megabytes, saved, table
 
 if TYPE_CHECKING:
     from lorazip_core.clustering.clusters_file import Candidate, ClusterFigures
     from lorazip_core.clustering.run import ClusterReport
-
-_LISTED = 10
 
 
 def _number(value: str) -> str:
@@ -60,23 +57,21 @@ def cluster(
     ] = "auto",
     rank: Annotated[
         int,
-        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Rank of the bases that they will share."),
+        typer.Option("--rank", metavar="R", callback=check_rank, help="Rank of the bases that they will share."),
     ] = 16,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", metavar="bf16|f16|f32", help="What the bundle will store.")
     ] = "bf16",
     seed: Seed = 0,
     weights: Weights = "adapter",
-    html: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
-    ] = None,
+    html: ReportPage = None,
     device: Device = "auto",
     memory: Memory = None,
     device_memory: DeviceMemory = None,
     allow_pickle: AllowPickle = False,
     allow_mixed_base: AllowMixedBase = False,
     skip_bad: SkipBad = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: ForceFiles = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -85,43 +80,37 @@ def cluster(
     Finds adapters that no cluster serves, and adapters that hardly differ from another.
     """
     check_adapters_path(directory)
-    check_report_files({"-o": output, "--report": html}, inputs=[directory], force=force, json=json)
-    if html is not None:
-        check_available()
+    files = {"-o": output, "--report": html}
+    check_report_files(files, inputs=[directory], force=force, json=json)
     from lorazip_core.clustering.run import ClusterOptions
     from lorazip_core.clustering.run import cluster as cluster_adapters
 
-    wanted: int | Literal["auto"] = "auto" if clusters == "auto" else int(clusters)
-    options = ClusterOptions(
-        clusters=wanted,
-        rank=rank,
-        dtype=dtype,
-        seed=seed,
-        weights=weights,
-        device=device,
-        memory=bound(memory),
-        device_memory=bound(device_memory),
-    )
     found = cluster_adapters(
         directory,
         output,
-        options,
+        ClusterOptions(
+            clusters="auto" if clusters == "auto" else int(clusters),
+            rank=rank,
+            dtype=dtype,
+            seed=seed,
+            weights=weights,
+            device=device,
+            memory=memory,
+            device_memory=device_memory,
+        ),
         allow_pickle=allow_pickle,
         allow_mixed_base=allow_mixed_base,
         skip_bad=skip_bad,
         progress=progress(quiet),
     )
-    contents = [(output, canonical_json(msgspec.to_builtins(found.assignment)))]
-    if html is not None:
-        from lorazip_core.report import cluster_page
-
-        contents.append((html, cluster_page(found.assignment, found.similarity).encode()))
-    for path, data in contents:
-        write_data(path, data)
-    if json:
-        console.json(found.report)
-    elif not quiet:
-        _render(found.report)
+    write_report_files(
+        files,
+        {
+            "-o": lambda: console.json_bytes(found.assignment),
+            "--report": lambda: cluster_page(found.assignment, found.similarity).encode(),
+        },
+    )
+    console.show(found.report, _render, as_json=json, quiet=quiet)
     return 0
 
 
@@ -136,9 +125,9 @@ def _render(report: ClusterReport) -> None:
         f" squared error mean {error(report.mean_squared_error)}, worst {error(report.max_squared_error)}"
     )
     numbered = list(enumerate(report.clusters))
-    if len(numbered) > 2 * _LISTED:
-        console.say(f"the {_LISTED} clusters of largest mean error:")
-        numbered = sorted(numbered, key=lambda each: -each[1].mean_squared_error)[:_LISTED]
+    if len(numbered) > 2 * console.LISTED:
+        console.say(f"the {console.LISTED} clusters of largest mean error:")
+        numbered = sorted(numbered, key=lambda each: -each[1].mean_squared_error)[: console.LISTED]
     console.say(
         table(
             ("cluster", "adapters", "mean error", "worst", "similarity within", "to others"),

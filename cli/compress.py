@@ -9,7 +9,7 @@ import typer
 
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.kinds import check_adapters_path
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 from lorazip_core.schemes.registry import DEFAULT, SCHEMES, methods
 
 from . import console
@@ -28,8 +28,7 @@ from .options import (
     Seed,
     SkipBad,
     Weights,
-    between,
-    bound,
+    check_rank,
     one_of,
     squared_error,
 )
@@ -65,9 +64,7 @@ def compress(
     ] = DEFAULT,
     rank: Annotated[
         int | None,
-        typer.Option(
-            "--rank", metavar="R", callback=between(1, 65536), help="Rank of what is kept. Default: 16, with svd 4."
-        ),
+        typer.Option("--rank", metavar="R", callback=check_rank, help="Rank of what is kept. Default: 16, with svd 4."),
     ] = None,
     clusters: Annotated[
         str,
@@ -96,7 +93,7 @@ def compress(
     quiet: Quiet = False,
 ) -> int:
     """Compress LoRA adapters of one base model into a bundle."""
-    wanted_clusters = parse_clusters(clusters)
+    number_or_file = parse_clusters(clusters)
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
     from lorazip_core.planning.options import CompressOptions
@@ -104,53 +101,33 @@ def compress(
     options = CompressOptions(
         method=method,
         rank=rank,
-        clusters=wanted_clusters,
+        clusters=number_or_file,
         dtype=dtype,
         seed=seed,
         weights=weights,
         max_error=max_error,
         device=device,
-        memory=bound(memory),
-        device_memory=bound(device_memory),
+        memory=memory,
+        device_memory=device_memory,
     )
     options.check()
     check_adapters_path(directory)
     if output is not None:
-        check_place(output, [directory])
-        if not dry_run:
-            check_new(output, force=force)
-    from lorazip_core.compress.run import compress as compress_adapters
-    from lorazip_core.planning.plan import plan
-
-    report: PlanReport | CompressReport
+        check_output_path(output, [directory])
+    reading = {"allow_pickle": allow_pickle, "allow_mixed_base": allow_mixed_base, "skip_bad": skip_bad}
     if output is None or dry_run:
-        report = plan(
-            directory,
-            options,
-            output=output,
-            allow_pickle=allow_pickle,
-            allow_mixed_base=allow_mixed_base,
-            skip_bad=skip_bad,
-        )
-        if not json:
-            _render_plan(report, output)
-    else:
-        report = compress_adapters(
-            directory,
-            output,
-            options,
-            allow_pickle=allow_pickle,
-            allow_mixed_base=allow_mixed_base,
-            skip_bad=skip_bad,
-            force=force,
-            progress=progress(quiet),
-        )
-        if not (json or quiet):
-            _render(report)
-        if not quiet:
-            console.warn_of(report.warnings)
-    if json:
-        console.json(report)
+        from lorazip_core.planning.plan import plan
+
+        planned = plan(directory, options, output=output, **reading)
+        console.show(planned, lambda report: _render_plan(report, output), as_json=json, quiet=False)
+        return 0
+    check_new(output, force=force)
+    from lorazip_core.compress.run import compress as compress_adapters
+
+    report = compress_adapters(directory, output, options, force=force, progress=progress(quiet), **reading)
+    console.show(report, _render, as_json=json, quiet=quiet)
+    if not quiet:
+        console.warn_of(report.warnings)
     return 0
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import msgspec
 
+from lorazip_core.base.digests import canonical_json
 from lorazip_core.base.errors import LocalError
-from lorazip_core.base.files import canonical_json
 from lorazip_core.base.text import plain
 
 if TYPE_CHECKING:
     from lorazip_core.bundle.quality import QualityWarning
 
-_LISTED = 10
+Report = TypeVar("Report", bound=msgspec.Struct)
+
+LISTED = 10
+"""Lines of a list that are shown at most."""
 
 
 def line(text: str = "") -> None:
@@ -30,8 +33,21 @@ def json(report: msgspec.Struct) -> None:
     """A command's report as the one JSON object on stdout: UTF-8 and canonical, whatever the locale."""
     flush()
     with _writing(sys.stdout):
-        sys.stdout.buffer.write(canonical_json(msgspec.to_builtins(report)))
+        sys.stdout.buffer.write(json_bytes(report))
     flush()
+
+
+def json_bytes(report: msgspec.Struct) -> bytes:
+    """What `json` prints, for a file."""
+    return canonical_json(msgspec.to_builtins(report))
+
+
+def show(report: Report, render: Callable[[Report], None], *, as_json: bool, quiet: bool) -> None:
+    """A command's report: as `json`, or for people by ``render``, or not at all."""
+    if as_json:
+        json(report)
+    elif not quiet:
+        render(report)
 
 
 def say(text: str = "") -> None:
@@ -43,10 +59,10 @@ def listing(what: str, lines: list[str]) -> None:
     """The first of ``lines`` on stderr below their number; nothing if there are none."""
     if lines:
         say(f"{what}: {len(lines):,}")
-        for text in lines[:_LISTED]:
+        for text in lines[:LISTED]:
             say(f"  {plain(text)}")
-        if len(lines) > _LISTED:
-            say(f"  (and {len(lines) - _LISTED:,} more; --json has them all)")
+        if len(lines) > LISTED:
+            say(f"  (and {len(lines) - LISTED:,} more; --json has them all)")
 
 
 def error(text: str) -> None:
@@ -73,7 +89,7 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextmanager
 def _writing(stream: TextIO) -> Iterator[None]:
-    """Data that cannot be written (a full disk) are a failure; that nobody reads them, or what people read, is none."""
+    """Raise LocalError for data that cannot be written, as on a full disk; a reader that has gone is no failure."""
     try:
         yield
     except OSError as error:

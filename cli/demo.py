@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazip_core.base.files import check_output
+from lorazip_core.base.atomic import check_output
 from lorazip_core.bundle.kinds import schema_of
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 from lorazip_core.sample import sample_path
 
 from . import console
 from .options import Force, Quiet
 from .progress import progress
-from .report_file import write_report
+from .report_file import write_data
 from .table import error, megabytes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def demo(
     quiet: Quiet = False,
 ) -> int:
     """Compress, verify and export 16 adapters that are included."""
-    check_place(output)
+    check_output_path(output)
     if not _is_begun(output):
         check_output(output, force=force, not_ours=_not_of_demo)
     from lorazip_core.compress.run import compress
@@ -52,7 +52,7 @@ def demo(
     compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
     show.note("verify: every error again, from the originals")
     report = verify(bundle, against=sample_path(), progress=show)
-    write_report(report_file, report)
+    write_data(report_file, console.json_bytes(report))
     show.note("export: back to ordinary PEFT adapters")
     export(bundle, adapters, force=force, progress=show)
     _render(report, output)

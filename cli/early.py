@@ -1,10 +1,10 @@
-"""What is refused before PyTorch is loaded, which takes seconds: an output that exists is told of at once."""
+"""What is refused at once, before PyTorch is loaded, which takes seconds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lorazip_core.base.files import check_output
+from lorazip_core.base.atomic import check_output
 
 
 def check_new(output: Path, *, force: bool) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lorazip_core.bundle.kinds import check_bundle_path
-from lorazip_core.bundle.places import check_place
+from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 from .early import check_new
-from .options import Bundle, Dtype, Force, Json, Quiet, between
+from .options import Bundle, Dtype, Force, Json, Quiet, check_rank
 from .progress import progress
 from .table import count
+
+if TYPE_CHECKING:
+    from lorazip_core.export.exporter import ExportReport
 
 
 def export(
@@ -34,7 +37,7 @@ def export(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="R", callback=between(1, 65536), help="Truncate every module to this rank."),
+        typer.Option("--rank", metavar="R", callback=check_rank, help="Truncate every module to this rank."),
     ] = None,
     dtype: Annotated[
         Dtype | None,
@@ -49,7 +52,7 @@ def export(
 ) -> int:
     """Write adapters of a bundle as ordinary PEFT adapters."""
     check_bundle_path(bundle)
-    check_place(output, [bundle])
+    check_output_path(output, [bundle])
     from lorazip_core.bundle.manifest import read_manifest
 
     read_manifest(bundle, ("read", "export"))
@@ -68,12 +71,13 @@ def export(
         force=force,
         progress=progress(quiet),
     )
-    if json:
-        console.json(report)
-    elif not quiet:
-        ranks = sorted({one.rank for one in report.adapters})
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        console.say(f"{count(len(report.adapters), 'adapter')} ({report.format}, {span}) in {report.output}")
-        if report.max_lora_rank is not None:
-            console.say(f"serve with: vllm serve MODEL --enable-lora --max-lora-rank {report.max_lora_rank}")
+    console.show(report, _render, as_json=json, quiet=quiet)
     return 0
+
+
+def _render(report: ExportReport) -> None:
+    ranks = sorted({one.rank for one in report.adapters})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    console.say(f"{count(len(report.adapters), 'adapter')} ({report.format}, {span}) in {report.output}")
+    if report.max_lora_rank is not None:
+        console.say(f"serve with: vllm serve MODEL --enable-lora --max-lora-rank {report.max_lora_rank}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import typer
 
 from lorazip_core.base.errors import AdapterErrors, LocalError, LorazipError
-from lorazip_core.base.files import system_error
+from lorazip_core.base.filesystem import system_error
 from lorazip_core.base.text import megabytes
 
 from .table import count
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
-    """The failure that an exception of a command stands for, or None when nobody foresaw it: then it is a bug."""
+    """The failure that an exception of a command stands for, or None for one that is a bug."""
     match error:
         case AdapterErrors(errors=errors):
             escape = arguments[:1] in (["cluster"], ["compress"]) and "--skip-bad" not in arguments
@@ -92,7 +92,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _no_memory(text: str, command: Sequence[str]) -> str:
-    """One line for whatever an allocator said: where, how much it was asked for, and what to do."""
+    """One line for the text of an allocator: on which device, how much it was asked for, and what to do."""
     on_gpu = "CUDA" in text or "CUBLAS" in text or "CUSOLVER" in text
     found = _WANTED.search(text)
     wanted = ""

@@ -13,7 +13,7 @@ from lorazip_core.adapter.lock import LOCK_NAME, read_strictly
 from lorazip_core.base.text import plain
 
 from . import console
-from .options import AllowPickle, Json, Quiet, between, bound, size
+from .options import AllowPickle, Json, Quiet, between, size
 from .progress import progress
 from .table import count, megabytes, table
 
@@ -51,8 +51,8 @@ def fetch(
         ),
     ] = None,
     max_size: Annotated[
-        str | None,
-        typer.Option("--max-size", metavar="SIZE", callback=size, help="Leave out adapters with more (500MB, 2GiB)."),
+        int | None,
+        typer.Option("--max-size", metavar="SIZE", parser=size, help="Leave out adapters with more (500MB, 2GiB)."),
     ] = None,
     locked: Annotated[
         bool, typer.Option("--locked", help="Have just what DIR/lorazip.lock says, or fail with exit code 1.")
@@ -90,7 +90,7 @@ def fetch(
         search=search,
         tags=tuple(tag or ()),
         limit=limit,
-        max_bytes=bound(max_size),
+        max_bytes=max_size,
         allow_pickle=allow_pickle,
         locked=locked,
         update=update,

@@ -102,7 +102,7 @@ class Program(TyperGroup):
 
 
 def _shown_by_us(option: Any) -> Any:
-    """The option --help, written as all else on stdout, so that a full device is told alike."""
+    """The option --help, written like all else on stdout, so that a full device is reported alike."""
     option.callback = _show_help
     return option
 

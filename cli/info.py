@@ -22,11 +22,7 @@ def info(bundle: Bundle, json: Json = False, quiet: Quiet = False) -> int:
     """List what is inside a bundle, as its manifest claims it."""
     from lorazip_core.info import info as describe
 
-    report = describe(bundle)
-    if json:
-        console.json(report)
-    else:
-        _render(report)
+    console.show(describe(bundle), _render, as_json=json, quiet=False)
     return 0
 
 

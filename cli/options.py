@@ -46,6 +46,9 @@ def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
     return check
 
 
+check_rank = between(1, 65536)
+
+
 def device(value: str) -> str:
     """auto, cpu, cuda or cuda:N; whether it is there shows when it is used."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
@@ -53,29 +56,20 @@ def device(value: str) -> str:
     return value
 
 
-def size(value: str | None) -> str | None:
-    """A number of bytes, as `bytes_of` reads it."""
-    if value is not None and bytes_of(value) < 1:
-        raise typer.BadParameter(f"{value!r} is no size: give bytes, or K, M, G, T or Ki, Mi, Gi, Ti, like 500MB or 8G")
-    return value
-
-
-def bound(value: str | None) -> int | None:
-    """A size that `size` has let pass, in bytes; None where none was given."""
-    return None if value is None else bytes_of(value)
-
-
-def bytes_of(value: str) -> int:
-    """8G, 1.5GB, 500 mb, 8GiB or 1000000 in bytes; 0 for anything else.
+def size(value: str) -> int:
+    """8G, 1.5GB, 500 mb, 8GiB or 1000000 in bytes.
 
     K, M, G and T are powers of 1000, with an i behind them of 1024. Case, a blank before and a B after do not count.
     """
     found = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})? ?(?:([kmgt])(i)?)?b?", value, re.IGNORECASE | re.ASCII)
-    if not found:
-        return 0
-    whole, decimals, unit, binary = found.groups()
-    power = " kmgt".index(unit.lower()) if unit else 0
-    return int(Fraction(f"{whole}{decimals or ''}") * (1024 if binary else 1000) ** power)
+    bytes_ = 0
+    if found:
+        whole, decimals, unit, binary = found.groups()
+        power = " kmgt".index(unit.lower()) if unit else 0
+        bytes_ = int(Fraction(f"{whole}{decimals or ''}") * (1024 if binary else 1000) ** power)
+    if bytes_ < 1:
+        raise typer.BadParameter(f"{value!r} is no size: give bytes, or K, M, G, T or Ki, Mi, Gi, Ti, like 500MB or 8G")
+    return bytes_
 
 
 def clusters(value: str) -> int | Literal["auto"] | Path:
@@ -95,7 +89,11 @@ def clusters(value: str) -> int | Literal["auto"] | Path:
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as `lorazip compress` writes it.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of lorazip that exists.")]
+ForceFiles = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+ReportPage = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but data and errors.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled .bin weights too (tensors only, no code).")
@@ -104,12 +102,12 @@ Device = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", callback=device, help="Where to compute.")
 ]
 Memory = Annotated[
-    str | None,
-    typer.Option("--memory", metavar="SIZE", callback=size, help="Bound on main memory, like 8GiB. Default: none."),
+    int | None,
+    typer.Option("--memory", metavar="SIZE", parser=size, help="Bound on main memory, like 8GiB. Default: none."),
 ]
 DeviceMemory = Annotated[
-    str | None,
-    typer.Option("--device-memory", metavar="SIZE", callback=size, help="Bound on GPU memory. Default: what is free."),
+    int | None,
+    typer.Option("--device-memory", metavar="SIZE", parser=size, help="Bound on GPU memory. Default: what is free."),
 ]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", callback=between(0, 2**63 - 1), help="Seed of the random starts.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _OFTEN, _SELDOM = 10.0, 60.0  # seconds between two lines in a log while much happens, and at the most
 _STOPPING = "stopping ... (a second signal ends it at once)"
-_WORTH_A_LINE = 1.0  # seconds that a stage takes before a log hears of its end
+_WORTH_A_LINE = 1.0  # seconds; the end of a shorter stage is not logged
 
 
 def progress(quiet: bool) -> Progress:
@@ -36,28 +36,43 @@ def progress(quiet: bool) -> Progress:
     return shown
 
 
+class _Pace:
+    """When a log gets the next line of a stage: after 10 s and a tenth of its ``total``, or after a minute."""
+
+    def __init__(self, total: int, now: float) -> None:
+        self._total = total
+        self._done, self._at = 0, now
+
+    def since_last(self, done: int, now: float) -> tuple[int, float] | None:
+        """If a line is due: what was done since the last one, and in how many seconds."""
+        steps, seconds = done - self._done, now - self._at
+        if seconds < _SELDOM and (seconds < _OFTEN or steps < self._total / 10):
+            return None
+        self._done, self._at = done, now
+        return steps, seconds
+
+
 class Lines:
-    """A line at the start of a stage, at its end if it took a while, and between after 10 s and 10%, or a minute."""
+    """A line at the start of a stage, at its end if it took a while, and between at a `_Pace`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Advance]:
-        start = said_at = self._clock()
-        done = said = 0
+        start = self._clock()
+        pace = _Pace(total, start)
+        done = 0
         if total:
             console.say(f"{label} ...")
 
         def advance(steps: int) -> None:
-            nonlocal done, said, said_at
+            nonlocal done
             done += steps
             now = self._clock()
-            waited = now - said_at
-            if waited >= _SELDOM or (waited >= _OFTEN and done - said >= total / 10):
+            if pace.since_last(done, now):
                 left = f", about {_duration((now - start) / done * (total - done))} left" if done else ""
                 console.say(f"{label}: {100 * done // max(total, 1)}% in {_duration(now - start)}{left}")
-                said, said_at = done, now
 
         yield advance
         if self._clock() - start >= _WORTH_A_LINE:
@@ -80,25 +95,22 @@ class Lines:
 
 
 class _TransferLines:
-    """How far a transfer is, for a log: a line when both 10 s and a tenth have passed, or a minute."""
+    """How far a transfer is, for a log, at a `_Pace`."""
 
     def __init__(self, label: str, items: int, size: int, clock: Callable[[], float]) -> None:
         self._label, self._items, self._size, self._clock = label, items, size, clock
         self._mutex = threading.Lock()
-        self._start = self._said_at = clock()
-        self._done = self._arrived = self._said = 0
+        self._pace = _Pace(size, clock())
+        self._done = self._arrived = 0
 
     def received(self, size: int) -> None:
         with self._mutex:
             self._arrived += size
-            now = self._clock()
-            waited = now - self._said_at
-            if waited >= _SELDOM or (waited >= _OFTEN and self._arrived - self._said >= self._size / 10):
-                rate = max(0, self._arrived - self._said) / waited  # less than none: an attempt that failed
+            if since := self._pace.since_last(self._arrived, self._clock()):
+                rate = max(0, since[0]) / since[1]  # below 0 after an attempt that failed
                 left = (self._size - self._arrived) / rate if rate > 0 else None
                 time_left = "" if left is None else f", about {_duration(left)} left"
                 console.say(f"{self.state()}, {megabytes(round(rate))}/s{time_left}")
-                self._said, self._said_at = self._arrived, now
 
     def finished(self, items: int = 1) -> None:
         with self._mutex:

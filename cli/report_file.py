@@ -7,16 +7,15 @@ import errno
 import os
 import stat
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import msgspec
-
+from lorazip_core.base.atomic import atomic_write
 from lorazip_core.base.errors import OutputExists, UsageError
-from lorazip_core.base.files import canonical_json, check_parent, naming, settle, write_file
-from lorazip_core.bundle.places import check_place
+from lorazip_core.base.filesystem import check_parent, naming
+from lorazip_core.bundle.output_path import check_output_path
+from lorazip_core.report.html import check_available
 
 from . import console
 
@@ -24,7 +23,7 @@ from . import console
 def check_report_files(
     files: Mapping[str, Path | None], *, inputs: Sequence[Path] = (), force: bool, json: bool
 ) -> None:
-    """Refuse places where reports may not go, by option, before the work that they are about.
+    """Refuse, by option, paths where reports may not go, and pages that cannot be made, before the work.
 
     With ``json`` stdout holds one object and nothing else, so no file may be where stdout goes.
     """
@@ -40,17 +39,19 @@ def check_report_files(
             raise UsageError(f"{other} and {option} both name {path}", "give each a file of its own")
         if json and _is_stream(path, sys.stdout):
             raise UsageError(f"{option} {path} is where --json prints", "leave out one of them")
+    if files.get("--report") is not None:
+        check_available()
 
 
 def check_report_file(path: Path, *, inputs: Sequence[Path], force: bool, option: str = "-o") -> None:
-    """Refuse a place where the report may not go, before the work that it is about.
+    """Refuse a path where the report may not go, before the work.
 
     An empty file may be filled, since that is how a CI system says where something should go ($GITHUB_STEP_SUMMARY),
     and so may what is no regular file and loses nothing (/dev/stdout).
     """
     if path.is_dir():
         raise UsageError(f"{path} is a directory", f"{option} names the file of the report")
-    check_place(path, inputs, option)
+    check_output_path(path, inputs, option)
     if _is_filled_in_place(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -60,32 +61,19 @@ def check_report_file(path: Path, *, inputs: Sequence[Path], force: bool, option
     check_parent(path, option)
 
 
-def write_report(path: Path, report: msgspec.Struct) -> None:
-    """The same bytes that --json prints."""
-    write_data(path, canonical_json(msgspec.to_builtins(report)))
+def write_report_files(files: Mapping[str, Path | None], contents: Mapping[str, Callable[[], bytes]]) -> None:
+    """Write the ``files`` that were asked for, by option; what is in them is all made before the first is written."""
+    made = [(path, contents[option]()) for option, path in files.items() if path is not None]
+    for path, data in made:
+        write_data(path, data)
 
 
 def write_data(path: Path, data: bytes) -> None:
-    """Write a report where `check_report_file` allowed it: beside its place and renamed, or into what is there."""
+    """Write a report where `check_report_file` allowed it: beside it and renamed, or into what is there."""
     if _is_filled_in_place(path):
         _fill(path, data)
         return
-    path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=_made(path.parent))
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write_file(partial, data)
-        settle(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    atomic_write(Path(os.path.realpath(path)), data)
 
 
 def _is_filled_in_place(path: Path) -> bool:
@@ -101,7 +89,7 @@ def _is_filled_in_place(path: Path) -> bool:
 
 
 def _fill(path: Path, data: bytes) -> None:
-    """Write to what is there, which stays the same file for whoever has it open; empty again if that fails.
+    """Write to what is there, which stays the same file for others that have it open; empty again if that fails.
 
     Our own stdout and stderr go on where they are: opened anew, a log that they are appended to would be cut.
     """

@@ -17,7 +17,7 @@ _ALIKE = 0.75  # of difflib: one letter of five may be wrong; less alike is anot
 
 
 def explain_usage(error: typer.TyperException) -> str:
-    """One line, with a hint. Typer's classes of errors have no public names, so their fields tell them apart."""
+    """One line, with a hint. Typer's classes of errors have no public names, so they are recognised by their fields."""
     text = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
     for pattern, plain in _PARSER:
         text = re.sub(pattern, plain, text)

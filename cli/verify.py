@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
-from lorazip_core.base.files import canonical_json
 from lorazip_core.bundle.kinds import check_adapters_path, check_bundle_path
-from lorazip_core.report import check_available
+from lorazip_core.report.html import verify_page
 
 from . import console
-from .options import AllowPickle, Bundle, Device, Json, MaxMeanError, Quiet, squared_error
+from .options import AllowPickle, Bundle, Device, ForceFiles, Json, MaxMeanError, Quiet, ReportPage, squared_error
 from .progress import progress
-from .report_file import check_report_files, write_data
+from .report_file import check_report_files, write_report_files
 from .table import count, error, megabytes, saving, table, times
 
 if TYPE_CHECKING:
-    from lorazip_core.verify.run import AdapterReport, Verification, VerifyReport
-
-_WORST = 10
+    from lorazip_core.verify.run import AdapterReport, VerifyReport
 
 
 def verify(
@@ -38,9 +33,7 @@ def verify(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the JSON report here, also.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts that opens offline.")
-    ] = None,
+    html: ReportPage = None,
     junit_file: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write JUnit XML, a test for each adapter.")
     ] = None,
@@ -49,7 +42,7 @@ def verify(
     ] = None,
     allow_pickle: AllowPickle = False,
     device: Device = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: ForceFiles = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -63,9 +56,9 @@ def verify(
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
     check_report_files(files, inputs=[bundle, *([against] if against else [])], force=force, json=json)
-    if html is not None:
-        check_available()
-    from lorazip_core.report.outcome import told
+    from lorazip_core.report.junit import junit
+    from lorazip_core.report.markdown import markdown
+    from lorazip_core.report.outcome import finding_lines
     from lorazip_core.verify.run import verify_by_module
 
     result = verify_by_module(
@@ -78,36 +71,25 @@ def verify(
         progress=progress(quiet),
     )
     report = result.report
-    for path, data in _contents(files, result):
-        write_data(path, data)
-    if json:
-        console.json(report)
-    elif not quiet:
-        _render(report)
-    for text in told(report):
+    write_report_files(
+        files,
+        {
+            "-o": lambda: console.json_bytes(report),
+            "--report": lambda: verify_page(result).encode(),
+            "--junit": lambda: junit([report]),
+            "--summary": lambda: markdown(report).encode(),
+        },
+    )
+    console.show(report, _render, as_json=json, quiet=quiet)
+    for text in finding_lines(report):
         console.error(text)
     if not quiet:
         console.warn_of(report.warnings)
     return report.exit_code
 
 
-def _contents(files: Mapping[str, Path | None], result: Verification) -> list[tuple[Path, bytes]]:
-    """What goes into the files that were asked for; made before the first is written."""
-    from lorazip_core.report import verify_page
-    from lorazip_core.report.junit import junit
-    from lorazip_core.report.markdown import markdown
-
-    make: dict[str, Callable[[], bytes]] = {
-        "-o": lambda: canonical_json(msgspec.to_builtins(result.report)),
-        "--report": lambda: verify_page(result).encode(),
-        "--junit": lambda: junit([result.report]),
-        "--summary": lambda: markdown(result.report).encode(),
-    }
-    return [(path, make[option]()) for option, path in files.items() if path is not None]
-
-
 def _render(report: VerifyReport) -> None:
-    from lorazip_core.report.outcome import verdict
+    from lorazip_core.report.outcome import kept_as, verdict
 
     console.say(f"{report.bundle}: {verdict(report)}")
     summary = report.summary
@@ -122,12 +104,12 @@ def _render(report: VerifyReport) -> None:
         f"squared error, {report.errors_are}: mean {error(summary.mean_squared_error)},"
         f" p95 {error(summary.p95_squared_error)}, worst {error(summary.max_squared_error)}"
     )
-    worst = sorted(report.adapters, key=lambda adapter: -_squared_error(adapter))[:_WORST]
+    worst = sorted(report.adapters, key=lambda adapter: -_squared_error(adapter))[: console.LISTED]
     rows = [
         (
             adapter.name,
             error(_squared_error(adapter)),
-            adapter.scheme if adapter.cluster is None else f"{adapter.scheme}, cluster {adapter.cluster}",
+            kept_as(adapter),
             adapter.worst_module.name if adapter.worst_module else "-",
             error(adapter.worst_module.squared_error if adapter.worst_module else None),
         )
@@ -135,8 +117,8 @@ def _render(report: VerifyReport) -> None:
     ]
     console.say()
     console.say(table(("adapter", "squared error", "kept as", "worst module", "its error"), rows))
-    if len(report.adapters) > _WORST:
-        console.say(f"(the worst {_WORST} of {len(report.adapters)}; --json has them all)")
+    if len(report.adapters) > console.LISTED:
+        console.say(f"(the worst {console.LISTED} of {len(report.adapters)}; --json has them all)")
 
 
 def _squared_error(adapter: AdapterReport) -> float:

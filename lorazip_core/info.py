@@ -137,12 +137,12 @@ def _shards(bundle: Bundle) -> list[ShardEntry]:
 def _shares(bundle: Bundle, shard: ShardEntry, sizes: dict[str, int]) -> dict[int, int]:
     """A shard's bytes, divided among its adapters by the elements in their rows."""
     adapters = bundle.manifest.adapters
-    numbers = {
+    elements = {
         index: sum(_own_elements(bundle, adapters[index], module) for module in bundle.modules(adapters[index]))
         for index in shard.adapters
     }
-    total = sum(numbers.values())
-    return {index: sizes[shard.path] * number // max(total, 1) for index, number in numbers.items()}
+    total = sum(elements.values())
+    return {index: sizes[shard.path] * own // max(total, 1) for index, own in elements.items()}
 
 
 def _own_elements(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorazip_core.base.files import canonical_json, sha256_bytes, sha256_file
+from lorazip_core.base.digests import canonical_json, sha256_bytes, sha256_file
 
 BASIS, DIAG_BASIS = "bases/000.safetensors", "bases/001.safetensors"
 CORES, DIAG_CORES = "cores/000-000.safetensors", "cores/001-000.safetensors"

@@ -13,7 +13,7 @@ from hub import HubServer
 from huggingface_hub import close_session, constants
 
 import lorazip_core.fetch.options
-from lorazip_core.fetch.options import FetchOptions, Patience
+from lorazip_core.fetch.options import FetchOptions, RetryPolicy
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,8 +47,8 @@ def hub_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 @pytest.fixture
 def hub(hub_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """An empty Hub that HF_ENDPOINT names, and a `fetch` that does not wait long between attempts."""
-    patience = Patience(attempts=3, first_wait=0.01, seconds=600)
-    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, patience=patience))
+    retries = RetryPolicy(attempts=3, first_wait=0.01, seconds=600)
+    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, retries=retries))
     with HubServer(tokens=TOKENS, page_size=3) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server

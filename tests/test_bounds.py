@@ -11,7 +11,7 @@ import torch
 from lorazip_cli.main import main
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
-from lorazip_core.base.files import tree
+from lorazip_core.base.filesystem import tree
 from lorazip_core.compress.run import compress
 from lorazip_core.maths import batch
 from lorazip_core.maths.batch import Batch

@@ -19,8 +19,9 @@ from peft_fixtures import edit_weights
 from recorder import Recorder
 from reference_reader import ReferenceReader
 
+from lorazip_core.base.digests import safe_name
 from lorazip_core.base.errors import AdapterError, AdapterErrors, LocalError, LorazipError, OutputExists, UsageError
-from lorazip_core.base.files import safe_name, tree
+from lorazip_core.base.filesystem import tree
 from lorazip_core.base.progress import Advance
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle

@@ -23,8 +23,9 @@ from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.module import Module
 from lorazip_core.adapter.reader import Adapter, open_adapter
 from lorazip_core.adapter.writer import write_adapter
+from lorazip_core.base.digests import safe_name, sha256_file
 from lorazip_core.base.errors import BundleDamaged, OutputExists, Unsupported, UsageError
-from lorazip_core.base.files import safe_name, sha256_file, tree
+from lorazip_core.base.filesystem import tree
 from lorazip_core.base.threads import at_most
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.manifest import (

@@ -32,11 +32,11 @@ from random_adapters import plain, write_collection
 
 import lorazip_core.fetch.options
 from lorazip_core.adapter.lock import LOCK_NAME
-from lorazip_core.fetch import bring, workspace
+from lorazip_core.fetch import download, workspace
 from lorazip_core.fetch import hub as hub_module
+from lorazip_core.fetch.http_client import HttpClient
 from lorazip_core.fetch.hub import Hub
-from lorazip_core.fetch.manners import Manners
-from lorazip_core.fetch.options import FetchOptions, Patience
+from lorazip_core.fetch.options import FetchOptions, RetryPolicy
 
 LOG_IN = "set HF_TOKEN or run 'hf auth login'"
 KEPT = "what has arrived is kept: run again later"
@@ -58,11 +58,11 @@ def log_in_page(answer: Answer, request: object, chance: object) -> Answer:
     return Answer(200, {"Content-Type": "text/html"}, b"<html>log in</html>")
 
 
-def impatient(monkeypatch: pytest.MonkeyPatch, patience: Patience) -> list[float]:
-    """A `fetch` of this patience that does not wait; the seconds that it would have waited, as they come."""
+def impatient(monkeypatch: pytest.MonkeyPatch, retries: RetryPolicy) -> list[float]:
+    """A `fetch` of this retries that does not wait; the seconds that it would have waited, as they come."""
     waits: list[float] = []
     monkeypatch.setattr(hub_module, "sleep_using_event", lambda stopped: waits.append)
-    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, patience=patience))
+    monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, retries=retries))
     return waits
 
 
@@ -227,7 +227,7 @@ class TestTrouble:
         self, good: Fetching, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
     ) -> None:
         """Of forty requests that fail side by side, one line for each round, with the reason and the time."""
-        waits = impatient(monkeypatch, Patience(attempts=4, first_wait=4.0))
+        waits = impatient(monkeypatch, RetryPolicy(attempts=4, first_wait=4.0))
         good.hub.faults.add(Status(503, "Service Unavailable"))
         assert good(*(f"ann/{n}" for n in range(40)), *arguments) == 7
         lines = [line for line in good.err.splitlines() if "trying again" in line]
@@ -239,7 +239,7 @@ class TestTrouble:
         assert {match and match[1] for match in found} <= {f"{seconds:.0f}" for seconds in waits}
 
     def test_why_nobody_answers_is_said(self, good: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
-        impatient(monkeypatch, Patience(attempts=3, first_wait=4.0))
+        impatient(monkeypatch, RetryPolicy(attempts=3, first_wait=4.0))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -286,7 +286,7 @@ class TestTrouble:
     def test_a_slash_at_the_end_of_the_address(self, hub_client: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """Servers differ in what they make of two in a row."""
         monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
-        assert Hub(Manners(print), Patience()).endpoint == "https://mirror.example"
+        assert Hub(HttpClient(print), RetryPolicy()).endpoint == "https://mirror.example"
 
     @pytest.mark.parametrize("path", ["README", "config", "safetensors"])
     def test_corrupt_once(self, good: Fetching, path: str) -> None:
@@ -656,19 +656,19 @@ class TestLocalResources:
 
     def test_the_disk_is_full_on_the_way(self, good: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
         good.hub.catalogue.add(*(repository(f"ann/x{n}", n) for n in range(9)))
-        link = bring.link_or_copy
+        link = download.link_or_copy
 
         def full(source: Path, target: Path) -> None:
             if target.parent.name.startswith("ann-x5"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
             link(source, target)
 
-        monkeypatch.setattr(bring, "link_or_copy", full)
+        monkeypatch.setattr(download, "link_or_copy", full)
         assert good("org:ann", "--jobs", "1") == 8
         (line,) = good.errors
         assert line.endswith("No space left on device (free some space, or choose another -o)")
         assert sorted(path.name for path in (good.directory / "ann").iterdir()) == ["a", *(f"x{n}" for n in range(5))]
-        monkeypatch.setattr(bring, "link_or_copy", link)
+        monkeypatch.setattr(download, "link_or_copy", link)
         assert good("org:ann") == 0
 
     def test_another_run_at_work(self, good: Fetching) -> None:

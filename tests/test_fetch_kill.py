@@ -29,7 +29,7 @@ from lorazip_core.adapter.lock import LOCK_NAME, read_lock
 NURSERY = """
 import contextlib, io, json, os, sys
 from lorazip_cli.main import main
-import lorazip_core.fetch.workspace as workspace
+import lorazip_core.base.atomic as atomic
 
 with contextlib.redirect_stderr(io.StringIO()):
     assert main(["fetch", "./absent", "-o", "./absent either"]) == 2  # imports the rest
@@ -43,7 +43,7 @@ def die_at(step, folder, wanted):
         nonlocal done, finishing
         if event in EVENTS:
             what = f"{event} {args}"
-            finishing = finishing or (event == "open" and ".lorazip-fetch/lorazip.lock" in what and "'w" in what)
+            finishing = finishing or (event == "open" and ".lorazip-fetch/.lorazip.lock." in what and "'w" in what)
             if finishing == wanted and (finishing or folder in what):
                 done += 1
                 if done == step:
@@ -54,7 +54,7 @@ def die_at(step, folder, wanted):
         watch("open", (str(path), "half of it"))
         whole(path, data)
 
-    whole, workspace.write_file = workspace.write_file, write_file
+    whole, atomic.write_file = atomic.write_file, write_file
     sys.addaudithook(watch)
 
 for line in sys.stdin:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorazip_core.adapter.lock import Origin, is_inner_path
 from lorazip_core.fetch.names import give_names, identity
-from lorazip_core.fetch.wanted import Wanted
+from lorazip_core.fetch.requested import RequestedAdapter
 
 part = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/\\"), min_size=1, max_size=8).filter(
     lambda text: text not in (".", "..")
@@ -36,7 +36,7 @@ origins = st.lists(hub | local, unique_by=identity, max_size=12)
 
 
 def names(origins: list[Origin], taken: dict[tuple[str, str, str], str] | None = None) -> dict[Origin, str]:
-    wanted = [Wanted(origin, None, ()) for origin in origins]
+    wanted = [RequestedAdapter(origin, None, ()) for origin in origins]
     return {wanted.origin: wanted.name for wanted in give_names(wanted, taken or {})}
 
 

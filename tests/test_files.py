@@ -1,4 +1,4 @@
-"""files: directories that appear whole or not at all, names, and canonical JSON."""
+"""base: directories that appear whole or not at all, names, and canonical JSON."""
 
 from __future__ import annotations
 
@@ -14,19 +14,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorazip_core.base import files
+from lorazip_core.base import atomic, filesystem
+from lorazip_core.base.atomic import Building, atomic_directory, check_output, resumable_directory
+from lorazip_core.base.digests import canonical_json, safe_name, sha256_bytes, sha256_file
 from lorazip_core.base.errors import Interrupted, LocalError, OutputExists
-from lorazip_core.base.files import (
-    Building,
-    atomic_directory,
-    canonical_json,
-    resumable_directory,
-    safe_name,
-    settle,
-    sha256_bytes,
-    sha256_file,
-    tree,
-)
+from lorazip_core.base.filesystem import chmod_to_umask, tree
 from lorazip_core.bundle.manifest import InnerPath
 
 
@@ -93,13 +85,13 @@ def test_an_existing_output_is_refused_without_force(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(OutputExists):
-        files.check_output(tmp_path / "dangling", force=False, not_ours=not_ours)
+        check_output(tmp_path / "dangling", force=False, not_ours=not_ours)
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_force_replaces_what_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     put(tmp_path / "out", "old")
     (tmp_path / "out/more").write_text("")
     put(tmp_path / "out", "new", force=True)
@@ -192,7 +184,7 @@ def test_an_interruption_at_any_rename_loses_neither(
     """Interrupted just before or after the n-th rename, the output is whole at once: old or new."""
     put(tmp_path / "out", "old")
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     count = 0
     rename = Path.rename
 
@@ -228,15 +220,15 @@ def test_two_writers_of_one_target(tmp_path: Path) -> None:
 
 def test_a_writer_that_finishes_while_another_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second opens .partial, the first renames it into place, the second gets the lock: of the finished output."""
-    flock = files.fcntl.flock
+    flock = atomic.fcntl.flock
 
     def late(handle: int, operation: int) -> None:
-        monkeypatch.setattr(files.fcntl, "flock", flock)
+        monkeypatch.setattr(atomic.fcntl, "flock", flock)
         (tmp_path / ".out.partial/mark").write_text("first")
         (tmp_path / ".out.partial").rename(tmp_path / "out")
         flock(handle, operation)
 
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
     with pytest.raises((LocalError, OutputExists)):
         put(tmp_path / "out", "second")
     assert (tmp_path / "out/mark").read_text() == "first"
@@ -352,15 +344,16 @@ def test_two_runs_do_not_go_on_from_one_work(tmp_path: Path) -> None:
         (building.path / "mark").touch()
 
 
-def test_files_are_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_fsynced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that will be there, files and directories, before it gets its name; pieces of work need not be."""
     synced = set()
 
-    def sync(path: Path) -> None:
+    def fsync(path: Path) -> None:
         synced.add(path)
         assert not (tmp_path / "out").exists() or path == tmp_path
 
-    monkeypatch.setattr(files, "sync", sync)
+    for module in (filesystem, atomic):
+        monkeypatch.setattr(module, "fsync", fsync)
     with resumable_directory(tmp_path / "out", force=False, not_ours=not_ours) as building:
         (building.work(KEY) / "piece").touch()
         (building.path / "sub").mkdir()
@@ -392,10 +385,10 @@ def umask(mask: int) -> Iterator[None]:
 def test_permissions_are_those_of_the_umask(tmp_path: Path, mask: int) -> None:
     with umask(mask):
         with build(tmp_path / "out") as folder:
-            files.write_file(folder / "sub/file", b"x")
+            filesystem.write_file(folder / "sub/file", b"x")
             (folder / "mark").touch(mode=0o600)
-            settle(folder / "mark")
-        assert os.umask(mask) == mask  # settle only looks
+            chmod_to_umask(folder / "mark")
+        assert os.umask(mask) == mask  # it only looks
     for name in ("mark", "sub/file"):
         assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o666 & ~mask
     for name in ("", "sub"):

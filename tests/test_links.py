@@ -12,7 +12,7 @@ from random_adapters import plain, write_collection
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.lock import LOCK_NAME, Lock, LockedAdapter, LockedFile, Origin, encode_lock
-from lorazip_core.base.files import sha256_file
+from lorazip_core.base.digests import sha256_file
 from lorazip_core.bundle.reader import Bundle
 
 WEIGHTS = "adapter_model.safetensors"

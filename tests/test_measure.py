@@ -17,8 +17,8 @@ from lorazip_cli.main import main
 from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.module import Module
 from lorazip_core.adapter.reader import Adapter
+from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterError
-from lorazip_core.base.files import sha256_file
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.losses import Losses
 from lorazip_core.bundle.reader import Bundle

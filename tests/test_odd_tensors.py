@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorazip_cli.main import main
-from lorazip_core.adapter.layout import TORCH_DTYPES
 from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.base.errors import AdapterError
+from lorazip_core.base.safetensors_header import TORCH_DTYPES
 from lorazip_core.reading.groups import by_layout
 from lorazip_core.reading.norms import finite_extras
 

@@ -18,8 +18,9 @@ from random_adapters import plain, write_collection
 
 from lorazip_cli import failures
 from lorazip_cli.main import main
-from lorazip_core.base import files
-from lorazip_core.base.files import atomic_directory, naming, resumable_directory, tree
+from lorazip_core.base import atomic, filesystem
+from lorazip_core.base.atomic import atomic_directory, resumable_directory
+from lorazip_core.base.filesystem import naming, tree
 from lorazip_core.bundle.check import BESIDE
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.writer import not_of_bundle
@@ -398,7 +399,7 @@ class TestPermissions:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
         (tmp_path / "out").mkdir()
-        monkeypatch.setattr(files, "_remove", locked)
+        monkeypatch.setattr(atomic, "_remove", locked)
         with atomic_directory(tmp_path / "out", force=True, not_ours=lambda folder: None) as folder:
             (folder / "file").write_text("new")
         assert (tmp_path / "out/file").read_text() == "new"
@@ -450,7 +451,7 @@ class TestSpace:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 500))
+        monkeypatch.setattr(filesystem.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 500))
         argv = VERBS[verb](made, tmp_path / "out")
         assert main([str(each) for each in argv]) == 8
         error = capsys.readouterr().err
@@ -460,14 +461,14 @@ class TestSpace:
         assert not list(tmp_path.iterdir())
 
     def test_what_an_interrupted_run_left_counts_as_free(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 5_000))
+        monkeypatch.setattr(filesystem.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 5_000))
         (tmp_path / ".out.partial").mkdir()
         (tmp_path / ".out.partial/piece").write_bytes(bytes(6_000))
-        files.check_space(tmp_path / "out", 10_000)
+        filesystem.check_space(tmp_path / "out", 10_000)
 
     def test_a_file_system_that_does_not_tell_is_trusted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
-        files.check_space(tmp_path / "out", 10**9)
+        monkeypatch.setattr(filesystem.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+        filesystem.check_space(tmp_path / "out", 10**9)
 
     def test_the_plan_of_an_export_is_about_what_it_takes(self, made: Path) -> None:
         bundle = Bundle(made / "bundle")

@@ -22,8 +22,9 @@ from reference_reader import ReferenceReader
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.lock import LOCK_NAME, Lock, LockedAdapter, LockedFile, Origin, encode_lock
+from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterErrors
-from lorazip_core.base.files import sha256_file, tree
+from lorazip_core.base.filesystem import tree
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export

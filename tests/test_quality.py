@@ -20,7 +20,7 @@ from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.report.junit import junit
 from lorazip_core.report.markdown import markdown
-from lorazip_core.report.outcome import is_good, limit_of_adapters, told, verdict
+from lorazip_core.report.outcome import finding_lines, is_good, limit_of_adapters, verdict
 from lorazip_core.verify.run import verify
 
 
@@ -111,7 +111,7 @@ def test_adapters_that_lorazip_exported_are_one_cause(
 def test_many_findings_of_a_kind_are_told_by_the_first_ones() -> None:
     failed = [Finding("max-error", None, "above", damage=False, adapter=f"a{i}") for i in range(11)]
     torn = [Finding("wrong-digest", f"cores/{i}", "torn", damage=True) for i in range(10)]
-    lines = told(made_up(11, findings=(*torn, *failed)).report)
+    lines = finding_lines(made_up(11, findings=(*torn, *failed)).report)
     assert lines[:10] == [f"cores/{i}: torn" for i in range(10)]
     assert lines[10:] == ["a0: above", "a1: above", "a2: above", "max-error: 8 more; --json has them all"]
 
@@ -151,7 +151,7 @@ def test_a_verdict_counts_what_is_warned_of(unlike: Path, lossy: Path, tmp_path:
 
 def test_pages_colour_what_is_above_the_limit(unlike: Path, lossy: Path) -> None:
     pytest.importorskip("plotly")
-    from lorazip_core.report import verify_page
+    from lorazip_core.report.html import verify_page
     from lorazip_core.verify.run import verify_by_module
 
     errors = sorted(adapter.claimed_squared_error for adapter in verify(lossy).adapters)

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from lorazip_core.adapter import weights
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.adapter.reader import Adapter
+from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterError, AdapterErrors
-from lorazip_core.base.files import sha256_file
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.reading import blocks, buffers, contents, stacks
 from lorazip_core.reading.buffers import Buffers

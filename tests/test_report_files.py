@@ -16,6 +16,7 @@ from random_bundle import make_bundle
 import lorazip_core.verify.run
 from lorazip_cli import report_file
 from lorazip_cli.main import main
+from lorazip_core.base import atomic
 
 OPTIONS = ("-o", "--report", "--junit", "--summary")
 
@@ -184,7 +185,7 @@ class TestInPlace:
             path.write_bytes(data[:3])
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr(report_file, "write_file", full)
+        monkeypatch.setattr(atomic, "write_file", full)
         assert verify(bundle, "--summary", "old", "--force") == 8
         assert Path("old").read_text() == "old"
         assert {path.name for path in Path().iterdir()} == {"bundle", "originals", "old"}

@@ -24,8 +24,8 @@ import lorazip_core.report.charts as charts
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.check import Finding
-from lorazip_core.report import check_available, cluster_page, verify_page
 from lorazip_core.report.charts import MOST_ROWS, colours, literal, natural_order, short
+from lorazip_core.report.html import check_available, cluster_page, verify_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

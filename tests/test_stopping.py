@@ -19,7 +19,7 @@ from recorder import Recorder
 
 import lorazip_cli.interrupt
 import lorazip_core.adapter.reader
-import lorazip_core.base.files
+import lorazip_core.base.digests
 import lorazip_core.base.threads
 import lorazip_core.clustering.similarity
 import lorazip_core.compress.individual
@@ -146,7 +146,7 @@ def test_compress_stops_within_it(
 @pytest.mark.parametrize(
     ("module", "verb"),
     [
-        (lorazip_core.base.files, "verify"),
+        (lorazip_core.base.digests, "verify"),
         (lorazip_core.verify.measure, "against"),
         (lorazip_core.export.exporter, "export"),
         (lorazip_core.base.threads, "cluster"),

@@ -13,33 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.safetensors_header import TORCH_DTYPES, HeaderTensor
 from .names import Names
 
 ALIGNMENT = 64  # bytes; where files and rows begin in the data of an adapter, so that any dtype can be viewed there
-
-# The dtypes of safetensors that torch has, with at least a byte for each number (F4 and F6 have less).
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 class TensorInfo(NamedTuple):
@@ -128,14 +105,6 @@ class Layout:
     def size(self) -> int:
         """Bytes of the data, up to a multiple of 64."""
         return aligned(self.regions[-1].end)
-
-
-class HeaderTensor(NamedTuple):
-    """What the header of one file says of a tensor; ``begin`` counts from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
 
 
 FileTensors = tuple[int, dict[str, HeaderTensor]]

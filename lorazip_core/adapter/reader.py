@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..base.errors import AdapterError
+from ..base.safetensors_header import TORCH_DTYPES
 from .config import CONFIG_NAME, LoraConfig, parse_config
 from .dora import check_magnitudes, is_magnitude
 from .experts import Whole, cut_experts, find_targets
 from .foreign import format_of, refuse_foreign
-from .layout import TORCH_DTYPES, Cut, Layout, TensorInfo, view
+from .layout import Cut, Layout, TensorInfo, view
 from .module import Module, module_name, module_of, split_key
 from .unreadable import unreadable
 from .weights import FLOATS, HandlePool, Layouts, WeightFile, copy_tensor, opener, read_fully, weight_files

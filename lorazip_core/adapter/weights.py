@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..base.errors import AdapterError
+from ..base.safetensors_header import SAFETENSORS_DTYPES, HeaderTensor, parse_header, read_header
 from .config import LFS_MAGIC
 from .foreign import refuse_foreign
-from .layout import TORCH_DTYPES, FileTensors, HeaderTensor, Layout, lay_out
+from .layout import FileTensors, Layout, lay_out
 from .names import ordinary_names
 
 SAFETENSORS = "adapter_model.safetensors"
@@ -30,10 +31,8 @@ INDEX = "adapter_model.safetensors.index.json"
 PICKLE = "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _MOST_OPEN = 256
 _NO_TENSOR = re.compile(r"GLOBAL (\S{1,100})")  # how torch names what it does not load with weights_only=True
-_FIRST_READ = 2**15  # bytes; the header of 192 tensors takes about 20 KiB
 
 
 class Header(NamedTuple):
@@ -96,7 +95,7 @@ class Layouts:
         self._files: dict[tuple[Header, int], FileTensors] = {}
         self._by_headers: dict[tuple[Header | None, ...], Layout] = {}
         self._by_content: dict[Any, Layout] = {}
-        self._likely_size = _FIRST_READ
+        self._likely_size = 0
 
     def read(self, adapter: str, files: Sequence[Path]) -> tuple[Layout, tuple[WeightFile, ...]]:
         """Read the headers of an adapter's ``files`` (but for a pickle, which has none, no tensors).
@@ -130,13 +129,9 @@ class Layouts:
     def _header(self, adapter: str, path: Path) -> tuple[Header, FileTensors]:
         descriptor = Descriptor(path)
         size = os.fstat(descriptor.number).st_size
-        data = os.pread(descriptor.number, self._likely_size, 0)
+        data = read_header(descriptor.number, self._likely_size)
         if data.startswith(LFS_MAGIC):
             raise AdapterError(adapter, f"{path.name} is a Git LFS pointer, not weights", "run 'git lfs pull'")
-        end = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < end <= size:
-            data += os.pread(descriptor.number, end - len(data), len(data))
-        data = data[:end]
         header = Header(len(data), hashlib.sha256(data).digest())
         known = self._files.get((header, size))
         if known is None:
@@ -149,7 +144,7 @@ class Layouts:
         own: dict[str, HeaderTensor] = {}
         end = 0
         for name, tensor in state.items():
-            own[name] = HeaderTensor(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), end)
+            own[name] = HeaderTensor(SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), end)
             end += tensor.nbytes
         return None, (end, own)
 
@@ -159,18 +154,14 @@ def _checked(adapter: str, path: Path, header: bytes, size: int) -> FileTensors:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-        fields: dict[str, Any] = json.loads(header[8:])
+        tensors = parse_header(header)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             adapter, f"{path.name} is truncated or no safetensors file: {error}", "fetch it again"
         ) from None
-    if fields.keys() - {"__metadata__"} != set(names):
+    if tensors.keys() != set(names):
         raise AdapterError(adapter, f"{path.name} changed while it was being read", "try again when it is written")
-    own = {
-        name: HeaderTensor(fields[name]["dtype"], tuple(fields[name]["shape"]), fields[name]["data_offsets"][0])
-        for name in names
-    }
-    return size - len(header), own
+    return size - len(header), {name: tensors[name] for name in names}
 
 
 def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Callable[[Path], bool]) -> list[Path]:

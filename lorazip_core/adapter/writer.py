@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.files import naming, settle, write_file
+from ..base.filesystem import chmod_to_umask, naming, write_file
 from .config import CONFIG_NAME
 from .module import Module
 from .weights import SAFETENSORS
@@ -34,6 +34,6 @@ def write_adapter(
         tensors[key_b], tensors[key_a] = shaped_b.contiguous(), shaped_a.contiguous()
     with naming(folder / SAFETENSORS):
         save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
-    settle(folder / SAFETENSORS)
+    chmod_to_umask(folder / SAFETENSORS)
     write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     write_file(folder / "README.md", readme.encode())

@@ -22,12 +22,12 @@ def find_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a GPU; 0 of the CPU."""
+    """Bytes that are free on a GPU; 0 for the CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
-def hold_to(device: torch.device, most: int | None) -> None:
-    """Have PyTorch refuse memory of a GPU beyond ``most`` bytes; it gives back what it only keeps before it does."""
+def limit_memory(device: torch.device, most: int | None) -> None:
+    """Have PyTorch use at most so many bytes of a GPU; before it refuses more, it frees what its cache holds."""
     if device.type == "cuda" and most is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)

@@ -1,4 +1,4 @@
-"""How long work reports where it is, without knowing whether anybody looks."""
+"""How work that takes long reports its progress, whether or not anybody shows it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Protocol
 
 Advance = Callable[[int], None]
 Share = Callable[[float], None]
-"""Told, as one piece of work goes on, which further share of it is done: they add up to 1."""
+"""Called with each further share of one piece of work that is done; the shares add up to 1."""
 
 
 def unheard(share: float) -> None:
-    """A `Share` that tells nobody."""
+    """A `Share` that nobody looks at."""
 
 
 @contextmanager
 def part_of(whole: Share, size: float) -> Iterator[Share]:
-    """The `Share` of a part that is ``size`` of a ``whole``; what it was not told, of work that ends early, it adds."""
+    """The `Share` of a part that is ``size`` of a ``whole``; work that ends early counts as done."""
     left = 1.0
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         nonlocal left
         share = min(share, left)
         left -= share
         whole(share * size)
 
-    yield tell
-    tell(left)
+    yield report
+    report(left)
 
 
 class Transfer(Protocol):
@@ -43,7 +43,7 @@ class Transfer(Protocol):
 
 
 class Progress(Protocol):
-    """What a verb tells its caller while it works."""
+    """How a verb reports its progress to its caller."""
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """Open a stage of ``total`` steps; the function it yields is called with each number of steps done.
@@ -62,7 +62,7 @@ class Progress(Protocol):
 
 
 class SilentTransfer:
-    """A transfer that tells nobody."""
+    """A transfer that nobody looks at."""
 
     def received(self, size: int) -> None:
         pass
@@ -72,7 +72,7 @@ class SilentTransfer:
 
 
 class Silent:
-    """A progress that tells nobody."""
+    """A progress that nobody looks at."""
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Advance]:

@@ -1,7 +1,7 @@
-"""Cooperative cancellation: work that takes long looks between its steps whether it should stop.
+"""Cooperative cancellation: work that takes long checks between its steps whether it should stop.
 
-A request is one for the whole process; who may make one, such as the handler of a signal, decides that. Work in the
-threads of `workers.in_order` also stops when nobody waits for its result any more.
+A request, as of the handler of a signal, is for the whole process. Work in the threads of `threads.in_order` also stops
+when its result is not needed any more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _of_thread = threading.local()
 
 
 def request_stop() -> None:
-    """Have all work of this process stop at its next look, until `clear_stop`."""
+    """Have all work of this process stop at its next `check_stop`, until `clear_stop`."""
     _requested.set()
 
 
@@ -30,7 +30,7 @@ def stop_requested() -> bool:
 
 
 def stop_with(abandoned: threading.Event) -> None:
-    """Have the work of this thread stop as soon as ``abandoned`` is set, too."""
+    """Have the work of this thread stop when ``abandoned`` is set, too."""
     _of_thread.abandoned = abandoned
 
 
@@ -43,7 +43,7 @@ def check_stop() -> None:
 
 @contextmanager
 def stop_unmasked() -> Iterator[None]:
-    """KeyboardInterrupt raised inside a C extension can come out as another exception: here it is itself again."""
+    """Raise KeyboardInterrupt for an exception that follows a request: C extensions can turn the one into the other."""
     try:
         yield
     except Exception:

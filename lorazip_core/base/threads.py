@@ -1,7 +1,9 @@
-"""Independent pieces of work on all cores of the CPU, one thread each.
+"""Work in several threads: computations, one thread of PyTorch each, and work that waits for files or servers.
 
 The matrices of one module are too small for several threads to share, and the result of a product can depend on how
 many there are. So pieces run side by side and each uses one thread: faster, and the same bytes on any number of cores.
+
+PyTorch, which takes seconds to load, is imported by those that compute with it and not by this module.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from .stopping import check_stop, stop_with
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,14 +29,14 @@ _limit = _MOST
 
 
 def cores() -> int:
-    """The cores that this process may use, as far as they are worth a worker each."""
+    """The cores that this process may use, at most as many as `in_order` has workers."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MOST, there)
 
 
 @contextmanager
 def at_most(workers: int) -> Iterator[None]:
-    """Have no more than ``workers`` at work at a time, so that memory is bounded; what they make stays the same."""
+    """Let `in_order` have at most so many workers in the block, which bounds memory; the results stay the same."""
     global _limit
     before, _limit = _limit, workers
     try:
@@ -43,11 +46,23 @@ def at_most(workers: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of PyTorch for each step of this thread, also beside a GPU: the steps are small.
+def thread_pool(threads: int) -> Iterator[Executor]:
+    """Threads for work that waits more than it computes; what has not begun when the block ends never does."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    More of them would wait for each other, longest where other programs want the cores too.
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread on the CPU in the block, also when a GPU computes: the steps are small.
+
+    More threads would wait for each other, longest where other programs want the cores too.
     """
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,14 +76,17 @@ def in_order(
 ) -> Generator[R, None, None]:
     """``function`` of every item, in the order of the items, several at once on the CPU and one by one on a GPU.
 
-    Few results wait at any time, so that a slow consumer does not fill the memory. Whoever may not use them all closes
-    the generator: what is under way ends at its next `check_stop`, and nothing runs any more when `close` returns.
+    At most as many results as ``workers`` wait, so that a slow consumer does not fill the memory; with one worker, each
+    item is computed while the caller still uses the result before. A caller that may not use all of them closes the
+    generator: what is under way ends at its next `check_stop`, and nothing runs any more when `close` returns.
     """
     if device.type != "cpu":
         for item in items:
             check_stop()
             yield function(item)
         return
+    import torch
+
     threads = torch.get_num_threads()
     workers = min(workers, _limit, cores())
     abandoned = Event()
@@ -89,18 +107,7 @@ def in_order(
 
 
 def _start_worker(abandoned: Event) -> None:
+    import torch
+
     torch.set_num_threads(1)
     stop_with(abandoned)
-
-
-def loaded_ahead(load: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """``load`` of every item, in order, each while the caller still works with the one before."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[R] | None = None
-        for item in items:
-            loading = pool.submit(load, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = loading
-        if waiting is not None:
-            yield waiting.result()

@@ -17,17 +17,17 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..adapter.layout import TORCH_DTYPES
 from ..base.errors import BundleDamaged
-from ..base.files import tree
+from ..base.filesystem import tree
 from ..base.progress import Advance
+from ..base.safetensors_header import TORCH_DTYPES
 from ..base.text import printable
 from ..base.threads import in_order
 from ..schemes.registry import SCHEMES
 from ..schemes.scheme import ANY, Scheme, Shape, Size, TensorSpec
 from .finding import Finding
+from .kinds import MANIFEST_NAME
 from .manifest import (
-    MANIFEST_NAME,
     SHARED_EXTRAS,
     AdapterEntry,
     ClusterEntry,

@@ -1,4 +1,4 @@
-"""What a path is that a command was given: a bundle, adapters, or something that another command takes.
+"""What is at a path that a command was given: a bundle, adapters, or something that another command takes.
 
 Nothing here loads more than the standard library and msgspec, so that a mistake is answered at once.
 """
@@ -8,33 +8,35 @@ from __future__ import annotations
 import os
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from ..adapter.lock import LOCK_NAME
+from ..base.atomic import MARKER
 from ..base.errors import UsageError
 
-# As in the modules that write these files, each of which loads torch.
-_MANIFEST = "manifest.json"
-_CONFIG = "adapter_config.json"
-_EXPORT = "export.json"
-_MARKER = ".lorazip"
-_BUNDLE_FORMAT = "lorazip.bundle"
+FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
+MANIFEST_NAME = "manifest.json"
+EXPORT_NAME = "export.json"
+"""The report that ``export`` leaves beside the adapters that it writes."""
+
+_CONFIG = "adapter_config.json"  # as in the module that reads it, which loads torch
 _BUNDLE_FOLDERS = ("bases", "cores", "individual", "extras", "configs")
 _VERBS = {"clusters": "cluster", "lock": "fetch", "plan": "compress"}  # of schemas that are not named for theirs
-_LOOKED_INTO = 10_000  # folders, before adapters are given up that would only be named
+_LOOKED_INTO = 10_000  # folders, of those that may hold adapters: whether they do only changes the message
 
 
 class Kind(Struct, frozen=True):
-    """What a path is, and what to do with it, in words."""
+    """What is at a path, and what to do with it, in words."""
 
     what: str
     hint: str
 
 
 class _Head(Struct):
-    """What the JSON files of lorazip say of themselves."""
+    """The fields by which JSON files of lorazip are recognised."""
 
     schema: str | None = None
     format: str | None = None
@@ -51,15 +53,17 @@ def check_bundle_path(path: Path) -> None:
         return
     if found is not None:
         raise UsageError(f"{path} is {found.what}, not a bundle", found.hint)
-    what = "its manifest.json is not that of a bundle" if (path / _MANIFEST).exists() else f"it has no {_MANIFEST}"
+    what = (
+        "its manifest.json is not that of a bundle" if (path / MANIFEST_NAME).exists() else f"it has no {MANIFEST_NAME}"
+    )
     raise UsageError(f"{path} is not a bundle: {what}", "name a directory that 'lorazip compress' wrote")
 
 
 def check_adapters_path(path: Path, *, may_be_empty: bool = False, typed: str | None = None) -> None:
     """Raise UsageError for what is no directory of adapters at first sight; adapters are not looked for.
 
-    A file that is not lorazip's is let through: whoever looks for adapters knows those of other tools by name. Messages
-    name the path as it was ``typed``, if that is not how it is found.
+    A file that is not lorazip's passes: the search for adapters names those of other tools. Messages have the path as
+    it was ``typed``, if that differs.
     """
     shown = typed or str(path)
     if not path.exists():
@@ -76,8 +80,8 @@ def check_adapters_path(path: Path, *, may_be_empty: bool = False, typed: str | 
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a directory has the manifest of a bundle, whatever else is to be said of it."""
-    return _head(folder / _MANIFEST).format == _BUNDLE_FORMAT
+    """Whether a directory has the manifest of a bundle, sound or not."""
+    return _head(folder / MANIFEST_NAME).format == FORMAT
 
 
 def is_adapter(folder: Path) -> bool:
@@ -105,7 +109,7 @@ def _known_file(path: Path) -> Kind | None:
     if path.is_dir():
         return None
     folder = path.parent
-    if path.name == _MANIFEST and is_bundle(folder):
+    if path.name == MANIFEST_NAME and is_bundle(folder):
         return Kind("a file of a bundle", f"name the bundle, {folder}")
     if is_adapter(folder):
         return Kind("a file of an adapter", "name the directory that the adapter is in")
@@ -116,7 +120,7 @@ def _known_file(path: Path) -> Kind | None:
 
 
 def _unfinished(path: Path) -> Kind | None:
-    if not (path / _MARKER).exists():
+    if not (path / MARKER).exists():
         return None
     return Kind(
         "what an unfinished run has left", "the same command goes on from there, and removes it when it is done"
@@ -142,7 +146,7 @@ def _around_bundle(path: Path) -> Kind | None:
 
 def _adapters(path: Path) -> Kind | None:
     compress = f"'lorazip compress {path} -o BUNDLE' makes one of it"
-    schema = schema_of(path / _EXPORT)
+    schema = schema_of(path / EXPORT_NAME)
     if schema is not None and schema.startswith("lorazip.export/"):
         return Kind("a directory of exported adapters", "name the bundle that they come from")
     if (path / LOCK_NAME).is_file():

@@ -13,14 +13,12 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..adapter.lock import Origin
+from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
-from ..base.files import canonical_json, sha256_bytes
 from ..schemes.registry import SCHEMES, methods
-from .kinds import check_bundle_path
+from .kinds import FORMAT, MANIFEST_NAME, check_bundle_path
 
-FORMAT: Literal["lorazip.bundle"] = "lorazip.bundle"
 FORMAT_VERSION: Literal[1] = 1
-MANIFEST_NAME = "manifest.json"
 
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]

@@ -17,20 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..base.digests import sha256_bytes, sha256_stream
 from ..base.errors import BundleDamaged
-from ..base.files import naming, sha256_bytes, sha256_stream, system_error
+from ..base.filesystem import naming, system_error
 from ..schemes.registry import SCHEMES
 from ..schemes.scheme import Scheme
-from .manifest import (
-    MANIFEST_NAME,
-    AdapterEntry,
-    ClusterEntry,
-    FileEntry,
-    Manifest,
-    ModuleEntry,
-    ShardEntry,
-    read_manifest,
-)
+from .kinds import MANIFEST_NAME
+from .manifest import AdapterEntry, ClusterEntry, FileEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,20 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter.layout import TORCH_DTYPES
 from ..base.errors import LocalError
+from ..base.safetensors_header import SAFETENSORS_DTYPES, TORCH_DTYPES, parse_header, read_header
 
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+DTYPES = {code.lower(): TORCH_DTYPES[code] for code in ("BF16", "F16", "F32")}
 """What a bundle can store, by the names in its manifest."""
 
-# In the order in which safetensors puts them into a file, from the last to the first.
-_ORDER = (
-    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
-    *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
-)
-_CODES = {TORCH_DTYPES[code]: code for code in _ORDER if code in TORCH_DTYPES}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_PLACES = {dtype: place for place, dtype in enumerate(_CODES)}
+_ORDER = {dtype: number for number, dtype in enumerate(SAFETENSORS_DTYPES)}
 _ALIGNMENT = 8
 _TOGETHER = 2**25  # bytes
 
@@ -65,10 +58,10 @@ class TensorFileWriter:
         self, path: Path, layouts: Mapping[str, TensorLayout], *, metadata: Mapping[str, str] | None = None
     ) -> None:
         for name, layout in layouts.items():
-            if layout.dtype not in _CODES:
+            if layout.dtype not in SAFETENSORS_DTYPES:
                 raise LocalError(f"{path}: tensor {name}: safetensors has no {layout.dtype}", "leave the adapter out")
-        self.order = sorted(layouts, key=lambda name: (-_PLACES[layouts[name].dtype], name))
-        self._place = {name: place for place, name in enumerate(self.order)}
+        self.order = sorted(layouts, key=lambda name: (-_ORDER[layouts[name].dtype], name))
+        self._number = {name: number for number, name in enumerate(self.order)}
         self.size_bytes = 0
         self.sha256 = ""
         self._layouts = layouts
@@ -115,19 +108,19 @@ class TensorFileWriter:
     def append_bytes(self, name: str, data: bytes | memoryview) -> None:
         """The next bytes of the tensor ``name``, as the file has them."""
         if self._at < 0 or self.order[self._at] != name:
-            self._pass_to(self._place[name])
+            self._pass_to(self._number[name])
             self._missing = self._layouts[name].size_bytes
         self._missing -= len(data)
         if self._missing < 0:
             raise ValueError(f"{self._path}: {name} has more bytes than its header says")
         self._write(data)
 
-    def _pass_to(self, place: int) -> None:
-        """Take up the tensor at ``place``; the one before it has to be complete, and those between to be empty."""
-        between = self.order[self._at + 1 : place]
-        if self._missing or place <= self._at or any(self._layouts[name].size_bytes for name in between):
+    def _pass_to(self, number: int) -> None:
+        """Go on to a tensor of ``order``; the present one has to be complete, and those between to be empty."""
+        between = self.order[self._at + 1 : number]
+        if self._missing or number <= self._at or any(self._layouts[name].size_bytes for name in between):
             raise ValueError(f"{self._path}: tensors are missing or not in order")
-        self._at = place
+        self._at = number
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
@@ -140,15 +133,11 @@ class TensorFileReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        self._start = 8 + length
-        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
-        self.layouts = {
-            name: TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
-        }
+        with self._opened() as handle:
+            header = read_header(handle)
+        tensors = parse_header(header)
+        self._offsets = {name: len(header) + tensor.begin for name, tensor in tensors.items()}
+        self.layouts = {name: TensorLayout(TORCH_DTYPES[dtype], shape) for name, (dtype, shape, _) in tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as a whole."""
@@ -181,7 +170,7 @@ class TensorFileReader:
             os.close(handle)
 
     def _read(self, handle: int, name: str, offset: int, size: int) -> bytes:
-        start = self._start + self._offsets[name] + offset
+        start = self._offsets[name] + offset
         data = os.pread(handle, size, start)
         while len(data) < size:  # the kernel reads at most 2 GiB at a time
             more = os.pread(handle, size - len(data), start + len(data))
@@ -194,7 +183,7 @@ class TensorFileReader:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> TensorFileWriter:
-    """A whole file at once; the writer, closed, tells its size and digest."""
+    """Write a whole file at once; the writer, closed, has its size and digest."""
     layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
     with TensorFileWriter(path, layouts, metadata=metadata) as writer:
         writer.append_all(tensors)
@@ -209,7 +198,7 @@ def _header(layouts: Mapping[str, TensorLayout], order: list[str], metadata: Map
     for name in order:
         dtype, shape = layouts[name]
         start, end = end, end + layouts[name].size_bytes
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % _ALIGNMENT)
 

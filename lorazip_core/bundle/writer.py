@@ -8,16 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..base.digests import sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported, UsageError
-from ..base.files import place, sha256_bytes, tree
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest, read_manifest
+from ..base.filesystem import link_or_copy, tree
+from .kinds import MANIFEST_NAME
+from .manifest import FileEntry, Manifest, encode_manifest, read_manifest
 from .tensor_file import TensorFileWriter, TensorLayout, layout_of
 
 
 class BundleWriter:
     """Writes the files of a bundle into a folder and keeps the list of them for the manifest.
 
-    Several threads may add files. Whoever made the folder brings it to the disk, all files together.
+    Several threads may add files. Whoever made the folder fsyncs it, all files together.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +68,7 @@ class BundleWriter:
     def add_file(self, path: str, source: Path, sha256: str) -> FileEntry:
         """Take a finished file over, by a link if possible; ``sha256`` is its digest."""
         target = self._target(path)
-        place(source, target)
+        link_or_copy(source, target)
         return self._add(FileEntry(path, target.stat().st_size, sha256))
 
     def finish(self, manifest: Manifest) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapter.collection import open_collection
 from ..adapter.notes import notes
-from ..base.device import find_device, hold_to
+from ..base.device import find_device, limit_memory
 from ..base.errors import UsageError
 from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
@@ -107,7 +107,7 @@ def cluster(
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
-    hold_to(device, options.device_memory)
+    limit_memory(device, options.device_memory)
     with at_most(within.workers), one_thread():
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
             scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import __version__
 from ..adapter.module import Module
 from ..adapter.reader import Adapter
-from ..base.files import safe_name
+from ..base.digests import safe_name
 from ..bundle.losses import Losses
 from ..bundle.manifest import (
     AdapterEntry,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..base.files import canonical_json, sha256_bytes, sha256_file
+from ..base.digests import canonical_json, sha256_bytes, sha256_file
 from ..planning.options import CompressOptions
 from ..reading.packs import Budget
 from ..reading.scan import Scan

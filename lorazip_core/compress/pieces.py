@@ -1,7 +1,7 @@
 """Finished pieces of work, each a file that tells by its own name whether it is whole.
 
-A piece is a safetensors file called ``NAME.SHA256``, written under a hidden name and then renamed. It is not brought to
-the disk: one that a power failure tore does not have the digest that its name says, and is made again.
+A piece is a safetensors file called ``NAME.SHA256``, written under a hidden name and then renamed. It is not fsynced:
+one that a power failure tore does not have the digest that its name says, and is made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.files import sha256_file
+from ..base.digests import sha256_file
 from ..base.progress import Progress
 from ..base.threads import in_order
 from ..bundle.tensor_file import TensorFileReader, write_tensors

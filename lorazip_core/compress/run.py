@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
-from ..base.device import find_device, hold_to
+from ..base.atomic import check_output, resumable_directory
+from ..base.device import find_device, limit_memory
 from ..base.errors import UsageError
-from ..base.files import check_output, check_space, resumable_directory
+from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
 from ..base.threads import at_most, in_order, one_thread
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Manifest, Parameters, SkippedEntry
-from ..bundle.places import check_place
+from ..bundle.output_path import check_output_path
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
@@ -102,7 +103,7 @@ def compress(
     started = time.monotonic()
     device = find_device(options.device)
     check_adapters_path(root)
-    check_place(output, [root])
+    check_output_path(output, [root])
     check_output(output, force=force, not_ours=not_of_bundle)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     options.check(len(collection.adapters))
@@ -114,7 +115,7 @@ def compress(
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
     within = room(device, collection, task, Bounds(options.memory, options.device_memory))
-    hold_to(device, options.device_memory)
+    limit_memory(device, options.device_memory)
     with (
         at_most(within.workers),
         one_thread(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.progress import Advance, Progress, Share, part_of
-from ..base.threads import in_order, loaded_ahead
+from ..base.threads import in_order
 from ..bundle.summary import is_adapter_within
 from ..reading.packs import Pack, Problem, packs
 from ..reading.updates import Updates
@@ -160,7 +160,7 @@ def encode_packs(job: SharedJob, generation: Generation, pieces: Pieces, advance
     if job.updates.device.type == "cpu":
         done = in_order(lambda number: store(solve(number, load(number))), missing, _CPU)
     else:  # what is solved is stored by another thread, and what is slow to load is loaded by one
-        inputs = map(load, missing) if job.updates.quick else loaded_ahead(load, missing)
+        inputs = map(load, missing) if job.updates.quick else in_order(load, missing, _CPU, workers=1)
         done = in_order(store, map(solve, missing, inputs), _CPU, workers=1)
     with closing(done):
         for problems in done:

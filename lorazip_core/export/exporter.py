@@ -19,13 +19,16 @@ from ..adapter.config import parse_config
 from ..adapter.experts import fuse
 from ..adapter.module import Module, Parameter
 from ..adapter.writer import write_adapter
+from ..base.atomic import atomic_directory, check_output
+from ..base.digests import canonical_json, safe_name
 from ..base.errors import AdapterError, BundleDamaged, Unsupported, UsageError
-from ..base.files import atomic_directory, canonical_json, check_output, check_space, safe_name, tree, write_file
+from ..base.filesystem import check_space, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
+from ..bundle.kinds import EXPORT_NAME
 from ..bundle.manifest import AdapterEntry, ModuleEntry
-from ..bundle.places import check_place
+from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
 from . import vllm
@@ -33,8 +36,6 @@ from .factors import Written, folded_factors, own_factors
 from .peft_config import folded_config, gives, own_config
 from .readme import Changes, readme
 from .size import export_bytes
-
-REPORT_NAME = "export.json"
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _SILENT = Silent()
@@ -135,22 +136,22 @@ def export(
             max_lora_rank=vllm.max_lora_rank([one.rank for one in exported]) if target == "vllm" else None,
         )
         here = msgspec.structs.replace(report, output=".")
-        write_file(partial / REPORT_NAME, canonical_json(msgspec.to_builtins(here)))
+        write_file(partial / EXPORT_NAME, canonical_json(msgspec.to_builtins(here)))
     return report
 
 
 def not_of_export(folder: Path) -> str | None:
     """Why a directory may not be replaced as an export, in words; None for one that has nothing but what it wrote."""
     try:
-        report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=ExportReport)
+        report = msgspec.json.decode((folder / EXPORT_NAME).read_bytes(), type=ExportReport)
     except FileNotFoundError:
-        return f"it has no {REPORT_NAME}"
+        return f"it has no {EXPORT_NAME}"
     except (IsADirectoryError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return f"{REPORT_NAME} is not that of an export"
+        return f"{EXPORT_NAME} is not that of an export"
     ours = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in _ADAPTER_FILES}
     for path in tree(folder):
-        if path not in ours and path != REPORT_NAME and not path.endswith("/"):
-            return f"{REPORT_NAME} does not name {path}"
+        if path not in ours and path != EXPORT_NAME and not path.endswith("/"):
+            return f"{EXPORT_NAME} does not name {path}"
     return None
 
 
@@ -167,7 +168,7 @@ def _check_options(
         raise UsageError(f"rank {rank}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    check_place(output, [bundle])
+    check_output_path(output, [bundle])
 
 
 def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:
@@ -203,7 +204,7 @@ def _folders(bundle: Bundle, names: Sequence[str]) -> list[str]:
         elif {"", ".", ".."}.intersection(parts) or "\0" in name:
             raise BundleDamaged(f"{bundle.path}: the adapter name {name!r} is no path below a folder")
         else:
-            reserved = {REPORT_NAME, *_ADAPTER_FILES}.intersection(parts)
+            reserved = {EXPORT_NAME, *_ADAPTER_FILES}.intersection(parts)
             folders.append(safe_name(name) if reserved else name)
     return folders
 

@@ -19,20 +19,20 @@ from tenacity.nap import sleep_using_event
 
 from ..adapter.lock import Filters, LockedFile
 from ..base.errors import HubError
-from .manners import Manners
-from .options import Patience
-from .trouble import (
+from .http_client import HttpClient
+from .hub_errors import (
     HubCorrupt,
-    HubTrouble,
+    HubFailed,
     check_access,
+    describe_transient,
     is_rate_limit,
     is_transient,
     is_unreachable,
-    passing,
     translate,
     without_password,
 )
-from .wanted import WantedFile
+from .options import RetryPolicy
+from .requested import RequestedFile
 
 T = TypeVar("T")
 
@@ -48,19 +48,19 @@ class Snapshot(NamedTuple):
 
     repository: str
     commit: str
-    files: tuple[WantedFile, ...]
+    files: tuple[RequestedFile, ...]
     license: str | None
 
 
 class Hub:
-    """One run's conversation with the Hub. Every method raises HubError, in one line, when it fails in the end."""
+    """The requests of one run. Every method raises HubError, in one line, when the last attempt has failed."""
 
-    def __init__(self, manners: Manners, patience: Patience) -> None:
+    def __init__(self, client: HttpClient, retries: RetryPolicy) -> None:
         endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
         self._api = HfApi(endpoint=endpoint or None, library_name="lorazip")
         check_access(self.endpoint)
-        self._manners = manners
-        self._patience = patience
+        self._client = client
+        self._retries = retries
         self._counting = threading.Lock()
         self.downloaded = 0
         """Bytes of files that have arrived, also of attempts that failed."""
@@ -106,7 +106,7 @@ class Hub:
                 f"{repository}: {without_password(self.endpoint)} names no commit for it", "is HF_ENDPOINT a Hub?"
             )
         files = tuple(
-            WantedFile(
+            RequestedFile(
                 name=sibling.rfilename.rpartition("/")[2],
                 path=sibling.rfilename,
                 size_bytes=sibling.size,
@@ -121,10 +121,10 @@ class Hub:
         """Whether the cache has the file already."""
         return isinstance(try_to_load_from_cache(repository, path, revision=commit), str)
 
-    def file(self, repository: str, commit: str, file: WantedFile, received: Received) -> tuple[Path, LockedFile]:
-        """A file at a commit, in the cache and checked. ``received`` hears of bytes as they arrive, also of wrong ones.
+    def file(self, repository: str, commit: str, file: RequestedFile, received: Received) -> tuple[Path, LockedFile]:
+        """A file at a commit, in the cache and checked. ``received`` is called with the bytes as they arrive.
 
-        What is taken back because an attempt failed is told to ``received`` as a negative number.
+        When an attempt fails, it is called with a negative number for those that do not count.
         """
         counter = _counter(self._count, received)
         wrong = False
@@ -152,38 +152,36 @@ class Hub:
 
     def stop(self) -> None:
         """End all requests, and make no more."""
-        self._manners.stop()
+        self._client.stop()
 
     def _gives_up(self, state: tenacity.RetryCallState) -> bool:
         """Whether the attempt that has failed was the last one."""
-        patience, error = self._patience, state.outcome.exception() if state.outcome else None
-        late = (state.seconds_since_start or 0.0) >= patience.seconds
-        return state.attempt_number >= patience.attempts or (late and not is_rate_limit(error))
+        retries, error = self._retries, state.outcome.exception() if state.outcome else None
+        late = (state.seconds_since_start or 0.0) >= retries.seconds
+        return state.attempt_number >= retries.attempts or (late and not is_rate_limit(error))
 
     def _count(self, size: int) -> None:
         with self._counting:
             self.downloaded += size
 
     def _call(self, what: str, function: Callable[[], T], *, revision: str | None = None, file: str | None = None) -> T:
-        """``function()``, again after failures that may pass, their reason in one line after those that do not."""
+        """``function()``, repeated after transient failures; other failures are raised as HubError."""
         started = time.monotonic()
         attempts = 0
 
         def attempt() -> T:
             nonlocal attempts
             attempts += 1
-            self._manners.heed()
-            self._manners.attach()
+            self._client.check_stopped()
+            self._client.attach()
             return function()
 
         retrying = tenacity.Retrying(
             stop=self._gives_up,
-            wait=tenacity.wait_exponential_jitter(
-                self._patience.first_wait, max=30.0, jitter=self._patience.first_wait
-            ),
+            wait=tenacity.wait_exponential_jitter(self._retries.first_wait, max=30.0, jitter=self._retries.first_wait),
             retry=tenacity.retry_if_exception(lambda error: is_transient(error) or isinstance(error, Corrupt)),
-            sleep=sleep_using_event(self._manners.stopped),
-            before_sleep=self._tell,
+            sleep=sleep_using_event(self._client.stopped),
+            before_sleep=self._note_retry,
             reraise=True,
         )
         try:
@@ -198,16 +196,16 @@ class Hub:
             trouble = translate(error, what, endpoint=self.endpoint, revision=revision, file=file, attempts=attempts)
             if trouble is None:
                 raise
-            if is_unreachable(error) and isinstance(trouble, HubTrouble) and self._manners.last_answer < started:
-                raise trouble.of_all from error
+            if is_unreachable(error) and isinstance(trouble, HubFailed) and self._client.last_answer < started:
+                raise trouble.as_unavailable from error
             raise trouble from error
 
-    def _tell(self, state: tenacity.RetryCallState) -> None:
-        """Have a person know of an attempt that failed, before the wait for the next one."""
+    def _note_retry(self, state: tenacity.RetryCallState) -> None:
+        """Report an attempt that failed, before the wait for the next one."""
         error = state.outcome.exception() if state.outcome else None
         if error is not None and state.next_action is not None:
-            repeats = self._patience.attempts - 1
-            self._manners.told(passing(error), state.next_action.sleep, state.attempt_number, repeats)
+            repeats = self._retries.attempts - 1
+            self._client.note_retry(describe_transient(error), state.next_action.sleep, state.attempt_number, repeats)
 
 
 def license_in(card: Path) -> str | None:
@@ -232,9 +230,9 @@ def _license_text(value: Any) -> str | None:
 
 
 def _counter(arrived: Received, received: Received) -> Any:
-    """A class that huggingface_hub takes for a progress bar of one file.
+    """A class that huggingface_hub takes for the progress bar of a file, and which calls the two functions instead.
 
-    It tells ``arrived`` all that arrives, and ``received`` too, but that takes it back when the file starts anew.
+    ``arrived`` gets all bytes. ``received`` gets them too, and a negative number when the download starts again.
     """
 
     class Counter:
@@ -255,7 +253,7 @@ def _counter(arrived: Received, received: Received) -> Any:
             received(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the wire, which Xet tells apart from bytes of the file."""
+            """Bytes on the wire, which Xet counts apart from bytes of the file."""
 
         def set_postfix_str(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -16,13 +16,13 @@ from ..adapter.discovery import AdapterFolder, find_adapters, presence, weights_
 from ..adapter.lock import LeftOut, Origin, is_inner_path
 from ..adapter.reader import open_adapter
 from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
+from ..base.digests import sha256_file
 from ..base.errors import AdapterError, LorazipError, UsageError
-from ..base.files import sha256_file
 from ..base.text import count, megabytes, printable
 from .hub import Hub, Snapshot
+from .hub_errors import HubRefused, HubUnavailable, RevisionGone
+from .requested import RequestedAdapter, RequestedFile, label_of
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
-from .trouble import HubRefused, HubUnavailable, RevisionGone
-from .wanted import Wanted, WantedFile
 
 README = "README.md"
 _SHARD = re.compile(r"adapter_model-[A-Za-z0-9._-]+\.safetensors")
@@ -37,7 +37,7 @@ class Failure:
 
     @property
     def can_be_skipped(self) -> bool:
-        """Whether the thing itself is of no use: a bad adapter, or what the Hub refuses; a silent Hub is not."""
+        """Whether --skip-bad goes on without it: a bad adapter, or what the Hub refuses, but not an outage."""
         return isinstance(self.error, AdapterError | HubRefused)
 
     def left_out(self, because: Literal["listing", "max-size", "skip-bad"]) -> LeftOut:
@@ -48,15 +48,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Limits:
-    """What adapters have to be like, whatever their source."""
+    """What an adapter must not exceed or need, whatever its source."""
 
     max_bytes: int | None
     allow_pickle: bool
 
 
 @dataclass(frozen=True)
-class Place:
-    """A repository to look into. ``named``: it was asked for by its name, so that it must be an adapter."""
+class Lookup:
+    """A repository to look into; one that was asked for by name (``named``) has to have an adapter."""
 
     repository: str
     revision: str | None = None
@@ -65,19 +65,19 @@ class Place:
     named: bool = field(default=True, compare=False)
 
 
-Found = Wanted | LeftOut | Failure
+Found = RequestedAdapter | LeftOut | Failure
 
 
-def places(source: Source, hub: Hub) -> Iterator[Place | LeftOut]:
-    """The repositories that a source of the Hub stands for, and what of it is none. Raises HubError."""
+def lookups(source: Source, hub: Hub) -> Iterator[Lookup | LeftOut]:
+    """The repositories that a source of the Hub stands for, and its items that are not models. Raises HubError."""
     base_model = source.filters.base_model if source.filters else None
     match source:
         case RepositorySource(repository=repository, revision=revision, subfolder=subfolder):
-            yield Place(repository, revision, subfolder, base_model)
+            yield Lookup(repository, revision, subfolder, base_model)
         case CollectionSource(slug=slug):
             for kind, item in hub.collection(slug):
                 if kind == "model":
-                    yield Place(item, base_model=base_model, named=False)
+                    yield Lookup(item, base_model=base_model, named=False)
                 else:
                     yield LeftOut(item, f"a {kind}, not a model")
         case AuthorSource(name=name, filters=filters):
@@ -88,7 +88,7 @@ def places(source: Source, hub: Hub) -> Iterator[Place | LeftOut]:
                     yield LeftOut(repository, f"no {CONFIG_NAME}: not an adapter")
                 elif filters.limit is None or taken < filters.limit:
                     taken += 1
-                    yield Place(repository, base_model=base_model, named=False)
+                    yield Lookup(repository, base_model=base_model, named=False)
             if empty:
                 raise HubRefused(f"{source.text}: the Hub lists no model that matches", "check the name and filters")
 
@@ -97,37 +97,37 @@ def places(source: Source, hub: Hub) -> Iterator[Place | LeftOut]:
 class Candidate:
     """A folder of a repository that has the configuration of an adapter, and the files in it."""
 
-    place: Place
+    lookup: Lookup
     snapshot: Snapshot
     folder: str
-    files: tuple[WantedFile, ...]
+    files: tuple[RequestedFile, ...]
 
 
-def candidates(place: Place, pinned: str | None, hub: Hub) -> list[Candidate | LeftOut | Failure]:
+def candidates(lookup: Lookup, pinned: str | None, hub: Hub) -> list[Candidate | LeftOut | Failure]:
     """The adapters of one repository: in its root, or else in its folders; or why there is none.
 
     They are looked for at the commit ``pinned``, if the Hub still has it. Raises HubUnavailable.
     """
     try:
-        snapshot = _snapshot(place, pinned, hub)
+        snapshot = _snapshot(lookup, pinned, hub)
     except HubUnavailable:
         raise
     except LorazipError as error:
-        return [Failure(place.repository, error)]
-    folders: defaultdict[str, list[WantedFile]] = defaultdict(list)
+        return [Failure(lookup.repository, error)]
+    folders: defaultdict[str, list[RequestedFile]] = defaultdict(list)
     for file in snapshot.files:
         folders[file.path.rpartition("/")[0]].append(file)
     holders = [folder for folder, files in folders.items() if any(file.name == CONFIG_NAME for file in files)]
-    start = f"{place.subfolder}/" if place.subfolder else ""
-    asked = [folder for folder in holders if folder == place.subfolder or folder.startswith(start)]
+    start = f"{lookup.subfolder}/" if lookup.subfolder else ""
+    asked = [folder for folder in holders if folder == lookup.subfolder or folder.startswith(start)]
     found: list[Candidate | LeftOut | Failure] = []
     for folder, below in _outermost(asked).items():
-        found.append(Candidate(place, snapshot, folder, tuple(folders[folder])))
+        found.append(Candidate(lookup, snapshot, folder, tuple(folders[folder])))
         if below:
-            found.append(_inner("/".join(filter(None, (place.repository, folder))), below))
+            found.append(_inner(label_of(lookup.repository, folder), below))
     if not asked:
-        within = f" in {place.subfolder}" if place.subfolder else ""
-        found.append(_misfit(place, AdapterError(place.repository, f"no {CONFIG_NAME}{within}: not an adapter")))
+        within = f" in {lookup.subfolder}" if lookup.subfolder else ""
+        found.append(_misfit(lookup, AdapterError(lookup.repository, f"no {CONFIG_NAME}{within}: not an adapter")))
     return found
 
 
@@ -154,11 +154,11 @@ def _beside(label: str, names: Sequence[str]) -> LeftOut:
     return LeftOut(label, f"{files}{more}: beside the adapter, and not fetched with it")
 
 
-def _snapshot(place: Place, pinned: str | None, hub: Hub) -> Snapshot:
+def _snapshot(lookup: Lookup, pinned: str | None, hub: Hub) -> Snapshot:
     if pinned is not None:
         with contextlib.suppress(RevisionGone):
-            return hub.snapshot(place.repository, pinned)
-    return hub.snapshot(place.repository, place.revision)
+            return hub.snapshot(lookup.repository, pinned)
+    return hub.snapshot(lookup.repository, lookup.revision)
 
 
 def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> list[Found]:
@@ -166,8 +166,8 @@ def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> list[Found]:
 
     Raises HubUnavailable.
     """
-    place, snapshot, folder = candidate.place, candidate.snapshot, candidate.folder
-    label = "/".join(filter(None, (snapshot.repository, folder)))
+    lookup, snapshot, folder = candidate.lookup, candidate.snapshot, candidate.folder
+    label = label_of(snapshot.repository, folder)
     if folder and not is_inner_path(folder):
         return [LeftOut(label, "the path of its folder is unsafe")]
     try:
@@ -176,25 +176,25 @@ def adapter_of(candidate: Candidate, hub: Hub, limits: Limits) -> list[Found]:
         path, _ = hub.file(snapshot.repository, snapshot.commit, config_file, lambda count: None)
         base_model = parse_config(label, path.read_bytes()).base_model
     except NotLora as error:
-        return [_misfit(place, error)]
+        return [_misfit(lookup, error)]
     except HubUnavailable:
         raise
     except LorazipError as error:
         return [Failure(label, error)]
     origin = Origin(
         repository=snapshot.repository,
-        revision=place.revision,
+        revision=lookup.revision,
         commit=snapshot.commit,
         subfolder=folder,
         license=snapshot.license,
     )
-    found = _within_limits(Wanted(origin, base_model, files), place.base_model, place.named, limits)
+    found = _within_limits(RequestedAdapter(origin, base_model, files), lookup.base_model, lookup.named, limits)
     names = {file.name for file in candidate.files} - {file.name for file in files}
-    others = weights_beside(names) if isinstance(found, Wanted) else ()
+    others = weights_beside(names) if isinstance(found, RequestedAdapter) else ()
     return [found, _beside(label, others)] if others else [found]
 
 
-def _chosen(label: str, files: Iterable[WantedFile], allow_pickle: bool) -> tuple[WantedFile, ...]:
+def _chosen(label: str, files: Iterable[RequestedFile], allow_pickle: bool) -> tuple[RequestedFile, ...]:
     """The files of an adapter that are needed: configuration, weights, model card."""
     here = {file.name: file for file in files}
     names = [CONFIG_NAME, *([README] if README in here else [])]
@@ -213,37 +213,37 @@ def _chosen(label: str, files: Iterable[WantedFile], allow_pickle: bool) -> tupl
     return tuple(here[name] for name in sorted(names))
 
 
-def _within_limits(wanted: Wanted, base_model: str | None, named: bool, limits: Limits) -> Found:
-    if base_model is not None and wanted.base_model != base_model:
-        reason = f"its base model is {wanted.base_model}, not {base_model}"
-        failure = Failure(wanted.label, AdapterError(wanted.label, reason))
+def _within_limits(requested: RequestedAdapter, base_model: str | None, named: bool, limits: Limits) -> Found:
+    if base_model is not None and requested.base_model != base_model:
+        reason = f"its base model is {requested.base_model}, not {base_model}"
+        failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("listing")
-    if limits.max_bytes is not None and wanted.size_bytes > limits.max_bytes:
-        reason = f"it has {megabytes(wanted.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
-        failure = Failure(wanted.label, AdapterError(wanted.label, reason))
+    if limits.max_bytes is not None and requested.size_bytes > limits.max_bytes:
+        reason = f"it has {megabytes(requested.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
+        failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("max-size")
-    return wanted
+    return requested
 
 
-def _misfit(place: Place, error: AdapterError) -> LeftOut | Failure:
+def _misfit(lookup: Lookup, error: AdapterError) -> LeftOut | Failure:
     """What is no LoRA adapter: left out of what was found by listing, a failure where it was asked for by name."""
     failure = Failure(error.adapter, error)
-    return failure if place.named else failure.left_out("listing")
+    return failure if lookup.named else failure.left_out("listing")
 
 
 def local_adapters(
     source: DirectorySource, target: Path, limits: Limits, license_of: Callable[[Path], str | None]
 ) -> list[Found]:
-    """The adapters below a local directory, links followed, but for those in folders of others.
+    """The adapters below a local directory, links followed, except those in the folder of another.
 
-    Raises UsageError for a link that leads to ``target``, where they are to go: each run would bring what the last did.
+    Raises UsageError for a link that leads to ``target``, the output: a run would fetch what the one before wrote.
     """
     there = find_adapters(source.path)
     real_target = os.path.realpath(target)
     folders = {"" if each.name == "." else each.name: each for each in there.adapters}
 
     def label(name: str) -> str:
-        return "/".join(filter(None, (source.text, printable(name))))
+        return label_of(source.text, printable(name))
 
     found: list[Found] = [LeftOut(label(left.name), left.reason) for left in there.left_out]
     for name, below in _outermost(folders).items():
@@ -267,21 +267,21 @@ def local_adapters(
 def _local_adapter(
     source: DirectorySource,
     subfolder: str,
-    place: AdapterFolder,
+    folder: AdapterFolder,
     limits: Limits,
     license_of: Callable[[Path], str | None],
 ) -> list[Found]:
     """One of them, and what is left out beside it. Raises AdapterError."""
-    label = "/".join(filter(None, (source.text, printable(subfolder))))
+    label = label_of(source.text, printable(subfolder))
     if printable(subfolder) != subfolder:
         raise AdapterError(label, "the name of its folder is not UTF-8", "rename it")
-    adapter = open_adapter(label, place.folder, allow_pickle=limits.allow_pickle, present=presence(label))
-    card = place.folder / README
+    adapter = open_adapter(label, folder.folder, allow_pickle=limits.allow_pickle, present=presence(label))
+    card = folder.folder / README
     paths = [*adapter.files, *([card] if card.is_file() else [])]
-    files = tuple(WantedFile(path.name, str(path), path.stat().st_size, sha256_file(path)) for path in sorted(paths))
+    files = tuple(RequestedFile(path.name, str(path), path.stat().st_size, sha256_file(path)) for path in sorted(paths))
     origin = Origin(directory=source.text, subfolder=subfolder, license=license_of(card))
-    wanted = Wanted(origin, adapter.config.base_model, files, local=place.folder)
-    found = _within_limits(wanted, source.filters.base_model if source.filters else None, False, limits)
+    requested = RequestedAdapter(origin, adapter.config.base_model, files, local=folder.folder)
+    found = _within_limits(requested, source.filters.base_model if source.filters else None, False, limits)
     own = {path.name for path in adapter.files}
-    others = [name for name in place.beside if name not in own] if found is wanted else []
+    others = [name for name in folder.beside if name not in own] if found is requested else []
     return [found, _beside(label, others)] if others else [found]

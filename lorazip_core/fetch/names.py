@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..adapter.lock import Origin
-from ..base.files import safe_name, sha256_bytes
-from .wanted import Wanted
+from ..base.digests import safe_name, sha256_bytes
+from .requested import RequestedAdapter
 
 _PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]*(?<!\.)")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -20,17 +20,17 @@ Identity = tuple[str, str, str]
 
 
 def identity(origin: Origin) -> Identity:
-    """What stays the same of an adapter while its commits move on: place, subfolder and the revision asked for."""
-    place = origin.repository if origin.repository is not None else f"directory:{origin.directory}"
-    return place, origin.subfolder, origin.revision or ""
+    """What stays the same of an adapter while its commits move on: source, subfolder and the revision asked for."""
+    source = origin.repository if origin.repository is not None else f"directory:{origin.directory}"
+    return source, origin.subfolder, origin.revision or ""
 
 
-def give_names(adapters: Iterable[Wanted], taken: Mapping[Identity, str]) -> list[Wanted]:
+def give_names(adapters: Iterable[RequestedAdapter], taken: Mapping[Identity, str]) -> list[RequestedAdapter]:
     """The adapters, each with its folder: ``owner/repo``, ``owner/repo--sub--folder``, ``directory/sub--folder``.
 
-    There are always two levels, so that no adapter lies inside another. Who is in ``taken`` keeps its folder. Names
-    that differ in case or Unicode form alone would be one folder on some file systems; so whoever would share a name
-    gets a digest of its identity behind it, whatever the order.
+    There are always two levels, so that no adapter lies inside another. An adapter in ``taken`` keeps its folder.
+    Names that differ in case or Unicode form alone would be one folder on some file systems; so each of them gets a
+    digest of its identity at the end, whatever the order.
     """
     found = list(adapters)
     sharing: defaultdict[str, set[Identity]] = defaultdict(set)

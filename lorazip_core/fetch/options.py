@@ -1,4 +1,4 @@
-"""What a run of ``fetch`` can be told."""
+"""The options of a run of ``fetch``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..base.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a request that fails is repeated: a number of attempts, and a time that waiting on demand adds to."""
+class RetryPolicy:
+    """How often a request that fails is repeated, and for how long."""
 
     attempts: int = 6
     first_wait: float = 1.0
     """Seconds before the second attempt; they double with each, up to 30, and some jitter is added."""
     seconds: float = 60.0
-    """From the first attempt on, no new one is made after this, unless the Hub had asked to wait (429)."""
+    """So long after the first attempt no new one is made, unless the Hub had asked to wait (429)."""
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """What a run is asked for; the options of the command line, and how patient it is with the Hub."""
+    """The options of the command line, and how requests are repeated."""
 
     base_model: str | None = None
     search: str | None = None
@@ -39,7 +39,7 @@ class FetchOptions:
     skip_bad: bool = False
     dry_run: bool = False
     jobs: int = 16
-    patience: Patience = field(default_factory=Patience)
+    retries: RetryPolicy = field(default_factory=RetryPolicy)
 
     @property
     def filters(self) -> Filters:

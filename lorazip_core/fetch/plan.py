@@ -1,11 +1,12 @@
-"""What a run is to bring: asked of the lock where that knows, of the Hub and of local directories where it does not."""
+"""Which adapters a run is to fetch: taken from the lock if it has them, else found on the Hub or in directories."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -14,25 +15,28 @@ from ..base.errors import CheckFailed, LorazipError
 from ..base.progress import Progress
 from ..base.stopping import check_stop
 from .hub import Hub, license_in
-from .listing import Candidate, Failure, Found, Limits, Place, adapter_of, candidates, local_adapters, places
+from .hub_errors import HubUnavailable, Outage
+from .listing import Candidate, Failure, Found, Limits, Lookup, adapter_of, candidates, local_adapters, lookups
 from .names import Identity, give_names, identity
+from .requested import RequestedAdapter, requested_by_lock
 from .sources import DirectorySource, Source
-from .trouble import HubUnavailable, Outage
-from .wanted import Wanted, wanted_again
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
 class Plan:
-    """The adapters to have, by source, and what cannot be had."""
+    """The adapters to fetch, by source, and what cannot be fetched."""
 
     sources: list[LockedSource] = field(default_factory=list)
-    """As the new lock will have them, those that were not asked for included."""
-    wanted: list[Wanted] = field(default_factory=list)
+    """As the new lock will have them, including those that this run was not asked for."""
+    requested: list[RequestedAdapter] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
     def leave_out(self, dropped: Mapping[str, LeftOut], before: Container[str]) -> None:
-        """Take back adapters that turned out to be of no use, by name; what the old lock has of them stays."""
+        """Leave out adapters that turned out bad; those that the old lock has (``before``) stay in their source."""
         self.left_out += [dropped[name] for name in sorted(dropped)]
         for number, source in enumerate(self.sources):
             if hit := sorted(dropped.keys() & set(source.adapters)):
@@ -44,7 +48,7 @@ class Plan:
 
 
 class Planner:
-    """Makes the plan. ``journal`` has what an unfinished run brought: its commits and folders hold on."""
+    """Makes the plan. ``journal`` has what an unfinished run fetched, whose commits and folders are kept."""
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class Planner:
         self._progress = progress
 
     def from_lock(self, sources: Sequence[Source] | None) -> Plan:
-        """Just what the lock says, of ``sources`` or of all; asks nobody. Raises CheckFailed for others than it has."""
+        """What the lock has, of ``sources`` or all, without requests. Raises CheckFailed for sources that it lacks."""
         known = self._known()
         names = set(self._entries if sources is None else ())
         for source in sources or ():
@@ -90,35 +94,35 @@ class Planner:
             {"listing"} | ({"skip-bad"} if skip_bad else set()) | ({"max-size"} if self._limits.max_bytes else set())
         )
         known = {} if update else self._known()
-        settled = {
+        locked_sources = {
             source: locked
             for source in sources
             if (locked := known.get((source.text, source.filters))) is not None
             and options.issuperset(each.because for each in locked.left_out)
         }
         plan = Plan()
-        found = self._look_up([source for source in sources if source not in settled], update)
+        found = self._look_up([source for source in sources if source not in locked_sources], update)
         names = self._name(found, plan, skip_bad)
         for source in sources:
-            if source in settled:
-                plan.sources.append(settled[source])
-                plan.left_out += settled[source].left_out
-                plan.wanted += [self._again(name) for name in settled[source].adapters]
+            if source in locked_sources:
+                plan.sources.append(locked_sources[source])
+                plan.left_out += locked_sources[source].left_out
+                plan.requested += [self._again(name) for name in locked_sources[source].adapters]
                 continue
-            given = [names[self._key(each)] for each in found[source] if isinstance(each, Wanted)]
+            given = [names[self._key(each)] for each in found[source] if isinstance(each, RequestedAdapter)]
             out = _sorted(each for each in found[source] if isinstance(each, LeftOut))
             plan.sources.append(
                 LockedSource(
                     source=source.text,
                     filters=source.filters,
-                    adapters=sorted({wanted.name for wanted in given} | self._kept(source, out)),
+                    adapters=sorted({requested.name for requested in given} | self._kept(source, out)),
                     left_out=out,
                 )
             )
             plan.left_out += out
-            plan.wanted += given
+            plan.requested += given
         plan.left_out = _sorted(plan.left_out)
-        plan.wanted = list({wanted.name: wanted for wanted in plan.wanted}.values())
+        plan.requested = list({requested.name: requested for requested in plan.requested}.values())
         plan.sources = self._in_order(plan.sources, prune)
         return plan
 
@@ -129,7 +133,7 @@ class Planner:
         return list((before | new).values())
 
     def _kept(self, source: Source, out: list[LeftOut]) -> set[str]:
-        """What the lock has of a source and could not be looked up this time: --skip-bad does not give it up."""
+        """Adapters of a source in the lock that could not be looked up this time: --skip-bad keeps them."""
         skipped = {each.what for each in out if each.because == "skip-bad"}
         before = [known for known in self._lock.sources if known.source == source.text]
         names = {name for known in before for name in known.adapters}
@@ -139,8 +143,8 @@ class Planner:
             if skipped & {source.text, self._entries[name].origin.repository, self._again(name).label}
         }
 
-    def _again(self, name: str) -> Wanted:
-        return wanted_again(self._entries[name], self._directory)
+    def _again(self, name: str) -> RequestedAdapter:
+        return requested_by_lock(self._entries[name], self._directory)
 
     def _known(self) -> dict[tuple[str, Filters | None], LockedSource]:
         return {(source.source, source.filters): source for source in self._lock.sources}
@@ -148,61 +152,63 @@ class Planner:
     def _look_up(self, sources: Sequence[Source], update: bool) -> dict[Source, list[Found]]:
         found: dict[Source, list[Found]] = {source: [] for source in sources}
         remote: list[Source] = [source for source in sources if not isinstance(source, DirectorySource)]
-        wanted_places: dict[Source, list[Place]] = {}
-        for asked, listed in zip(remote, self._executor.map(self._places, remote), strict=True):
-            wanted_places[asked] = [place for place in listed if isinstance(place, Place)]
-            found[asked] += [each for each in listed if not isinstance(each, Place)]
-        answers = self._answers(self._distinct(wanted_places.values()), {} if update else self._pins())
-        for asked, own in wanted_places.items():
-            found[asked] += [each for place in own for each in answers[place]]
+        lookups_of: dict[Source, list[Lookup]] = {}
+        for asked, listed in zip(remote, self._executor.map(self._lookups, remote), strict=True):
+            lookups_of[asked] = [lookup for lookup in listed if isinstance(lookup, Lookup)]
+            found[asked] += [each for each in listed if not isinstance(each, Lookup)]
+        answers = self._answers(self._distinct(lookups_of.values()), {} if update else self._pins())
+        for asked, own in lookups_of.items():
+            found[asked] += [each for lookup in own for each in answers[lookup]]
         for source in sources:
             if isinstance(source, DirectorySource):
                 found[source] += local_adapters(source, self._directory, self._limits, license_in)
         return found
 
-    def _answers(self, asked: list[Place], pins: Mapping[tuple[str, str | None], str]) -> Mapping[Place, list[Found]]:
-        """What is at each place. Repositories are listed first, then the configurations in them are read."""
-        answers: dict[Place, list[Found]] = {place: [] for place in asked}
+    def _answers(self, asked: list[Lookup], pins: Mapping[tuple[str, str | None], str]) -> Mapping[Lookup, list[Found]]:
+        """The adapters in each repository. Repositories are listed first, then the configurations in them are read."""
+        answers: dict[Lookup, list[Found]] = {lookup: [] for lookup in asked}
         outage = Outage(self._jobs)
         listed: list[Candidate] = []
-        with self._progress.stage("looking at repositories", len(asked)) as advance:
 
-            def look(place: Place) -> list[Candidate | LeftOut | Failure]:
-                return candidates(place, pins.get((place.repository, place.revision)), self._hub)
+        def look(lookup: Lookup) -> list[Candidate | LeftOut | Failure]:
+            return candidates(lookup, pins.get((lookup.repository, lookup.revision)), self._hub)
 
-            for place, there in zip(asked, self._executor.map(look, asked), strict=True):
-                check_stop()
-                outage.heed(next((each.error for each in there if isinstance(each, Failure)), None))
-                listed += [each for each in there if isinstance(each, Candidate)]
-                answers[place] += [each for each in there if not isinstance(each, Candidate)]
-                advance(1)
-        with self._progress.stage("reading configurations", len(listed)) as advance:
+        def read(candidate: Candidate) -> list[Found]:
+            return adapter_of(candidate, self._hub, self._limits)
 
-            def read(candidate: Candidate) -> list[Found]:
-                return adapter_of(candidate, self._hub, self._limits)
-
-            for candidate, found in zip(listed, self._executor.map(read, listed), strict=True):
-                check_stop()
-                outage.heed(next((each.error for each in found if isinstance(each, Failure)), None))
-                answers[candidate.place] += found
-                advance(1)
+        for lookup, there in self._map("looking at repositories", look, asked, outage):
+            listed += [each for each in there if isinstance(each, Candidate)]
+            answers[lookup] += [each for each in there if not isinstance(each, Candidate)]
+        for candidate, found in self._map("reading configurations", read, listed, outage):
+            answers[candidate.lookup] += found
         return answers
 
-    def _places(self, source: Source) -> list[Place | LeftOut | Failure]:
+    def _map(
+        self, label: str, function: Callable[[T], list[R]], items: list[T], outage: Outage
+    ) -> Iterator[tuple[T, list[R]]]:
+        """Each item with its result, in order, as a stage of progress."""
+        with self._progress.stage(label, len(items)) as advance:
+            for item, found in zip(items, self._executor.map(function, items), strict=True):
+                check_stop()
+                outage.record(next((each.error for each in found if isinstance(each, Failure)), None))
+                yield item, found
+                advance(1)
+
+    def _lookups(self, source: Source) -> list[Lookup | LeftOut | Failure]:
         try:
-            return list(places(source, self._hub))
+            return list(lookups(source, self._hub))
         except HubUnavailable:
             raise
         except LorazipError as error:
             return [Failure(source.text, error)]
 
     @staticmethod
-    def _distinct(lists: Iterable[list[Place]]) -> list[Place]:
-        """Each place once; who is asked for by name and is in a collection too, is asked for by name."""
-        found: dict[Place, Place] = {}
-        for place in (place for own in lists for place in own):
-            if place not in found or place.named:
-                found[place] = place
+    def _distinct(lists: Iterable[list[Lookup]]) -> list[Lookup]:
+        """Each once; one that is named as well as in a collection counts as named."""
+        found: dict[Lookup, Lookup] = {}
+        for lookup in (lookup for own in lists for lookup in own):
+            if lookup not in found or lookup.named:
+                found[lookup] = lookup
         return list(found.values())
 
     def _pins(self) -> dict[tuple[str, str | None], str]:
@@ -214,9 +220,11 @@ class Planner:
             if entry.origin.repository is not None and entry.origin.commit is not None
         }
 
-    def _name(self, found: dict[Source, list[Found]], plan: Plan, skip_bad: bool) -> dict[tuple[str, ...], Wanted]:
+    def _name(
+        self, found: dict[Source, list[Found]], plan: Plan, skip_bad: bool
+    ) -> dict[tuple[str, ...], RequestedAdapter]:
         """Sort out failures, and give every adapter that was found its folder. One commit by two names is one."""
-        adapters: dict[tuple[str, ...], Wanted] = {}
+        adapters: dict[tuple[str, ...], RequestedAdapter] = {}
         failed: dict[str, Failure] = {}
         for own in found.values():
             for number, each in enumerate(own):
@@ -224,17 +232,17 @@ class Planner:
                     own[number] = each.left_out("skip-bad")
                 elif isinstance(each, Failure):
                     failed.setdefault(str(each.error), each)
-                elif isinstance(each, Wanted):
+                elif isinstance(each, RequestedAdapter):
                     adapters.setdefault(self._key(each), each)
         plan.failures += failed.values()
         taken: dict[Identity, str] = {
             identity(entry.origin): entry.name for entry in [*self._journal.values(), *self._lock.adapters]
         }
-        return {self._key(wanted): wanted for wanted in give_names(adapters.values(), taken)}
+        return {self._key(requested): requested for requested in give_names(adapters.values(), taken)}
 
     @staticmethod
-    def _key(wanted: Wanted) -> tuple[str, ...]:
-        origin = wanted.origin
+    def _key(requested: RequestedAdapter) -> tuple[str, ...]:
+        origin = requested.origin
         return origin.repository or "", origin.commit or "", origin.directory or "", origin.subfolder
 
 

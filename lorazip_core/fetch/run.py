@@ -19,19 +19,19 @@ from ..base.progress import Progress, Silent, Transfer
 from ..base.stopping import check_stop
 from ..base.text import count
 from ..bundle.kinds import is_adapter, is_bundle
-from ..bundle.places import check_place
-from .bring import NotAsLocked, bring, check_space
+from ..bundle.output_path import check_output_path
+from .download import NotAsLocked, check_space, fetch_adapter
+from .http_client import HttpClient, Stopped
 from .hub import Hub
+from .hub_errors import HubCorrupt, HubDiffers, HubUnavailable, Outage
 from .listing import Failure, Limits
-from .manners import Manners, Stopped
 from .options import FetchOptions
 from .plan import Plan, Planner
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
-from .sources import read_sources, sources_of, within
+from .requested import RequestedAdapter, folder_digests
+from .sources import is_within, read_sources, sources_of
 from .state import State, entry_of, identified, state_of
-from .trouble import HubCorrupt, HubDiffers, HubUnavailable, Outage
-from .wanted import Wanted, folder_digests
-from .workspace import Workspace, place, read_journal
+from .workspace import Workspace, adapter_folder, read_journal
 
 _SILENT = Silent()
 
@@ -39,43 +39,43 @@ _SILENT = Silent()
 def fetch(
     sources: Sequence[str], directory: Path, options: FetchOptions, *, progress: Progress = _SILENT
 ) -> FetchReport:
-    """Have the adapters that ``sources`` name in ``directory``, and its lock written when all of them are there.
+    """Fetch the adapters that ``sources`` name into ``directory``, and write its lock when all of them are there.
 
-    What fails on its own is in the report's ``failures``; what has arrived stays, and the next run goes on from there.
-    Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that a lock to be
-    kept to lacks, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at work,
-    and with ``fail_fast`` the first failure.
+    Failures of single adapters are in the report's ``failures``; what has arrived stays, and the next run goes on from
+    there. Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that the lock
+    lacks under ``locked``, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at
+    work, and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
     if os.path.lexists(directory) and not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "a link to nothing"
         raise UsageError(f"{directory} is {what}", "choose another -o")
-    check_place(directory)
+    check_output_path(directory)
     if is_bundle(directory) or is_adapter(directory):
         what = "a bundle" if is_bundle(directory) else "the folder of an adapter"
         raise UsageError(f"{directory} is {what}, and adapters would go into it", "choose another -o")
-    if within(Path(constants.HF_HUB_CACHE), directory):
+    if is_within(Path(constants.HF_HUB_CACHE), directory):
         raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
-    with Manners(progress.note) as manners:
-        run = _Run(directory, options, Hub(manners, options.patience), progress)
+    with HttpClient(progress.note) as client:
+        run = _Run(directory, options, Hub(client, options.retries), progress)
         if options.dry_run or options.locked:
-            with manners.executor(options.jobs) as executor:
+            with client.executor(options.jobs) as executor:
                 run.look(sources, executor)
-        if not (options.dry_run or (options.locked and run.is_settled)):
+        if not (options.dry_run or (options.locked and run.has_all)):
             with (
-                # What a killed run had yet to finish is of another lock than the one to be kept to.
+                # What a killed run has left to finish belongs to another lock than that of --locked.
                 Workspace(directory, recover=not options.locked) as workspace,
-                manners.executor(options.jobs) as executor,
+                client.executor(options.jobs) as executor,
             ):
                 if not options.locked:
                     run.look(sources, executor)
-                run.bring(workspace, executor)
+                run.fetch_missing(workspace, executor)
         return run.report(time.monotonic() - started)
 
 
 @dataclass
 class _Run:
-    """One run, step by step: plan, compare with what is there, bring what is not, report."""
+    """One run, step by step: plan, compare with what is there, fetch what is missing, report."""
 
     directory: Path
     options: FetchOptions
@@ -89,27 +89,27 @@ class _Run:
     plan: Plan = field(default_factory=Plan)
     states: dict[str, State] = field(default_factory=dict)
     entries: dict[str, LockedAdapter] = field(default_factory=dict)
-    """What is in place, or held until all is there, by name."""
+    """What is there, or held until all is, by name."""
     removed: list[str] = field(default_factory=list)
     complete: bool = False
 
     def look(self, words: Sequence[str], executor: Executor) -> None:
-        """Which adapters, at which commits, and what of them is there already."""
+        """Find out which adapters at which commits are asked for, and which of them are there already."""
         self.lock = read_strictly(self.directory)
         self.before = {entry.name: entry for entry in self.lock.adapters} if self.lock else {}
         self.journal = read_journal(self.directory)
         self._make_plan(words, executor)
         self._compare(executor)
-        self._find_strangers()
-        self.complete = self.options.locked and self.is_settled and not self.plan.failures
+        self._find_others()
+        self.complete = self.options.locked and self.has_all and not self.plan.failures
 
     @property
-    def is_settled(self) -> bool:
+    def has_all(self) -> bool:
         """Whether every adapter is there."""
-        return len(self.entries) == len(self.plan.wanted)
+        return len(self.entries) == len(self.plan.requested)
 
     def _make_plan(self, words: Sequence[str], executor: Executor) -> None:
-        """Asks the Hub for what the lock does not know."""
+        """Take from the lock what it has, and ask the Hub for the rest."""
         options, lock = self.options, self.lock
         options.check(words, lock, self.directory)
         sources = read_sources(words, self.directory, options.filters)
@@ -123,75 +123,81 @@ class _Run:
         if options.prune:
             named = {name for source in self.plan.sources for name in source.adapters}
             self.removed = sorted(self.before.keys() - named)
-        self._heed_fail_fast()
+        self._check_fail_fast()
 
     def _compare(self, executor: Executor) -> None:
-        """Every file is read: a size and a date prove nothing."""
-        there = sum(os.path.lexists(self.directory / wanted.name) for wanted in self.plan.wanted)
+        """Every file is read: its size and time of change do not prove that it is the same."""
+        there = sum(os.path.lexists(self.directory / requested.name) for requested in self.plan.requested)
         with self.progress.stage("checking what is there", there) as advance:
-            for wanted, state in zip(self.plan.wanted, executor.map(self._state, self.plan.wanted), strict=True):
+            for requested, state in zip(
+                self.plan.requested, executor.map(self._state, self.plan.requested), strict=True
+            ):
                 check_stop()
                 if isinstance(state, LorazipError):
-                    self.plan.failures.append(Failure(wanted.label, state))
-                elif not self._would_lose(wanted.label, wanted.name, state.lost):
-                    self.states[wanted.name] = state
+                    self.plan.failures.append(Failure(requested.label, state))
+                elif not self._would_lose(requested.label, requested.name, state.lost):
+                    self.states[requested.name] = state
                     if state.entry is not None:
-                        self.entries[wanted.name] = state.entry
+                        self.entries[requested.name] = state.entry
                     advance(state.is_there)
         for name in self.removed:
             ours = {file.path: file.sha256 for file in self.before[name].files}
-            digests = folder_digests(place(self.directory, name))
+            digests = folder_digests(adapter_folder(self.directory, name))
             self._would_lose(name, name, next((path for path in digests if ours.get(path) != digests[path]), None))
-        self._heed_fail_fast()
+        self._check_fail_fast()
 
-    def _state(self, wanted: Wanted) -> State | LorazipError:
-        known = [entries[wanted.name] for entries in (self.before, self.journal) if wanted.name in entries]
+    def _state(self, requested: RequestedAdapter) -> State | LorazipError:
+        known = [entries[requested.name] for entries in (self.before, self.journal) if requested.name in entries]
         try:
-            return state_of(wanted, place(self.directory, wanted.name), known)
+            return state_of(requested, adapter_folder(self.directory, requested.name), known)
         except LorazipError as error:
             return error
 
-    def bring(self, workspace: Workspace, executor: Executor) -> None:
-        """Download and copy what is not there; if nothing is missing then, write the lock."""
+    def fetch_missing(self, workspace: Workspace, executor: Executor) -> None:
+        """Download and copy what is missing, and write the lock if nothing has failed."""
         todo = []
-        for wanted in self.plan.wanted:
-            if wanted.name in self.states and wanted.name not in self.entries:
-                held = entry_of(wanted, identified(wanted, workspace.held(wanted.name)))
+        for requested in self.plan.requested:
+            if requested.name in self.states and requested.name not in self.entries:
+                held = entry_of(requested, identified(requested, workspace.held(requested.name)))
                 if held is None:
-                    todo.append(wanted)
-                else:  # an unfinished run has brought it
-                    self.entries[wanted.name] = held
+                    todo.append(requested)
+                else:  # an unfinished run has fetched it
+                    self.entries[requested.name] = held
         check_space(todo, self.directory, self.hub)
         if todo:
-            size = sum(wanted.size_bytes for wanted in todo)
+            size = sum(requested.size_bytes for requested in todo)
             with self.progress.transfer("fetching", len(todo), size) as transfer:
-                self._bring_all(todo, workspace, executor, transfer)
+                self._fetch_all(todo, workspace, executor, transfer)
         if not self.plan.failures:
             self._finish(workspace)
-        elif waiting := sum(map(self._waits, self.plan.wanted)):
+        elif waiting := sum(map(self._waits, self.plan.requested)):
             self.progress.note(f"{count(waiting, 'adapter')} arrived and will replace what is there when all have")
 
-    def _bring_all(self, todo: list[Wanted], workspace: Workspace, executor: Executor, transfer: Transfer) -> None:
+    def _fetch_all(
+        self, todo: list[RequestedAdapter], workspace: Workspace, executor: Executor, transfer: Transfer
+    ) -> None:
         dropped: dict[str, LeftOut] = {}
         waiting = {
-            executor.submit(bring, wanted, self.hub, workspace, transfer, self.options.allow_pickle): wanted
-            for wanted in todo
+            executor.submit(
+                fetch_adapter, requested, self.hub, workspace, transfer, self.options.allow_pickle
+            ): requested
+            for requested in todo
         }
         outage, stopping = Outage(self.options.jobs), False
         for future in as_completed(waiting):
-            wanted = waiting[future]
+            requested = waiting[future]
             try:
-                self.entries[wanted.name] = future.result()
+                self.entries[requested.name] = future.result()
                 transfer.finished()
-                outage.heed(None)
+                outage.record(None)
             except (CancelledError, Stopped):
                 continue
             except LorazipError as error:
                 if stopping:  # it failed because of that
                     continue
-                failure = self._failure_of(wanted, error, outage)
+                failure = self._failure_of(requested, error, outage)
                 if self.options.skip_bad and failure.can_be_skipped:
-                    dropped[wanted.name] = failure.left_out("skip-bad")
+                    dropped[requested.name] = failure.left_out("skip-bad")
                     continue
                 self.plan.failures.append(failure)
                 if self.options.fail_fast or isinstance(failure.error, HubUnavailable | LocalError):
@@ -201,23 +207,23 @@ class _Run:
                     self.hub.stop()
         self.plan.leave_out(dropped, self.before)
         if stopping:
-            missing = sum(wanted.name not in self.entries for wanted in todo)
+            missing = sum(requested.name not in self.entries for requested in todo)
             self.progress.note(f"stopped; {count(missing, 'adapter')} of {len(todo)} did not arrive")
 
-    def _failure_of(self, wanted: Wanted, error: LorazipError, outage: Outage) -> Failure:
-        """What is said of an exception, or of what is behind it."""
+    def _failure_of(self, requested: RequestedAdapter, error: LorazipError, outage: Outage) -> Failure:
+        """The failure to report for an exception: an outage, if it is one more of many."""
         if self.options.locked and isinstance(error, HubCorrupt | HubDiffers | NotAsLocked):
             error = CheckFailed(error.message, error.hint)
         try:
-            outage.heed(error)
+            outage.record(error)
         except HubUnavailable as unavailable:
             error = unavailable
-        return Failure(wanted.label, error)
+        return Failure(requested.label, error)
 
-    def _waits(self, wanted: Wanted) -> bool:
+    def _waits(self, requested: RequestedAdapter) -> bool:
         """Whether it has arrived, and is held until all have."""
-        state = self.states.get(wanted.name)
-        return state is not None and state.is_there and state.status != "present" and wanted.name in self.entries
+        state = self.states.get(requested.name)
+        return state is not None and state.is_there and state.status != "present" and requested.name in self.entries
 
     def _would_lose(self, label: str, name: str, lost: str | None) -> bool:
         if lost is None or self.options.force:
@@ -227,25 +233,25 @@ class _Run:
         self.plan.failures.append(Failure(label, error))
         return True
 
-    def _heed_fail_fast(self) -> None:
+    def _check_fail_fast(self) -> None:
         if self.options.fail_fast and self.plan.failures:
             raise self.plan.failures[0].error
 
-    def _find_strangers(self) -> None:
-        """Adapters in the directory that nobody asked for: compress would take them as well."""
+    def _find_others(self) -> None:
+        """Report adapters in the directory that were not asked for: compress would take them as well."""
         known = set(self.before)
         if not self.options.locked:
-            known |= self.journal.keys() | {wanted.name for wanted in self.plan.wanted}
+            known |= self.journal.keys() | {requested.name for requested in self.plan.requested}
         there = find_adapters(self.directory).adapters if self.directory.exists() else ()
-        strangers = [folder.name for folder in there if folder.name not in known]
+        others = [folder.name for folder in there if folder.name not in known]
         if self.options.locked:
-            for name in strangers:
+            for name in others:
                 where = f"{self.directory / name}: {LOCK_NAME} has no such adapter"
                 hint = "an unfinished fetch brought it: run that again, or move it away"
                 error = CheckFailed(where, hint if name in self.journal else "move it away")
                 self.plan.failures.append(Failure(name, error))
-        elif strangers:
-            names = f"{strangers[0]!r}{f' and {len(strangers) - 1} more' if strangers[1:] else ''}"
+        elif others:
+            names = f"{others[0]!r}{f' and {len(others) - 1} more' if others[1:] else ''}"
             self.progress.note(f"{self.directory} has adapters that were not fetched, such as {names}")
 
     def _finish(self, workspace: Workspace) -> None:
@@ -267,9 +273,9 @@ class _Run:
     def report(self, seconds: float) -> FetchReport:
         """What was done; with ``dry_run`` what would be."""
         adapters = [
-            self._fetched(wanted)
-            for wanted in self.plan.wanted
-            if wanted.name in self.states and (self.options.dry_run or self._is_in_place(wanted))
+            self._fetched(requested)
+            for requested in self.plan.requested
+            if requested.name in self.states and (self.options.dry_run or self._is_in_place(requested))
         ]
         statuses = Counter(adapter.status for adapter in adapters)
         removed = self.removed if self.complete or self.options.dry_run else []
@@ -307,18 +313,22 @@ class _Run:
             skippable=failure.can_be_skipped and not self.options.locked,
         )
 
-    def _is_in_place(self, wanted: Wanted) -> bool:
-        return wanted.name in self.entries and (self.complete or not self._waits(wanted))
+    def _is_in_place(self, requested: RequestedAdapter) -> bool:
+        return requested.name in self.entries and (self.complete or not self._waits(requested))
 
-    def _fetched(self, wanted: Wanted) -> FetchedAdapter:
-        state, entry, old = self.states[wanted.name], self.entries.get(wanted.name), self.before.get(wanted.name)
-        moved = old is not None and old.origin.commit != wanted.origin.commit
+    def _fetched(self, requested: RequestedAdapter) -> FetchedAdapter:
+        state, entry, old = (
+            self.states[requested.name],
+            self.entries.get(requested.name),
+            self.before.get(requested.name),
+        )
+        moved = old is not None and old.origin.commit != requested.origin.commit
         return FetchedAdapter(
-            name=wanted.name,
-            origin=wanted.origin,
-            base_model=wanted.base_model,
-            files=len(wanted.files),
-            size_bytes=entry.size_bytes if entry else wanted.size_bytes,
+            name=requested.name,
+            origin=requested.origin,
+            base_model=requested.base_model,
+            files=len(requested.files),
+            size_bytes=entry.size_bytes if entry else requested.size_bytes,
             status=state.status,
             previous_commit=old.origin.commit if old and moved else None,
             changed_files=list(state.changed),

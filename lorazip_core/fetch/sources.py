@@ -72,11 +72,11 @@ def read_sources(words: Iterable[str], target: Path, filters: Filters) -> list[S
     """
     found: dict[Source, None] = {}
     for word in words:
-        for text, place, base in _lines(word):
+        for text, line, base in _lines(word):
             try:
                 found[_parse(text, base, target, filters)] = None
             except UsageError as error:
-                raise UsageError(f"{place}{error.message}", error.hint) from None
+                raise UsageError(f"{line}{error.message}", error.hint) from None
     narrows = filters.search is not None or filters.tags or filters.limit is not None
     if narrows and not any(isinstance(source, AuthorSource) for source in found):
         raise UsageError("--search, --tag and --limit narrow down org:NAME and user:NAME, and there is none")
@@ -139,12 +139,12 @@ def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> 
     if not path.is_dir():
         raise UsageError(f"{text!r} is not a directory")
     check_adapters_path(path, may_be_empty=True, typed=repr(text))
-    if within(path, target) or within(target, path):
+    if is_within(path, target) or is_within(target, path):
         raise UsageError(f"{text!r} and -o {str(target)!r} lie in each other", "choose another -o")
     recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
     return DirectorySource(recorded.as_posix(), path, filters)
 
 
-def within(path: Path, folder: Path) -> bool:
+def is_within(path: Path, folder: Path) -> bool:
     """Whether ``path``, links resolved, is ``folder`` or below it."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

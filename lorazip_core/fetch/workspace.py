@@ -3,19 +3,18 @@
 While a run lasts there is ``DIR/.lorazip-fetch`` with
 
     work/NAME/          an adapter whose files are arriving
-    held/NAME/          a whole one that is to take the place of an older one, once everything has arrived
+    held/NAME/          a whole one that is to replace an older one, once everything has arrived
     old/NAME/           that older one, from then until the new lock is there
-    journal.jsonl       the entry of the lock for every adapter that has arrived, written before it is put in its place
+    journal.jsonl       the entry of the lock for every adapter that has arrived, written before its folder is renamed
     lorazip.lock        the new lock, when everything has arrived: from then on the run is finished, not undone
 
-A new adapter goes into place at once, so that what arrives is there whatever becomes of the rest. An update waits, so
-that the old lock and the old adapters hold until the new ones do.
+The folder of a new adapter is renamed to DIR/NAME at once, so that it stays whatever becomes of the rest. Updates wait
+in ``held``, so that the old lock describes the old adapters until the new lock replaces it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import threading
@@ -25,8 +24,10 @@ from typing import Self
 import msgspec
 
 from ..adapter.lock import LOCK_NAME, Lock, LockedAdapter, encode_lock, problem, read_lock, read_strictly
+from ..base.atomic import atomic_write, lock_directory
+from ..base.digests import canonical_json, safe_name
 from ..base.errors import LocalError, OutputExists, UsageError
-from ..base.files import canonical_json, safe_name, sync, sync_tree, write_file
+from ..base.filesystem import fsync, fsync_directories
 
 FOLDER = ".lorazip-fetch"
 _JOURNAL = "journal.jsonl"
@@ -35,8 +36,8 @@ _JOURNAL = "journal.jsonl"
 class Workspace:
     """The exclusive use of ``DIR`` for one run. Raises LocalError when another run has it.
 
-    What a killed run had yet to finish is finished first; without ``recover`` it is given up, for the lock that is in
-    ``DIR``. Raises UsageError for links in place of its own files: they would lead elsewhere.
+    A run that was killed after it had written its new lock is finished first; without ``recover`` that lock is dropped,
+    and the one in ``DIR`` stays. Raises UsageError for links where its own files should be: they would lead elsewhere.
     """
 
     def __init__(self, directory: Path, *, recover: bool = True) -> None:
@@ -47,61 +48,43 @@ class Workspace:
 
     def __enter__(self) -> Self:
         self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-        self._handle = self._locked()
+        _refuse_link(self._folder)
+        busy = LocalError(f"{self.directory}: another lorazip is fetching into it", "wait for it, or choose another -o")
+        self._lock = lock_directory(self._folder, busy)
         try:
-            for path in (self._folder, *self._folder.iterdir()):
-                if path.is_symlink():
-                    raise UsageError(f"{path} is a link, and lorazip keeps its own files there", "remove it")
+            for path in self._folder.iterdir():
+                _refuse_link(path)
             if not self._finish_first:
                 (self._folder / LOCK_NAME).unlink(missing_ok=True)
             self._recover()
         except BaseException:
-            os.close(self._handle)
+            os.close(self._lock)
             raise
         return self
 
-    def _locked(self) -> int:
-        """A descriptor of the folder, which the kernel's lock on it goes with; it ends with the process."""
-        while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:  # another run has just finished
-                continue
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._folder.exists() and os.path.samestat(os.fstat(handle), self._folder.stat()):
-                    return handle
-            except BlockingIOError:
-                os.close(handle)
-                raise LocalError(
-                    f"{self.directory}: another lorazip is fetching into it", "wait for it, or choose another -o"
-                ) from None
-            os.close(handle)
-
     def __exit__(self, *failure: object) -> None:
-        """Leave the journal and what it holds if the run is not finished, and nothing if there is nothing."""
+        """Leave the journal and ``held`` of a run that is not finished; remove what is empty."""
         shutil.rmtree(self._folder / "work", ignore_errors=True)
         for empty in (self._folder / "held", self._folder, *self._made):
             with contextlib.suppress(OSError):
                 empty.rmdir()
-        os.close(self._handle)
+        os.close(self._lock)
 
     def held(self, name: str) -> Path:
-        """Where it waits."""
+        """The folder in which an update waits."""
         return self._folder / "held" / safe_name(name)
 
     def work(self, name: str) -> Path:
-        """An empty folder for its files."""
+        """An empty folder for the files of an adapter."""
         folder = self._folder / "work" / safe_name(name)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def arrived(self, entry: LockedAdapter, folder: Path) -> None:
-        """``folder``, from `work`, is whole: put it into its place if that is free, or hold it."""
-        sync_tree(folder)
-        target, held = place(self.directory, entry.name), self.held(entry.name)
+        """Move ``folder``, which `work` made and which is whole, to its place in ``DIR``, or hold it as an update."""
+        fsync_directories(folder)
+        target, held = adapter_folder(self.directory, entry.name), self.held(entry.name)
         with self._writing:
             with (self._folder / _JOURNAL).open("ab") as file:
                 file.write(b"\n" + canonical_json(msgspec.to_builtins(entry)))  # apart from a line that was cut off
@@ -114,12 +97,12 @@ class Workspace:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(target)
-                sync(target.parent)
+                fsync(target.parent)
 
     def finish(self, lock: Lock) -> None:
-        """Put what is held into its place if ``lock`` has it, and take away what the old lock has and this one not.
+        """Replace adapters by the updates that ``lock`` has, and remove those that only the old lock has.
 
-        A lock that would not change stays as it is, its time of change too, which make goes by.
+        A lock that would not change is not written again: make goes by its modification time.
         """
         arrived = read_journal(self.directory)
         if not arrived and lock == read_lock(self.directory):
@@ -127,11 +110,12 @@ class Workspace:
         for entry in lock.adapters:
             if arrived.get(entry.name) != entry:  # held for an update that was given up
                 shutil.rmtree(self.held(entry.name), ignore_errors=True)
-        _replace(self._folder / LOCK_NAME, encode_lock(lock))  # half a lock would be in the way of every later run
+        atomic_write(self._folder / LOCK_NAME, encode_lock(lock))  # half a lock would stop every later run
+        fsync(self._folder)
         self._recover()
 
     def _recover(self) -> None:
-        """Finish what `finish` began, from whatever point; a run that was killed before is left to be continued."""
+        """Complete what `finish` began, wherever it was stopped. A run that did not get there can be continued."""
         try:
             lock = read_strictly(self._folder)
         except UsageError:  # no run has left this; the lock in the directory holds
@@ -144,7 +128,7 @@ class Workspace:
                 partial.unlink()
             return
         for adapter in lock.adapters:
-            held, target = self.held(adapter.name), place(self.directory, adapter.name)
+            held, target = self.held(adapter.name), adapter_folder(self.directory, adapter.name)
             if held.exists():
                 self._take_away(adapter.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,37 +138,38 @@ class Workspace:
         for name in sorted(dropped - {adapter.name for adapter in lock.adapters}):
             self._take_away(name)
             with contextlib.suppress(OSError):  # it has others
-                place(self.directory, name).parent.rmdir()
+                adapter_folder(self.directory, name).parent.rmdir()
         if lock == old:
             (self._folder / LOCK_NAME).unlink()
         else:
             (self._folder / LOCK_NAME).rename(self.directory / LOCK_NAME)
-        sync(self.directory)
+        fsync(self.directory)
         for done in ("held", "old"):
             shutil.rmtree(self._folder / done, ignore_errors=True)
         self._forget({adapter.name for adapter in lock.adapters})
 
     def _forget(self, names: set[str]) -> None:
-        """Strike out of the journal what the lock has; adapters of a source that has not all arrived stay in it."""
+        """Remove from the journal what the lock has; adapters of a source that is not complete stay in it."""
         left = [entry for name, entry in read_journal(self.directory).items() if name not in names]
-        left = [entry for entry in left if place(self.directory, entry.name).exists()]
+        left = [entry for entry in left if adapter_folder(self.directory, entry.name).exists()]
         if left:
             lines = b"".join(canonical_json(msgspec.to_builtins(entry)) for entry in left)
-            _replace(self._folder / _JOURNAL, lines)
+            atomic_write(self._folder / _JOURNAL, lines)
+            fsync(self._folder)
         else:
             (self._folder / _JOURNAL).unlink(missing_ok=True)
 
     def _take_away(self, name: str) -> None:
-        """Move the adapter that is in place aside, in one step; it goes when the new lock is there."""
-        target, old = place(self.directory, name), self._folder / "old" / safe_name(name)
+        """Rename the present adapter into ``old``, from which it is removed when the new lock is there."""
+        target, old = adapter_folder(self.directory, name), self._folder / "old" / safe_name(name)
         if os.path.lexists(target):
             shutil.rmtree(old, ignore_errors=True)
             old.parent.mkdir(exist_ok=True)
             target.rename(old)
 
 
-def place(directory: Path, name: str) -> Path:
-    """Where the adapter ``name`` goes.
+def adapter_folder(directory: Path, name: str) -> Path:
+    """The folder of the adapter ``name``.
 
     Raises UsageError for a link on the way, which would lead elsewhere or make one folder of two, and OutputExists for
     a file.
@@ -199,16 +184,13 @@ def place(directory: Path, name: str) -> Path:
     return target / Path(name).name
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    write_file(partial, data)
-    partial.rename(path)
-    sync(path.parent)
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, and lorazip keeps its own files there", "remove it")
 
 
 def read_journal(directory: Path) -> dict[str, LockedAdapter]:
-    """The adapters that an unfinished run has brought into ``directory``, by name; the last entry of each counts."""
+    """The adapters that an unfinished run has fetched into ``directory``, by name; the last entry of each counts."""
     try:
         lines = (directory / FOLDER / _JOURNAL).read_bytes().splitlines()
     except FileNotFoundError:

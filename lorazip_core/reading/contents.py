@@ -12,8 +12,8 @@ import torch
 from ..adapter.reader import Adapter
 from ..adapter.unreadable import unreadable
 from ..adapter.weights import Descriptor, read_fully
+from ..base.digests import sha256_bytes, sha256_file
 from ..base.errors import AdapterError
-from ..base.files import sha256_bytes, sha256_file
 from ..base.stopping import check_stop
 from ..bundle.manifest import SourceEntry
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..adapter.layout import TORCH_DTYPES, view
+from ..adapter.layout import view
 from ..adapter.reader import Adapter, Part
 from ..base.errors import AdapterError
+from ..base.safetensors_header import TORCH_DTYPES
 from ..maths.factored import squared_norm
 from .blocks import Stored
 from .groups import LayoutGroup

@@ -16,8 +16,8 @@ from ..adapter.collection import Collection
 from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from ..adapter.reader import Adapter
+from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import AdapterError, AdapterErrors
-from ..base.files import canonical_json, sha256_bytes
 from ..base.progress import Advance
 from ..bundle.manifest import SourceEntry, Weights
 from .groups import by_layout

@@ -21,7 +21,7 @@ class _Case(NamedTuple):
     name: str
     failures: Sequence[Finding]
     skipped: str | None = None
-    """Why nobody can tell."""
+    """Why it is not known whether the test passes."""
     output: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""What a verification found, as every rendering of it tells it: the gates, the worst adapters, who kept how."""
+"""What all renderings of a verification share: its verdict, limits, worst adapters, and findings in lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..bundle.finding import Finding
 from ..bundle.quality import LARGE_ERROR, above
 from ..verify.run import AdapterReport, VerifyReport
 
-_ALL_TOLD, _TOLD = 10, 3  # findings of one kind that are all told, and how many of more
+_ALL, _FEW = 10, 3  # so many findings of one kind are all shown; of more, so few
 # What else differs where the files are not those that the bundle was made from.
 _CONSEQUENCES = {
     "base-model-differs",
@@ -125,23 +125,23 @@ def limit_of_adapters(report: VerifyReport) -> float:
     return next(limit for limit in (report.gates.max_error, made_with, LARGE_ERROR) if limit is not None)
 
 
-def told(report: VerifyReport) -> list[str]:
+def finding_lines(report: VerifyReport) -> list[str]:
     """The findings in lines for people: all of a kind while they are few, and one cause once, whatever follows from it.
 
     Where no adapter has the files that the bundle was made from, it does not matter what else of them differs.
     """
     findings, lines = list(report.findings), []
-    strangers = {found.adapter for found in findings if found.kind == "source-differs"}
-    if len(findings) > _ALL_TOLD and strangers == {adapter.name for adapter in report.adapters}:
+    differing = {found.adapter for found in findings if found.kind == "source-differs"}
+    if len(findings) > _ALL and differing == {adapter.name for adapter in report.adapters}:
         rest = [found for found in findings if found.kind not in _CONSEQUENCES]
         lines.append(
-            f"{report.against}: none of the {count(len(strangers), 'adapter')} has the files that the bundle was made"
+            f"{report.against}: none of the {count(len(differing), 'adapter')} has the files that the bundle was made"
             f" from: is it the right directory? ({len(findings) - len(rest):,} findings; --json has them all)"
         )
         findings = rest
     for kind in dict.fromkeys(found.kind for found in findings):
         own = [found for found in findings if found.kind == kind]
-        shown = own if len(own) <= _ALL_TOLD else own[:_TOLD]
+        shown = own if len(own) <= _ALL else own[:_FEW]
         lines += [_line(found) for found in shown]
         if len(own) > len(shown):
             lines.append(f"{kind}: {len(own) - len(shown):,} more; --json has them all")

@@ -17,14 +17,14 @@ from ..base.progress import Progress
 from ..base.text import printable
 from ..base.threads import in_order
 from ..bundle.finding import Finding
+from ..bundle.kinds import EXPORT_NAME, MANIFEST_NAME
 from ..bundle.losses import Losses
-from ..bundle.manifest import MANIFEST_NAME, AdapterEntry, SourceEntry
+from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
 from ..reading.placement import pass_through
 from .measure import Pair, Seen, measure
 
 _CPU = torch.device("cpu")
-_EXPORT_REPORT = "export.json"  # what `export` leaves beside the adapters that it writes
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-10
@@ -69,7 +69,7 @@ def compare(
         else:
             kind = "source-unusable" if entry.name in bad else "source-missing"
             broken.append(_source(kind, entry.name, bad.get(entry.name, "it is not there")))
-    if (root / _EXPORT_REPORT).is_file() and any(found.kind == "source-differs" for found in broken):
+    if (root / EXPORT_NAME).is_file() and any(found.kind == "source-differs" for found in broken):
         message = "these are adapters that lorazip exported from a bundle, not the originals"
         broken.insert(0, Finding("source-exported", None, message, damage=False))
     return measured, broken

@@ -13,8 +13,8 @@ from ..base.errors import BundleDamaged, CheckFailed, UsageError
 from ..base.progress import Progress, Silent
 from ..base.text import printable
 from ..bundle.finding import Finding
-from ..bundle.kinds import check_adapters_path
-from ..bundle.manifest import MANIFEST_NAME, AdapterEntry, ModuleError, Parameters
+from ..bundle.kinds import MANIFEST_NAME, check_adapters_path
+from ..bundle.manifest import AdapterEntry, ModuleError, Parameters
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise

@@ -1,4 +1,4 @@
-"""An adapter that is to be in the directory: which files, from where, and how to know them again."""
+"""An adapter that is to be in the directory: its files, where they come from, and how to recognise them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter.lock import LockedAdapter, LockedFile, Origin
-from ..base.files import sha256_file
+from ..base.digests import sha256_file
 
 
 @dataclass(frozen=True)
-class WantedFile:
-    """A file of an adapter. What the Hub does not tell is None; ``sha256`` or ``git_oid`` identify the content."""
+class RequestedFile:
+    """A file of an adapter. What the Hub does not list is None; ``sha256`` or ``git_oid`` identify the content."""
 
     name: str
     path: str
@@ -21,15 +21,15 @@ class WantedFile:
     size_bytes: int | None = None
     sha256: str | None = None
     git_oid: str | None = None
-    """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub tells of files that are not in Git LFS."""
+    """SHA-1 of ``blob SIZE\\0`` and the content: what the Hub lists for files that are not in Git LFS."""
 
     @property
     def has_digest(self) -> bool:
-        """Whether it can be told from another file; not every mirror of the Hub lists digests."""
+        """Whether its content can be checked; not every mirror of the Hub lists digests."""
         return self.sha256 is not None or self.git_oid is not None
 
     def identify(self, path: Path) -> LockedFile | None:
-        """The file at ``path`` as the lock records it, or None when it is known not to be the wanted one."""
+        """The file at ``path`` as the lock records it, or None when it is known not to be the requested one."""
         size = path.stat().st_size
         if self.size_bytes not in (None, size):
             return None
@@ -42,28 +42,27 @@ class WantedFile:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedAdapter:
     """An adapter: where it comes from and its files. ``name``, its folder, is empty until names are given."""
 
     origin: Origin
     base_model: str | None
-    files: tuple[WantedFile, ...]
+    files: tuple[RequestedFile, ...]
     name: str = ""
     local: Path | None = None
     """The folder of a local adapter."""
 
     @property
     def label(self) -> str:
-        """How messages call it: by where it comes from."""
-        place = self.origin.repository or self.origin.directory or ""
-        return "/".join(filter(None, (place, self.origin.subfolder)))
+        """Where it comes from, as messages name it."""
+        return label_of(self.origin.repository or self.origin.directory or "", self.origin.subfolder)
 
     @property
     def size_bytes(self) -> int:
-        """The bytes that are known of."""
+        """The sizes that are known, added up."""
         return sum(file.size_bytes or 0 for file in self.files)
 
-    def named(self, name: str) -> Wanted:
+    def named(self, name: str) -> RequestedAdapter:
         return replace(self, name=name)
 
     def locked(self, files: list[LockedFile]) -> LockedAdapter:
@@ -71,14 +70,19 @@ class Wanted:
         return LockedAdapter(name=self.name, origin=self.origin, base_model=self.base_model, files=files)
 
 
-def wanted_again(entry: LockedAdapter, directory: Path) -> Wanted:
-    """What an entry of the lock of ``directory`` stands for: just these bytes, from where they came."""
+def label_of(source: str, folder: str) -> str:
+    """A folder of a repository or directory, as messages name it."""
+    return "/".join(filter(None, (source, folder)))
+
+
+def requested_by_lock(entry: LockedAdapter, directory: Path) -> RequestedAdapter:
+    """The adapter of an entry of the lock of ``directory``: the same bytes from the same source."""
     origin = entry.origin
     folder = f"{origin.subfolder}/" if origin.subfolder else ""
-    files = tuple(WantedFile(file.path, folder + file.path, file.size_bytes, file.sha256) for file in entry.files)
+    files = tuple(RequestedFile(file.path, folder + file.path, file.size_bytes, file.sha256) for file in entry.files)
     real = Path(os.path.realpath(directory))
     local = None if origin.directory is None else real / origin.directory / origin.subfolder
-    return Wanted(origin, entry.base_model, files, entry.name, local)
+    return RequestedAdapter(origin, entry.base_model, files, entry.name, local)
 
 
 def _git_oid(path: Path, size: int) -> str:

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in one line that says what to do about it.
+"""Errors of the Hub and the network, each in one line that says what to do about it.
 
 Nothing of an exception's own text is repeated but what the Hub says about a refusal: addresses can carry signatures and
 passwords, and a server can echo a token.
@@ -25,9 +25,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 
 from ..base.errors import HubError, LorazipError, UsageError
-from ..base.text import plain
+from ..base.text import count, plain
 
-_PASSING = (408, 429, 500, 502, 503, 504)
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
 _KEPT = "what has arrived is kept: run again later"
 _KEPT_429 = f"{_KEPT}, with fewer --jobs, or with HF_TOKEN set"
 
@@ -37,27 +37,27 @@ class HubRefused(HubError):
 
 
 class HubDiffers(HubRefused):
-    """The Hub does not have (any more) what it is said to have: the repository, or the file."""
+    """The Hub does not have, or not any more, a repository or file that was asked for."""
 
 
 class RevisionGone(HubDiffers):
     """The repository is there, the revision is not."""
 
 
-class HubTrouble(HubError):
-    """The Hub or the network failed, to the last attempt; asking again later may help. ``where`` is what for."""
+class HubFailed(HubError):
+    """The Hub or the network failed, and so did the last attempt; later it may work. ``where`` says for what."""
 
     def __init__(self, where: str, what: str, hint: str) -> None:
         super().__init__(f"{where}: {what}", hint)
         self._what = what
 
     @property
-    def of_all(self) -> HubUnavailable:
-        """The same, said of the Hub as a whole."""
+    def as_unavailable(self) -> HubUnavailable:
+        """The same failure, as one of the Hub as a whole."""
         return HubUnavailable(self._what, self.hint)
 
 
-class HubCorrupt(HubTrouble):
+class HubCorrupt(HubFailed):
     """Other bytes arrive than the digest says, again and again: something in between is at fault, not the adapter."""
 
 
@@ -66,20 +66,20 @@ class HubUnavailable(HubError):
 
 
 class Outage:
-    """Tells the trouble of the Hub from that of single repositories: it is the Hub's when ``many`` fail in a row."""
+    """Tells an outage of the Hub, ``many`` requests in a row that fail, from failures of single repositories."""
 
     def __init__(self, many: int) -> None:
         self._many = max(3, many)
         self._in_a_row = 0
 
-    def heed(self, error: LorazipError | None) -> None:
-        """Note how the next one ended; None: well. Raises HubUnavailable."""
-        if not isinstance(error, HubTrouble):
+    def record(self, error: LorazipError | None) -> None:
+        """Count how a request ended, None for well. Raises HubUnavailable once ``many`` in a row have failed."""
+        if not isinstance(error, HubFailed):
             self._in_a_row = 0
             return
         self._in_a_row += 1
         if self._in_a_row >= self._many:
-            raise error.of_all
+            raise error.as_unavailable
 
 
 def check_access(endpoint: str) -> None:
@@ -100,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether asking again may help."""
     error = _root(error)
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING
+        return error.response.status_code in _TRANSIENT
     if isinstance(error, OfflineModeIsEnabled):
         return False
     return isinstance(error, HTTPError) or _is_inconsistent(error) or _is_xet(error)
@@ -134,11 +134,11 @@ def translate(
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, what, where, host, attempts)
     if isinstance(error, HTTPError):
-        return HubTrouble(where, f"no answer from {host} after {_times(attempts)}: {_reason(error)}", _KEPT)
+        return HubFailed(where, f"no answer from {host} after {count(attempts, 'attempt')}: {_reason(error)}", _KEPT)
     if _is_inconsistent(error):
-        return HubTrouble(where, f"another size arrived than was promised, {_times(attempts)}", _KEPT)
+        return HubFailed(where, f"another size arrived than was promised, {count(attempts, 'attempt')}", _KEPT)
     if _is_xet(error):
-        return HubTrouble(where, f"Xet failed, {_times(attempts)}", "without it: HF_HUB_DISABLE_XET=1")
+        return HubFailed(where, f"Xet failed, {count(attempts, 'attempt')}", "without it: HF_HUB_DISABLE_XET=1")
     if isinstance(error, json.JSONDecodeError | FileMetadataError):
         return HubError(f"{what}: {host} does not answer as a Hub does", "is HF_ENDPOINT right, or a proxy in between?")
     return None
@@ -146,21 +146,21 @@ def translate(
 
 def _refusal(error: HfHubHTTPError, what: str, where: str, host: str, attempts: int) -> HubError:
     status = error.response.status_code
-    said = _harmless(error.server_message or "")
-    if status == 401 and "Invalid credentials" in said:
+    reason = _one_line(error.server_message or "")
+    if status == 401 and "Invalid credentials" in reason:
         return HubUnavailable(f"{host} refuses your token", "renew HF_TOKEN, or run 'hf auth login'")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         kind = HubDiffers if status == 404 else HubRefused  # without a token, what is missing is a 401 as well
         if get_token() is None:
             return kind(f"{what}: not found, or private", f"check the name; if it is private, {_log_in()}")
         return kind(f"{what}: not found, or your token may not read it", "check the name and the token")
-    if status in _PASSING:
+    if status in _TRANSIENT:
         still = f"the Hub still answers {status}{' (too many requests)' if status == 429 else ''}"
-        return HubTrouble(where, f"{still} after {_times(attempts)}", _KEPT_429 if status == 429 else _KEPT)
-    return HubRefused(f"{where}: the Hub answers {status}{f': {said}' if said else ''}")
+        return HubFailed(where, f"{still} after {count(attempts, 'attempt')}", _KEPT_429 if status == 429 else _KEPT)
+    return HubRefused(f"{where}: the Hub answers {status}{f': {reason}' if reason else ''}")
 
 
-def passing(error: BaseException) -> str:
+def describe_transient(error: BaseException) -> str:
     """What is wrong, in words, with a request that will be repeated."""
     error = _root(error)
     if isinstance(error, HfHubHTTPError):
@@ -171,7 +171,7 @@ def passing(error: BaseException) -> str:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether there is not even a connection: no such host, nobody listens there."""
+    """Whether no connection could be made: no such host, or none that accepts it."""
     return "ConnectError" in type(_root(error)).__name__
 
 
@@ -195,10 +195,6 @@ def _log_in(before: str = "") -> str:
     return f"{before}set HF_TOKEN or run 'hf auth login'"
 
 
-def _times(attempts: int) -> str:
-    return "1 attempt" if attempts == 1 else f"{attempts} attempts"
-
-
 def _reason(error: BaseException) -> str:
     """The innermost system error in words, or the kind of failure."""
     if "Timeout" in type(error).__name__:
@@ -211,8 +207,8 @@ def _reason(error: BaseException) -> str:
     return "the connection broke off" if "ProtocolError" in type(error).__name__ else type(error).__name__
 
 
-def _harmless(text: str) -> str:
-    """What a server says, on one line, short, and without the token."""
+def _one_line(text: str) -> str:
+    """Text of a server on one line, cut to 200 characters, and without the token."""
     token = get_token()
     text = plain(" ".join(text.split()))
     return (text.replace(token, "***") if token else text)[:200]

@@ -1,8 +1,8 @@
-"""Manners towards the Hub, laid around huggingface_hub's own HTTP client.
+"""huggingface_hub's HTTP client with what it lacks: a common wait for the rate limit, a time limit, and a way to stop.
 
-The client retries on its own and thread by thread. What it does not do: when one request is told to wait (429 with
-Retry-After), all threads should wait; a request that nobody answers should end; and Ctrl-C should not have to wait for
-sixteen downloads. All of this is done through the client's public hooks.
+The client retries on its own and thread by thread. When one request is told to wait (429 with Retry-After), all threads
+should wait; a request that nobody answers should end; and Ctrl-C should not have to wait for sixteen downloads. All of
+this is done through the client's public hooks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -25,22 +25,23 @@ from typing import Any, Self
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public by its documentation
 
-from .trouble import HubUnavailable
+from ..base.threads import thread_pool
+from .hub_errors import HubUnavailable
 
 _TIMEOUT = 30.0  # seconds that a silent server has, where huggingface_hub would wait for ever
-_LONG_WAIT = 5.0  # seconds from which on a person is told
-_WORTH_TELLING = 1.0  # seconds before a request is repeated, and without any answer
-_TOO_LONG = 900.0  # seconds that nobody waits
+_LONG_WAIT = 5.0  # seconds; only such waits are reported
+_WORTH_NOTING = 1.0  # seconds until a request is repeated, and since the last answer to any
+_TOO_LONG = 900.0  # seconds: a longer wait is an error
 
 
 class Stopped(Exception):
     """The run is over: no request is made any more."""
 
 
-class Manners:
+class HttpClient:
     """Within its context every request waits as long as the Hub asks any of them to, and `stop` ends them all.
 
-    huggingface_hub says nothing on stderr meanwhile: what fails in the end is told by lorazip, once.
+    huggingface_hub prints nothing on stderr meanwhile: lorazip reports what fails in the end, once.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -52,21 +53,19 @@ class Manners:
         self._not_before = 0.0
         self.stopped = threading.Event()
         self.last_answer = -math.inf
-        """When the Hub last answered something else than that it can't (`time.monotonic`)."""
-        self._repeats_told = 0
-        """The highest number of a repetition that was told since then."""
+        """When the Hub last answered with other than 429 or a server error (`time.monotonic`)."""
+        self._repeats_noted = 0
+        """The highest number of a repetition that was reported since then."""
 
     @contextmanager
     def executor(self, jobs: int) -> Iterator[Executor]:
-        """Threads for requests. Whatever ends the block early ends them too, wherever they wait."""
-        executor = ThreadPoolExecutor(jobs, thread_name_prefix="fetch")
-        try:
-            yield executor
-        except BaseException:
-            self.stop()
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
+        """Threads for requests. Whatever ends the block early ends the requests too, wherever they wait."""
+        with thread_pool(jobs) as executor:
+            try:
+                yield executor
+            except BaseException:
+                self.stop()
+                raise
 
     def attach(self) -> None:
         """Hook into the present client of huggingface_hub, which replaces it after connection errors."""
@@ -109,28 +108,28 @@ class Manners:
 
             abort_xet_session()  # type: ignore[no-untyped-call]
 
-    def heed(self) -> None:
+    def check_stopped(self) -> None:
         """Raise Stopped after `stop`."""
         if self.stopped.is_set():
             raise Stopped
 
-    def told(self, what: str, seconds: float, number: int, repeats: int) -> None:
-        """Say once, whichever request fails, that all of them will be repeated: for the ``number``-th of ``repeats``.
+    def note_retry(self, what: str, seconds: float, number: int, repeats: int) -> None:
+        """Say once for all requests that they fail and will be repeated, for the ``number``-th time of ``repeats``.
 
-        As long as others are answered it is the affair of one request, and waits of less than a second are none at all.
+        Nothing is said while other requests are answered, nor of waits of less than a second.
         """
         with self._lock:
-            is_outage = time.monotonic() - self.last_answer >= _WORTH_TELLING
-            is_new = is_outage and seconds >= _WORTH_TELLING and number > self._repeats_told
+            is_outage = time.monotonic() - self.last_answer >= _WORTH_NOTING
+            is_new = is_outage and seconds >= _WORTH_NOTING and number > self._repeats_noted
             if is_new:
-                self._repeats_told = number
+                self._repeats_noted = number
         if is_new:
             self._note(f"{what}; trying again in {seconds:.0f} s ({number} of {repeats})")
 
     def _before(self, request: Any) -> None:
         while not self.stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
             self.stopped.wait(left)
-        self.heed()
+        self.check_stopped()
         request.extensions["trace"] = self._remember
 
     def _after(self, response: Any) -> None:
@@ -138,7 +137,7 @@ class Manners:
             self._wait(_seconds_to_wait(response.headers))
         elif response.status_code < 500:
             with self._lock:
-                self.last_answer, self._repeats_told = time.monotonic(), 0
+                self.last_answer, self._repeats_noted = time.monotonic(), 0
 
     def _wait(self, seconds: float) -> None:
         if seconds > _TOO_LONG:

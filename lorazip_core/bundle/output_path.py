@@ -11,10 +11,10 @@ from ..base.errors import UsageError
 from .kinds import is_adapter, is_bundle
 
 
-def check_place(output: Path, inputs: Iterable[Path] = (), option: str = "-o") -> None:
+def check_output_path(output: Path, inputs: Iterable[Path] = (), option: str = "-o") -> None:
     """Raise UsageError for an output in an adapter or a bundle, or that is, is in or has in it one of ``inputs``.
 
-    An adapter or a bundle at ``output`` itself is not looked at: whether it may be replaced is another question.
+    An adapter or a bundle at ``output`` itself is no error here: `check_output` says whether it may be replaced.
     """
     real, hint = Path(os.path.realpath(output)), f"choose another {option}"
     for folder in real.parents:
