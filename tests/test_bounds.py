@@ -13,8 +13,8 @@ from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.files import tree
 from lorazip_core.compress.run import compress
-from lorazip_core.maths import batch
 from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.chunks import ELEMENTS_AT_ONCE
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading import memory
@@ -121,7 +121,7 @@ def test_slices_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     expected = results()
-    monkeypatch.setitem(batch._AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(ELEMENTS_AT_ONCE, "cpu", 1)
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     dense = torch.zeros(3, 12, 4)

@@ -69,13 +69,13 @@ def expected_stack(collection: Collection, module: int, members: Sequence[int] |
     having = [i for i in wanted if name in collection.adapters[i].parts]
     factors = [[side.float() for side in collection.adapters[i].stored_factors(name)] for i in having]
     stack = Stack.of([(b, a) for b, a in factors], having)
-    scales = [collection.adapters[i].parts[name].scale for i in stack.members]
+    scales = [collection.adapters[i].parts[name].scale for i in stack.adapters]
     return ScaledStack(stack, torch.tensor(scales, dtype=torch.float64))
 
 
 def assert_same(actual: ScaledStack, expected: ScaledStack) -> None:
     rows, others = actual.rows, expected.rows
-    assert (rows.members, rows.groups) == (others.members, others.groups)
+    assert (rows.adapters, rows.groups) == (others.adapters, others.groups)
     assert torch.equal(actual.factors, expected.factors)
     for mine, other in ((rows.bt, others.bt), (rows.a, others.a)):
         assert mine.dtype == torch.float32

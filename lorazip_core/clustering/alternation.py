@@ -178,12 +178,12 @@ class _Modules:
 
     def _fit(self, stacks: list[ScaledStack], labels: Tensor) -> None:
         weights = self._updates.weights
-        wanted = [labels[list(stack.members)] + i * self._clusters for i, stack in enumerate(stacks)]
+        wanted = [labels[list(stack.adapters)] + i * self._clusters for i, stack in enumerate(stacks)]
         used = torch.unique(torch.cat(wanted))
         number = torch.zeros_like(self._started, dtype=torch.int64)
         number[used] = torch.arange(len(used))
         scales = [
-            weights[list(stack.members), module].sqrt() for stack, module in zip(stacks, self._modules, strict=True)
+            weights[list(stack.adapters), module].sqrt() for stack, module in zip(stacks, self._modules, strict=True)
         ]
         batch = Batch.of(stacks, [number[problems] for problems in wanted], len(used), scales)
         new = ~self._started[used]
@@ -199,11 +199,11 @@ class _Modules:
         self._started[problems] = True
 
     def _lost(self, module: int, stack: ScaledStack, problems: slice) -> Tensor:
-        members = list(stack.members)
+        adapters = list(stack.adapters)
         lost = torch.zeros(len(self._updates.weights), self._clusters, dtype=torch.float64)
         captured = stack.captured(self._u[problems], self._v[problems]).cpu()
         # The norms are exact: in float32, factors of large condition would spoil them.
-        lost[members] = (self._updates.norms[members, module, None] - captured).clamp_min(0)
+        lost[adapters] = (self._updates.norms[adapters, module, None] - captured).clamp_min(0)
         return lost * self._updates.weights[:, module, None]
 
 

@@ -146,11 +146,11 @@ def _truncation_errors(updates: Updates, highest: int) -> Tensor:
     def energies_in(module: int) -> Tensor:
         stack = updates.load(module)
         energies = torch.zeros(len(updates.norms), highest, dtype=torch.float64)
-        members = torch.tensor(stack.members)
+        adapters = torch.tensor(stack.adapters)
         for b, a, positions in stack.rows.to(torch.float32).factors():
             found = truncated_svd(b, a, highest)[0].double().square().sum(-2).cpu()
             found *= stack.factors[positions, None].square()
-            energies[members[positions], : found.shape[1]] = found
+            energies[adapters[positions], : found.shape[1]] = found
         return energies
 
     energies = sum(

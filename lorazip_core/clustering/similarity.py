@@ -58,8 +58,8 @@ def subspace_similarity(
             return captured
         stack = updates.load(module, wanted.tolist())
         spanning = stack if rows is columns else updates.load(module, others.tolist())
-        here = torch.searchsorted(rows, torch.tensor(stack.members))[:, None]
-        there = torch.searchsorted(columns, torch.tensor(spanning.members))
+        here = torch.searchsorted(rows, torch.tensor(stack.adapters))[:, None]
+        there = torch.searchsorted(columns, torch.tensor(spanning.adapters))
         for b, a, positions in spanning.rows.to(torch.float32).factors():
             most = max(1, _AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
             pieces = (torch.split(each, most) for each in (b, a, there[positions]))
@@ -95,12 +95,12 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
 
     def lost_in(module: int) -> Tensor:
         stack = updates.load(module)
-        present, owner = torch.unique(numbers[list(stack.members)], return_inverse=True)
+        present, owner = torch.unique(numbers[list(stack.adapters)], return_inverse=True)
         weights = updates.weights[:, module]
-        batch = Batch.of([stack], [owner], len(present), [weights[list(stack.members)].sqrt()])
-        energies = (weights * updates.norms[:, module])[batch.members]
+        batch = Batch.of([stack], [owner], len(present), [weights[list(stack.adapters)].sqrt()])
+        energies = (weights * updates.norms[:, module])[batch.adapters]
         lost = torch.zeros(len(labels), dtype=torch.float64)
-        lost[batch.members] = (energies - _captured_by_others(batch, rank, seed).double().cpu()).clamp_min(0)
+        lost[batch.adapters] = (energies - _captured_by_others(batch, rank, seed).double().cpu()).clamp_min(0)
         return torch.where(weights > 0, lost / weights, 0.0)
 
     lost = in_order(lost_in, range(len(updates.shapes)), updates.device)
@@ -180,7 +180,7 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
         x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (rows.bt, rows.a))
         sketches = torch.zeros(n, _SKETCH**2)
         scaled = rows.cores(x, y).flatten(1).cpu() * stack.factors[:, None]
-        sketches[list(stack.members)] = scaled.float() / _SKETCH
+        sketches[list(stack.adapters)] = scaled.float() / _SKETCH
         return sketches
 
     gram = torch.zeros(n, n)
@@ -235,7 +235,7 @@ def _distances(updates: Updates, pairs: list[tuple[int, int]], progress: Progres
 def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]]) -> Tensor:
     stack = updates.load(module)
     factors = {
-        stack.members[position]: (b_i, a_i, float(stack.factors[position]))
+        stack.adapters[position]: (b_i, a_i, float(stack.factors[position]))
         for b, a, positions in stack.rows.factors()
         for position, b_i, a_i in zip(range(positions.start, positions.stop), b, a, strict=True)
     }
@@ -254,9 +254,9 @@ def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]
     return distance
 
 
-def _together(factors: dict[int, tuple[Tensor, Tensor, float]], members: Sequence[int]) -> Factors:
+def _together(factors: dict[int, tuple[Tensor, Tensor, float]], adapters: Sequence[int]) -> Factors:
     """B [k, d_out, r] with the factor of each update multiplied in, and A [k, r, d_in], in float64."""
-    b, a, own = zip(*(factors[member] for member in members), strict=True)
+    b, a, own = zip(*(factors[adapter] for adapter in adapters), strict=True)
     stacked = torch.stack(b).double()
     return stacked * torch.tensor(own, dtype=torch.float64, device=stacked.device)[:, None, None], torch.stack(
         a

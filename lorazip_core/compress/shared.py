@@ -216,7 +216,7 @@ def load_pack(updates: Updates, pack: Pack, labels: Labels) -> PackInput:
         owner = number[numbered]
         wanted = ((owner >= 0) & (updates.ranks[:, module] > 0)).nonzero()[:, 0].tolist()
         stack = updates.load(module, wanted)
-        members = list(stack.members)
+        members = list(stack.adapters)
         loaded.stacks.append(stack)
         loaded.owners.append(owner[members])
         loaded.weights.append(updates.weights[members, module])
@@ -236,7 +236,7 @@ def encode_pack(job: SharedJob, pack: Pack, loaded: PackInput, share: Share) -> 
     for stack, owners, weights in zip(*loaded, strict=True):
         for number in torch.unique(owners[owners >= 0]).tolist():
             own = owners == number
-            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
+            some = stack.select({stack.adapters[i] for i in own.nonzero()[:, 0].tolist()})
             with part_of(share, 1 / len(pack)) as of_one:
                 found[pack[number]] = encode_diag(
                     some, weights[own], rank=job.rank, dtype=job.dtype, seed=job.seed, share=of_one

@@ -49,7 +49,7 @@ def fit_diag(stack: Stack, rank: int, *, seed: int = 0, share: Share = unheard) 
     energy = exact.squared_norms().sum()
     if not energy > 0:
         return Basis(*(unit(side.new_zeros(side.shape[1], rank)) for side in (stack.bt, stack.a)))
-    exact = exact.scaled(energy.rsqrt().expand(len(stack.members)))
+    exact = exact.scaled(energy.rsqrt().expand(len(stack.adapters)))
     if rank == len(stack.a):
         u, v = own_components(exact, rank)  # lossless: nothing to search
     else:
@@ -119,7 +119,7 @@ def _extrapolate(moved: Tensor, arrived: Tensor, moves: deque[tuple[Tensor, Tens
 def _finalist(stack: Stack, rank: int, seed: int, share: Share) -> tuple[Tensor, Tensor]:
     """The best of the search, once the best few have had some rounds on the updates themselves."""
     wide = hosvd(stack, rank + _WIDER, seed=seed)
-    small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.members, stack.groups)
+    small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.adapters, stack.groups)
     u, v = _breed(small, rank, torch.Generator().manual_seed(seed), share)
     u, v = wide.u @ u[:_FINALISTS], wide.v @ v[:_FINALISTS]
     for _ in range(_TRIAL_ROUNDS):

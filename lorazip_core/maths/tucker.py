@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..base.progress import Share, part_of, unheard
 from ..base.stopping import check_stop
-from .batch import Batch, Cores
+from .batch import Batch
+from .cores import Cores
 from .factored import cholesky_qr
 from .stack import Stack
 
@@ -34,7 +35,7 @@ _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the
 _TIE = 1e-6  # of the objective: what decides between two bases is more than rounding
 _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
-# Of problems that are searched together: numbers in the Gram matrices of all starts, and in the bases to search within.
+# Of problems that are searched together: elements in the Gram matrices of all starts, and in the bases around them.
 _SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**22, 2**28
 # About how the time of a fit is shared: all corners, in each the rounds of all starts, the finals, and the last climb.
 _OF_SEARCH, _OF_STARTS, _OF_FINALS, _OF_CLIMB = 0.55, 0.8, 0.2, 0.25
@@ -210,11 +211,6 @@ def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS, smal
     return _climb(batch, basis, rounds, small_rounds=small_rounds)[0]
 
 
-def objective(cores: Tensor) -> float:
-    """Σ_i ‖Σ_i‖_F², what HOOI maximises."""
-    return float(cores.double().square().sum())
-
-
 def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basis:
     """Bases of ``width`` columns by randomised HOSVD (range finder of Halko, Martinsson and Tropp 2011, alg. 4.4)."""
     sides = []
@@ -311,14 +307,14 @@ def _best_distinct(u: Tensor, v: Tensor, reached: Tensor, count: int) -> tuple[T
 
     Of bases that are equally good but for rounding it is the first, so that rounding decides nothing.
     """
-    alike = (_distances(u) < _SAME) & (_distances(v) < _SAME)
+    same_hill = (_distances(u) < _SAME) & (_distances(v) < _SAME)  # [P, s, s]
     open_ = reached.clone()
     picked = []
     for _ in range(min(count, u.shape[1])):
         most = open_.max(1, keepdim=True).values
         first = (open_ >= most - _TIE * most.abs()).to(torch.uint8).argmax(1)
         picked.append(first)
-        hill = alike.gather(1, first[:, None, None].expand(-1, 1, alike.shape[2]))[:, 0]
+        hill = same_hill.gather(1, first[:, None, None].expand(-1, 1, same_hill.shape[2]))[:, 0]
         open_ = torch.where(hill, -torch.inf, open_).scatter(1, first[:, None], -torch.inf)
     best = torch.stack(picked, 1)[:, :, None, None]
     return u.gather(1, best.expand(-1, -1, *u.shape[2:])), v.gather(1, best.expand(-1, -1, *v.shape[2:]))
@@ -344,43 +340,53 @@ def _climb(
 
     Problems that stand still leave the batch now and then, when enough of them do.
     """
-    best_u, best_v = basis.u.clone(), basis.v.clone()
+    best = Basis(basis.u.clone(), basis.v.clone())
     reached = torch.full((batch.problems,), -torch.inf, dtype=torch.float64, device=batch.device)
-    going = torch.arange(batch.problems)
-    u, v = basis
-    last_u, last_v = u[..., :0], v[..., :0]
-    for round_ in range(rounds + 1):
-        if round_ == rounds:
-            if rounds == 0:
-                cores = batch.chunked_cores(u, v)
-                reached = cores.placed.total(cores.left.double().square().sum((1, 2, 3)))
-            break
+    climbing, going = batch, torch.arange(batch.problems)  # the problems that are still in, and their numbers
+    moved = Basis(basis.u[..., :0], basis.v[..., :0])
+    for _ in range(rounds):
         check_stop()
         share(1 / rounds)
-        gradient_u, gradient_v = batch.gradients(u, v)
-        wide = Basis(span(u, gradient_u, last_u), span(v, gradient_v, last_v))
-        cores = batch.chunked_cores(*wide)
-        small_u, small_v = (_first(span, basis) for span, basis in zip(wide, (u, v), strict=True))
-        before = _captured(cores.right_gram(small_u), small_v)[:, 0]
-        small_u, small_v, now = _hooi(cores, small_u, small_v, small_rounds)
-        now = now[:, 0]
-        better = (now > before)[:, None, None]
-        new_u = torch.where(better, wide.u @ small_u[:, 0], u)
-        new_v = torch.where(better, wide.v @ small_v[:, 0], v)
-        last_u, last_v = u - new_u @ (new_u.mT @ u), v - new_v @ (new_v.mT @ v)
-        u, v = new_u, new_v
-        still = now - before <= tolerance * now
+        basis, moved, before, now = _climb_once(climbing, basis, moved, small_rounds)
         here = going.to(batch.device)
-        best_u[here], best_v[here] = u, v
+        best.u[here], best.v[here] = basis
         reached[here] = torch.maximum(now, before)
+        still = now - before <= tolerance * now
         moving = (~still).nonzero()[:, 0].cpu()
         if not len(moving):
             break
-        if len(moving) <= _FEW * batch.problems:
-            batch, going = batch.select(moving), going[moving]
+        if len(moving) <= _FEW * climbing.problems:
+            climbing, going = climbing.select(moving), going[moving]
             kept = moving.to(batch.device)
-            u, v, last_u, last_v = u[kept], v[kept], last_u[kept], last_v[kept]
-    return Basis(best_u, best_v), reached
+            basis, moved = (Basis(each.u[kept], each.v[kept]) for each in (basis, moved))
+    return best, reached
+
+
+class _Climbed(NamedTuple):
+    """A round of climbing: where it led, the way there, and the objective [P] before and after it, in float64.
+
+    ``moved`` is what the last basis has outside of the new one: (I − U Uᵀ) U_last, and likewise for V.
+    """
+
+    basis: Basis
+    moved: Basis
+    before: Tensor
+    now: Tensor
+
+
+def _climb_once(batch: Batch, basis: Basis, moved: Basis, small_rounds: int) -> _Climbed:
+    """The best basis in the span of ``basis``, its gradient and the last round's move, by HOOI on small cores."""
+    wide = Basis(*map(span, basis, batch.gradients(*basis), moved))
+    cores = batch.chunked_cores(*wide)
+    small_u, small_v = map(_first, wide, basis)
+    before = _captured(cores.right_gram(small_u), small_v)[:, 0]
+    small_u, small_v, now = _hooi(cores, small_u, small_v, small_rounds)
+    now = now[:, 0]
+    better = (now > before)[:, None, None]
+    u = torch.where(better, wide.u @ small_u[:, 0], basis.u)
+    v = torch.where(better, wide.v @ small_v[:, 0], basis.v)
+    away = Basis(basis.u - u @ (u.mT @ basis.u), basis.v - v @ (v.mT @ basis.v))
+    return _Climbed(Basis(u, v), away, before, now)
 
 
 def _first(span: Tensor, basis: Tensor) -> Tensor:

@@ -133,8 +133,8 @@ def _made_ordinary(stack: Stack) -> Tensor:
 
     By powers of two, which round nothing: such an adapter is then fitted like any other.
     """
-    taken = torch.zeros(len(stack.members), dtype=torch.float64)
-    if not stack.members:
+    taken = torch.zeros(len(stack.adapters), dtype=torch.float64)
+    if not stack.adapters:
         return torch.ones_like(taken)
     most = round(-math.log2(torch.finfo(stack.a.dtype).tiny))  # so that 2^±most is a normal number
     for rows in (stack.bt, stack.a):

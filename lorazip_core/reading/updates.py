@@ -42,7 +42,7 @@ class Updates:
     def weighted(self, module: int) -> Stack:
         """√w_im D_im of one module: what a shared basis is fitted to."""
         stack = self.load(module)
-        return stack.scaled(self.weights[list(stack.members), module].sqrt())
+        return stack.scaled(self.weights[list(stack.adapters), module].sqrt())
 
     def modules_at_once(self, columns: int) -> list[list[int]]:
         """All modules, those together that have one shape and fit the budget together.

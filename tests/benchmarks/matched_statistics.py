@@ -167,7 +167,7 @@ def _diag_kept(stack: Stack, rank: int) -> Tensor:
 
 def _held_out(stack: Stack, rank: int, halves: tuple[list[int], list[int]]) -> Tensor:
     """What a basis fitted to the other half keeps of each adapter."""
-    kept = torch.zeros(len(stack.members))
+    kept = torch.zeros(len(stack.adapters))
     for seen, unseen in (halves, halves[::-1]):
         kept[unseen] = _kept(stack.select(set(unseen)), fit_joint(stack.select(set(seen)), rank))
     return kept
