@@ -36,7 +36,8 @@ from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import Stack
 from lorazip_core.planning.plan import CompressOptions
 from lorazip_core.reading import blocks, buffers, runs
-from lorazip_core.reading.stacks import Files, Stacks
+from lorazip_core.reading.sources import Files
+from lorazip_core.reading.stacks import Stacks
 from lorazip_core.verify.run import verify
 
 SIZES = {

@@ -81,11 +81,11 @@ class Probes:
         """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
         generator = torch.Generator().manual_seed(seed)
         tried = [
-            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
+            alternate(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
             for labels in self._starts(clusters, starts, generator)
         ]
         best = sorted(tried, key=lambda clustering: clustering.objective[-1])[:_FINALISTS]
-        reached = [settle(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
+        reached = [alternate(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
         return min(reached, key=lambda clustering: clustering.objective[-1])
 
     def _starts(self, clusters: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -116,7 +116,7 @@ class Probes:
         return found[row.argsort()][:, column.argsort()]
 
 
-def settle(
+def alternate(
     updates: Updates,
     labels: Sequence[int],
     rank: int,
@@ -227,7 +227,7 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
     while len(medoids) < clusters:
         nearest = distance[:, medoids].min(dim=1).values.square()
         nearest[medoids] = 0
-        nearest += (torch.arange(n).unsqueeze(1) != torch.tensor(medoids)).all(1) * 1e-12  # all alike: any will do
+        nearest += (torch.arange(n).unsqueeze(1) != torch.tensor(medoids)).all(1) * 1e-12  # all at distance 0: any do
         medoids.append(int(torch.multinomial(nearest, 1, generator=generator)))
     for _ in range(_ROUNDS):
         labels = _nearest(distance[:, medoids], medoids, capacity)

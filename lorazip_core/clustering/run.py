@@ -20,10 +20,10 @@ from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Dtype, SkippedEntry, Weights
-from ..reading.memory import Bounds, Task, agreed, room
+from ..reading.memory import Bounds, Task, agreed, fit_into_memory
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
-from .alternation import Clustering, Probes, settle
+from .alternation import Clustering, Probes, alternate
 from .choose import choose_clusters
 from .clusters_file import (
     AssignedAdapter,
@@ -107,7 +107,7 @@ def cluster(
         progress.note(note)
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
-    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
     hold_to(device, options.device_memory)
     with at_most(within.workers), one_thread():
         budget = agreed(within).budget
@@ -119,8 +119,15 @@ def cluster(
         updates = scanned.updates(options.weights, device, budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
         scanned.check_unchanged()
+    report = _report(output, options, assignment, scanned, time.monotonic() - started)
+    return Clustered(assignment, report, similarity.numpy())
+
+
+def _report(
+    output: Path, options: ClusterOptions, assignment: Assignment, scanned: Scan, seconds: float
+) -> ClusterReport:
     errors = [adapter.squared_error for adapter in assignment.adapters]
-    report = ClusterReport(
+    return ClusterReport(
         output=str(output),
         base_model=assignment.base_model,
         adapters=len(errors),
@@ -132,9 +139,8 @@ def cluster(
         near_duplicates=assignment.near_duplicates,
         candidates=assignment.candidates,
         skipped=[SkippedEntry(*skipped) for skipped in scanned.collection.skipped],
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
-    return Clustered(assignment, report, similarity.numpy())
 
 
 def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: Progress) -> tuple[Assignment, Tensor]:
@@ -147,7 +153,7 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
         )
     else:
         tried = probes.cluster(options.clusters, seed=seed)
-        clustering = settle(updates, tried.labels, rank, seed=seed, progress=progress)
+        clustering = alternate(updates, tried.labels, rank, seed=seed, progress=progress)
     held_out, near = team.from_first(
         lambda: (
             held_out_errors(probes.updates, clustering.labels, rank, seed=seed),

@@ -34,11 +34,11 @@ from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
 from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter, not_of_bundle
-from ..clustering.alternation import Probes, settle
+from ..clustering.alternation import Probes, alternate
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import Assignment, read_assignment
 from ..planning.plan import CompressOptions, PlannedScheme, planned_schemes
-from ..reading.memory import Bounds, Task, agreed, planned_bytes, room
+from ..reading.memory import Bounds, Task, agreed, fit_into_memory, planned_bytes
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
@@ -194,7 +194,7 @@ def compress(
         _read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
-    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
     hold_to(device, options.device_memory)
     with (
         at_most(within.workers),
@@ -383,7 +383,7 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
         choice = choose_clusters(collection, updates, probes, rank, dtype=options.dtype, seed=seed, progress=progress)
         return choice.clustering.labels
     tried = probes.cluster(options.clusters, seed=seed)
-    return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
+    return alternate(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
 def _read_clusters(path: Path, collection: Collection, *, may_lack: bool = False) -> Assignment:

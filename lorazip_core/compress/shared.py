@@ -19,7 +19,7 @@ from ..base.threads import in_order, loaded_ahead
 from ..bundle.summary import is_adapter_within
 from ..maths.stack import ScaledStack
 from ..maths.tucker import QUICK, THOROUGH
-from ..reading.packs import Pack, Problem, packs
+from ..reading.packs import Pack, Problem, cut_into_packs
 from ..reading.updates import Updates
 from ..schemes.encode import Shared, encode_diag, encode_joint
 from .pieces import Pieces, note_left
@@ -59,12 +59,12 @@ class Generation:
     @classmethod
     def of(cls, job: SharedJob, labels: Labels) -> Generation:
         """The first one."""
-        return cls(0, labels, packs(job.updates.sizes(labels), job.updates.shapes, job.updates.budget))
+        return cls(0, labels, cut_into_packs(job.updates.sizes(labels), job.updates.shapes, job.updates.budget))
 
     def after(self, job: SharedJob, labels: Labels, changed: set[int | None]) -> Generation:
         """The next one, of the clusters that have ``changed``."""
         sizes = {problem: size for problem, size in job.updates.sizes(labels).items() if problem.cluster in changed}
-        return Generation(self.number + 1, labels, packs(sizes, job.updates.shapes, job.updates.budget))
+        return Generation(self.number + 1, labels, cut_into_packs(sizes, job.updates.shapes, job.updates.budget))
 
     def piece(self, pack: int) -> str:
         """The name of the piece that pack number ``pack`` becomes."""

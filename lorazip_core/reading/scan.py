@@ -18,19 +18,20 @@ from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from ..adapter.reader import Adapter
 from ..base import team
+from ..base.device import CPU
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.files import canonical_json, sha256_bytes
 from ..base.progress import Advance
 from ..bundle.manifest import SourceEntry, Weights
-from .groups import by_layout
-from .intake import Intake, Verify, take_in
+from ..maths.factored import TINY
+from .first_pass import FirstPass, Verify, read_all
+from .groups import Integers, by_layout
 from .packs import CPU_BUDGET, Budget
 from .placement import HOST, Placement
-from .stacks import Files, Resident, Stacks
+from .sources import Files, Resident
+from .stacks import Stacks
 from .updates import Updates
 
-_CPU = torch.device("cpu")
-_LEAST = torch.finfo(torch.float64).tiny  # of less energy than that, the inverse overflows
 Stamps = tuple[tuple[int, ...], ...]
 
 
@@ -55,7 +56,7 @@ class Scan:
         stacks = Stacks(self.collection, device, resident or Files(self.collection.adapters, device))
         energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
         shapes = [(module.d_out, module.d_in) for module in self.collection.modules]
-        weights = torch.where(energy >= _LEAST, 1 / energy, 0.0)
+        weights = torch.where(energy >= TINY, 1 / energy, 0.0)
         return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
 
     @cached_property
@@ -104,7 +105,7 @@ def scan(
     *,
     skip_bad: bool,
     advance: Advance,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     placement: Placement = HOST,
 ) -> Scan:
     """Read every file once. ``advance`` is called with 1 for each adapter.
@@ -122,38 +123,38 @@ def scan(
             _check_locked(adapter, files, locked[adapter.name])
 
     stamps = [_stamps(adapter) for adapter in collection.adapters]
-    intake = _taken_in(collection, device, placement, verify, advance)
-    bad = [error for _, error in sorted(intake.errors.items())]
+    first = _read_all(collection, device, placement, verify, advance)
+    bad = [error for _, error in sorted(first.errors.items())]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
-    kept = [number for number in range(len(collection.adapters)) if number not in intake.errors]
+    kept = [number for number in range(len(collection.adapters)) if number not in first.errors]
     left = collection.without(bad)
     columns = {module: number for number, module in enumerate(collection.modules)}
     return Scan(
         left,
-        intake.norms[kept][:, [columns[module] for module in left.modules]],
-        [intake.files[number] for number in kept],
+        first.norms[kept][:, [columns[module] for module in left.modules]],
+        [first.files[number] for number in kept],
         [locked[adapter.name].origin if adapter.name in locked else None for adapter in left.adapters],
         device,
-        _still_resident(intake, collection, left),
+        _still_resident(first, collection, left),
         [stamps[number] for number in kept],
     )
 
 
-def _taken_in(
+def _read_all(
     collection: Collection, device: torch.device, placement: Placement, verify: Verify, advance: Advance
-) -> Intake:
-    """`take_in`; of several processes each reads a part, and nothing stays on a device."""
+) -> FirstPass:
+    """`read_all`; of several processes each reads a part, and nothing stays on a device."""
     if team.size() == 1:
-        return take_in(collection, device, placement, verify, advance)
+        return read_all(collection, device, placement, verify, advance)
     numbers = list(team.dealt(len(collection.adapters)))
-    own: Intake | None = None
+    own: FirstPass | None = None
     if numbers:
         part = replace(collection, adapters=tuple(collection.adapters[number] for number in numbers))
         kind: Literal["host", "streamed"] = "host" if placement.kind == "host" else "streamed"
-        own = take_in(part, device, placement._replace(kind=kind), verify, advance)
+        own = read_all(part, device, placement._replace(kind=kind), verify, advance)
     n, modules = len(collection.adapters), len(collection.modules)
-    together = Intake(torch.zeros(n, modules, dtype=torch.float64), [[] for _ in range(n)])
+    together = FirstPass(torch.zeros(n, modules, dtype=torch.float64), [[] for _ in range(n)])
     for first, found in enumerate(team.gathered(own)):
         if found is not None:
             together.norms[first :: team.size()] = found.norms
@@ -162,15 +163,15 @@ def _taken_in(
     return together
 
 
-def _still_resident(intake: Intake, before: Collection, left: Collection) -> Resident | None:
+def _still_resident(first: FirstPass, before: Collection, left: Collection) -> Resident | None:
     """The arrays on the device, and which of their rows are those of adapters that are left."""
-    if intake.resident is None:
+    if first.resident is None:
         return None
     names = {adapter.name for adapter in left.adapters}
-    rows: dict[Layout, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+    rows: dict[Layout, Integers] = {}
     for group in by_layout(before.adapters, before.modules):
         rows[group.layout] = np.flatnonzero([before.adapters[i].name in names for i in group.adapters.tolist()])
-    return Resident(intake.resident, rows)
+    return Resident(first.resident, rows)
 
 
 def _stamps(adapter: Adapter) -> Stamps:

@@ -18,7 +18,7 @@ from ..base.threads import in_order
 from ..bundle.finding import Finding
 from ..bundle.manifest import MANIFEST_NAME, AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
-from ..reading.placement import pass_through
+from ..reading.placement import placement_of_one_pass
 from .measure import Measured, Pair, measure
 
 _CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def compare(
             advance(1)
     with progress.stage("reading originals", len(there)) as advance:
         sizes = [pair.original.layout.size for pair in there]
-        placement = pass_through(device, sum(sizes), max(sizes, default=0), free_bytes(device))
+        placement = placement_of_one_pass(device, sum(sizes), max(sizes, default=0), free_bytes(device))
         if placement.kind == "host":
             device = _CPU  # too little of a GPU is free
         seen = measure(bundle, there, advance, measurable=measurable, device=device, placement=placement)
