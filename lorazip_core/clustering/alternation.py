@@ -78,7 +78,8 @@ class Probes:
         return self._similarity[place][:, place]
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
+        """The best of what alternation reaches from ``starts`` starts of each kind. After a few rounds, only the best two
+        of these go on."""
         generator = torch.Generator().manual_seed(seed)
         tried = [
             alternate(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
@@ -242,7 +243,8 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
 
 
 def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
-    """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, that still has room; the closest go first."""
+    """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, whose cluster has fewer than ``capacity``
+    adapters yet; the closest pairs go first."""
     if capacity >= len(distance):
         labels = distance.argmin(1)
         labels[medoids] = torch.arange(len(medoids))

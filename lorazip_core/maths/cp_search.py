@@ -1,7 +1,7 @@
 """One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, bred from many starts.
 
 min Σ_i ‖D_i − U diag(c_i) Vᵀ‖² over U [d_out, R], V [d_in, R] with unit columns and c_i [R]. Here the columns need not
-be orthogonal. Weights are the caller's, as in `joint`.
+be orthogonal. A weighted sum is made as in `tucker`.
 
 Alternating least squares converges quickly here, but to one of very many optima, which differ by several percent. A
 component is of use or not whatever the others are, nearly, so good decompositions have good components in common: a
@@ -40,7 +40,7 @@ _OF_REST = 0.2  # how much of what is left is told as done by a round, where it 
 
 
 def fit_diag(stack: Stack, rank: int, *, seed: int = 0, share: Share = unheard) -> Basis:
-    """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less.
+    """U [d_out, R] and V [d_in, R] with unit columns; R is ``rank``, or how many rows the stack has if that is less.
 
     ``share`` is told how far it is.
     """

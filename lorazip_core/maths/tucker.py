@@ -1,7 +1,7 @@
 """One basis for many updates (JD-Full of "Compress then Serve", arXiv 2407.00066): Tucker-2, fitted by HOOI.
 
-max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. Weights
-are the caller's: he scales the updates by their square roots.
+max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. For a
+weighted sum, the caller multiplies every update by the square root of its weight.
 
 The problem has many local optima, and plain HOOI on the d×d problem is slow. Here every search happens on small cores:
 project the updates on generous bases of a few times the rank, search there from many starts, lift the best ones, and
@@ -101,9 +101,9 @@ def search_size(rank: int) -> tuple[int, int]:
 
 
 def searched_together(rank: int, longest: int, device: torch.device) -> int:
-    """How many problems of sides up to ``longest`` to give to `fit_joint_batch` at once: all would take much memory.
+    """How many problems of sides up to ``longest`` to give to `fit_joint_batch` at once, so that memory is bounded.
 
-    On a CPU a few are enough, and what grows with them are the Gram matrices; on a GPU it is the bases.
+    On a CPU it is the Gram matrices of the search that take most of it, and on a GPU the bases around them.
     """
     width, starts = search_size(rank)
     if device.type == "cpu":
@@ -131,7 +131,7 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
 
 
 def is_lossless(rows: int, d_out: int, d_in: int, rank: int) -> bool:
-    """Whether bases of ``rank`` columns hold any updates with that many stacked rows: there is nothing to search."""
+    """Whether bases of ``rank`` columns hold whatever updates have so many ``rows`` together: no search is needed."""
     return rank >= min(rows, d_out) and rank >= min(rows, d_in)
 
 
@@ -140,8 +140,8 @@ def fit_joint_batch(
 ) -> Basis:
     """What `fit_joint` finds for every problem: U [P, d_out, R_U] and V [P, d_in, R_V].
 
-    More rows than ``rank`` in every problem. What is found for one does not depend on the others, but for rounding.
-    ``share`` is told how far it is.
+    Every problem must have more rows than ``rank``. What is found for one does not depend on the others, but for
+    rounding. ``share`` is told how far it is.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = effort.corners if rank <= _SMALL_RANK else effort.corners[:1]
@@ -174,7 +174,7 @@ def _better(found: list[tuple[Basis, Tensor]]) -> Basis:
 
 
 def hosvd(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
-    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i, to which `climb` adds the rest quickly.
+    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i: not the optimum, but `climb` is soon there from it.
 
     Exact, and of no more columns than there are rows, when ``rank`` reaches the stacked rank.
     """
@@ -207,7 +207,7 @@ def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
 
 
 def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS, small_rounds: int = _SMALL_ROUNDS) -> Basis:
-    """`climb` for every problem of a batch, with so many rounds of HOOI in the span of each of its rounds."""
+    """`climb` for every problem of a batch; each of its rounds does ``small_rounds`` of HOOI within its span."""
     return _climb(batch, basis, rounds, small_rounds=small_rounds)[0]
 
 
@@ -234,8 +234,10 @@ def _search(
     generator: torch.Generator,
     share: Share,
 ) -> tuple[Tensor, Tensor]:
-    """The best few bases U [P, s, k, R_U], V [P, s, l, R_V] of the cores [k, l], out of the HOSVD's and many random
-    starts on a corner of them."""
+    """The best few bases U [P, s, k, R_U] and V [P, s, l, R_V] of cores [k, l].
+
+    HOOI runs on the first rows and columns of the cores, from the HOSVD's bases and from many random ones.
+    """
     rank = max(ranks)
     rows, columns = cores.left.shape[-2:]
     small = cores.corner(min(corner.width(rank), rows), min(corner.width(rank), columns))
@@ -396,7 +398,8 @@ def _first(span: Tensor, basis: Tensor) -> Tensor:
 
 
 def span(*columns: Tensor) -> Tensor:
-    """Orthonormal columns whose first ones span the first of ``columns``; of everything when there are that many."""
+    """Orthonormal columns [..., d, k] that span all ``columns`` [..., d, k_j], for k = min(Σ k_j, d). The first of them
+    span the first of ``columns``."""
     together = torch.cat(columns, dim=-1)
     size, count = together.shape[-2:]
     return cholesky_qr(together) if count < size else _all_of(columns[0])
@@ -411,7 +414,7 @@ def _all_of(first: Tensor) -> Tensor:
 
 
 def _completed(basis: Tensor) -> Tensor:
-    """``basis`` [P, d, R] with columns that are orthonormal even where there was nothing left to span.
+    """``basis`` [P, d, R] with orthonormal columns, also where the updates span fewer than R dimensions.
 
     Cholesky QR leaves a zero column zero, and of a column that depends on others only what rounding made of it.
     """
