@@ -74,12 +74,12 @@ class Probes:
         """`subspace_similarity` of all adapters, [n, n]."""
         if len(self._compared) < len(self._order):
             return team.from_first(lambda: similarity_of_all(self.updates, self._rank))
-        place = self._order.argsort()
-        return self._similarity[place][:, place]
+        position = self._order.argsort()
+        return self._similarity[position][:, position]
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind. After a few rounds, only the best two
-        of these go on."""
+        """The best of what alternation reaches from ``starts`` starts of each kind. After a few rounds, only the
+        two best of these go on."""
         generator = torch.Generator().manual_seed(seed)
         tried = [
             alternate(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
@@ -259,18 +259,18 @@ def _matched(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
     no place asks the next nearest cluster, and a cluster keeps the closest of those who ask.
     """
     n, clusters = distance.shape
-    place = torch.empty(n * clusters, dtype=torch.int64)
-    place[distance.flatten().argsort(stable=True)] = torch.arange(n * clusters)
-    place = place.reshape(n, clusters)
-    place[medoids] = n * clusters  # a medoid asks nobody but its own cluster, which never lets it go
-    place[medoids, torch.arange(clusters)] = -1
-    choices = place.argsort(dim=1)
+    turn = torch.empty(n * clusters, dtype=torch.int64)
+    turn[distance.flatten().argsort(stable=True)] = torch.arange(n * clusters)
+    turn = turn.reshape(n, clusters)
+    turn[medoids] = n * clusters  # a medoid asks nobody but its own cluster, which never lets it go
+    turn[medoids, torch.arange(clusters)] = -1
+    choices = turn.argsort(dim=1)
     asked = torch.zeros(n, dtype=torch.int64)
     labels = torch.full((n,), -1)
     while (waiting := (labels < 0).nonzero()[:, 0]).numel():
         labels[waiting] = choices[waiting, asked[waiting]]
         asked[waiting] += 1
-        rank_of = place.gather(1, labels[:, None])[:, 0]
+        rank_of = turn.gather(1, labels[:, None])[:, 0]
         order = (labels * (n * clusters + 2) + rank_of).argsort()  # by cluster, the closest first
         sizes = torch.bincount(labels, minlength=clusters)
         within = torch.arange(n) - (sizes.cumsum(0) - sizes)[labels[order]]

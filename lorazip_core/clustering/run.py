@@ -219,11 +219,11 @@ def _nearest(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 def _clusters(clustering: Clustering, similarity: Tensor) -> list[ClusterFigures]:
     labels, errors = torch.tensor(clustering.labels), clustering.own_errors
-    member = torch.nn.functional.one_hot(labels).to(similarity)  # [n, K]
+    belongs = torch.nn.functional.one_hot(labels).to(similarity)  # [n, K]
     own = similarity.diagonal()
-    sums = (member.mT @ similarity @ member).double()
+    sums = (belongs.mT @ similarity @ belongs).double()
     figures = []
-    for number, size in enumerate(member.sum(0).int().tolist()):
+    for number, size in enumerate(belongs.sum(0).int().tolist()):
         inside = labels == number
         within = float(sums[number, number]) - float(own[inside].sum())
         across = float(sums[number].sum() - sums[number, number])

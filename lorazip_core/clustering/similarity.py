@@ -62,9 +62,9 @@ def subspace_similarity(
         for b, a, positions in spanning.rows.to(torch.float32).factors():
             most = max(1, ELEMENTS_AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
             pieces = (torch.split(each, most) for each in (b, a, there[positions]))
-            for some_b, some_a, place in zip(*pieces, strict=True):
+            for some_b, some_a, held_by in zip(*pieces, strict=True):
                 check_stop()
-                captured[here, place] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
+                captured[here, held_by] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
         return captured
 
     zeros = torch.zeros(len(rows), len(columns), dtype=torch.float64)
