@@ -50,8 +50,8 @@ def collected(adapters: Adapters, shapes: list[tuple[int, int]] = SHAPES) -> Upd
     for module in range(len(shapes)):
         if any(module in adapter for adapter in adapters):
             stack = load(module)
-            norms[list(stack.members), module] = stack.exact().squared_norms().double()
-            ranks[list(stack.members), module] = torch.tensor(stack.rows.ranks)
+            norms[list(stack.adapters), module] = stack.exact().squared_norms().double()
+            ranks[list(stack.adapters), module] = torch.tensor(stack.rows.ranks)
     energy = norms.sum(1, keepdim=True)
     weights = torch.where(energy > 0, 1 / energy, 0.0).expand_as(norms)
     return Updates(load, shapes, ranks, norms, weights, torch.device("cpu"))

@@ -14,7 +14,7 @@ from planted import SHAPES, Adapters, collected, groups, rewritten, same_partiti
 
 from lorazip_core.adapter.collection import open_collection
 from lorazip_core.clustering import alternation as assign
-from lorazip_core.clustering.alternation import Clustering, Probes, settle
+from lorazip_core.clustering.alternation import Clustering, Probes, alternate
 from lorazip_core.maths.stack import Stack
 from lorazip_core.maths.tucker import fit_joint
 from lorazip_core.reading.scan import scan
@@ -25,7 +25,7 @@ REAL = Path(__file__).parents[2] / "shared/data/smollm2-r16"
 def clustered(adapters: Adapters, clusters: int, *, rank: int = 5, seed: int = 0) -> Clustering:
     updates = collected(adapters)
     tried = Probes(updates, rank).cluster(clusters, seed=seed)
-    return settle(updates, tried.labels, rank, seed=seed)
+    return alternate(updates, tried.labels, rank, seed=seed)
 
 
 def run(adapters: Adapters, clusters: int, *, rank: int = 5, seed: int = 0) -> list[int]:
@@ -142,7 +142,7 @@ def test_the_objective_never_rises(seed: int) -> None:
     adapters, planted = groups([12, 12], seed=seed, rank=2, own=0.6)
     start = [1 - group if i % 3 == 0 else group for i, group in enumerate(planted)]
     start = [label if start[0] == 0 else 1 - label for label in start]
-    found = settle(collected(adapters), start, 2, seed=0)
+    found = alternate(collected(adapters), start, 2, seed=0)
     assert len(found.objective) > 1
     for before, after in itertools.pairwise(found.objective):
         assert after <= before * (1 + 1e-6)
@@ -154,7 +154,7 @@ def test_the_objective_never_rises_though_a_cluster_outgrows_its_basis() -> None
     """A cluster that began with two adapters of rank 2 has a basis of 4 columns; it may use 6 when others join."""
     adapters, _ = groups([8, 12], seed=3, rank=2, own=0.1)
     start = [0, 0] + [1] * 18
-    found = settle(collected(adapters), start, 6, seed=0)
+    found = alternate(collected(adapters), start, 6, seed=0)
     assert len(found.objective) > 2
     assert found.labels == [0] * 8 + [1] * 12
     for before, after in itertools.pairwise(found.objective):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorazip_core.maths import batch as module
+from lorazip_core.maths import chunks as module
 from lorazip_core.maths import tucker as joint
-from lorazip_core.maths.batch import Batch, Chunks
+from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.chunks import ELEMENTS_AT_ONCE, Chunks
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.maths.tucker import (
     Basis,
@@ -35,14 +36,14 @@ collections = st.lists(adapters, min_size=1, max_size=3).filter(
 )
 seeds = st.integers(0, 2**32)
 cuts = st.sampled_from([(64, 2**21), (64, 1), (2, 2**21), (2, 1), (1, 1)])
-"""The most adapters in a chunk, and the most numbers at a time."""
+"""The most adapters in a chunk, and the most elements at a time."""
 
 
 @contextmanager
 def cut(most_in_chunk: int, at_once: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MOST_IN_CHUNK", most_in_chunk)
-        patch.setattr(module, "_AT_ONCE", {"cpu": at_once})
+        patch.setitem(ELEMENTS_AT_ONCE, "cpu", at_once)
         yield
 
 
@@ -71,7 +72,7 @@ def make(stacks: list[list[tuple[int, int]]], seed: int, *, scaled: bool = False
         numbers = [5 + 2 * i for i in range(len(stack))]
         one = Stack.of(factors, numbers)
         own_scales = normal(seed + s, len(stack)).abs() + 0.1
-        places = [(number - 5) // 2 for number in one.members]
+        places = [(number - 5) // 2 for number in one.adapters]
         built.append(ScaledStack.of(one))
         owners.append(torch.tensor([used.index((s, stack[i][1])) if stack[i][1] >= 0 else -1 for i in places]))
         scales.append(own_scales[places])
@@ -97,7 +98,7 @@ def equals_dense(case: Case) -> None:
     u, v = bases(len(dense))
     assert batch.problems == len(dense)
     assert batch.owners.tolist() == [p for p, numbers in enumerate(members) for _ in numbers]
-    assert batch.members.tolist() == [number for numbers in members for number in numbers]
+    assert batch.adapters.tolist() == [number for numbers in members for number in numbers]
     cores = [u[p].mT @ d @ v[p] for p, d in enumerate(dense)]
     close(batch.cores(u, v), torch.cat(cores))
     close(batch.times_left_gram(u), torch.stack([(d @ d.mT @ u[p]).sum(0) for p, d in enumerate(dense)]))
@@ -207,10 +208,10 @@ def test_a_large_problem_lies_in_several_chunks_and_is_done_in_several_slices() 
     with cut(2, 1):
         batch, *_ = make([[(2, 0)] * 9 + [(3, 1)]], 0)
         part = batch._parts[0]
-        assert (part.size, part.chunks_at_once) == (2, 1)
-        assert part.placed.chunks.lengths.tolist() == [5, 0]  # nobody of problem 1 has rank 2
-        assert not part.placed.one_each
-    assert make([[(2, 0)] * 9], 0).batch._parts[0].placed.one_each
+        assert (part.chunks.size, part.chunks_at_once) == (2, 1)
+        assert part.chunks.lengths.tolist() == [5, 0]  # nobody of problem 1 has rank 2
+        assert not part.chunks.one_each
+    assert make([[(2, 0)] * 9], 0).batch._parts[0].chunks.one_each
 
 
 @few
@@ -220,11 +221,11 @@ def test_everything_has_a_place_in_a_chunk_of_its_problem(of: list[int], count: 
     with cut(most, 1):
         chunks = Chunks.of_problems(problems, count)
     assert chunks.size <= most
-    assert torch.equal(chunks.of[chunks.places // chunks.size], problems)
+    assert torch.equal(chunks.problems[chunks.places // chunks.size], problems)
     assert len(set(chunks.places.tolist())) == len(problems)
-    assert chunks.of.tolist() == sorted(chunks.of.tolist())
-    assert torch.bincount(chunks.of, minlength=count).tolist() == chunks.lengths.tolist()
-    assert chunks.size == 1 or len(chunks.of) * chunks.size <= 1.25 * len(problems)
+    assert chunks.problems.tolist() == sorted(chunks.problems.tolist())
+    assert torch.bincount(chunks.problems, minlength=count).tolist() == chunks.lengths.tolist()
+    assert chunks.size == 1 or chunks.all_places <= 1.25 * len(problems)
     for problem in range(count):  # first come, first placed
         own = chunks.places[problems == problem].tolist()
         assert own == sorted(own)
@@ -312,7 +313,7 @@ def test_adapters_that_are_left_out_count_for_nothing(problems: list[Factors], f
     of = [0, -1] * len(problems[0]) + [-1] * (len(problems[2]) - len(problems[0]))
     for kept, expected in ((of, fitted[0]), ([-1 - owner for owner in of], fitted[2])):
         stack = Stack.of(mixed, list(range(len(mixed))))
-        batch = Batch.of([ScaledStack.of(stack)], [torch.tensor(kept)[list(stack.members)]], 1)
+        batch = Batch.of([ScaledStack.of(stack)], [torch.tensor(kept)[list(stack.adapters)]], 1)
         u, v = fit_joint_batch(batch, 5)
         own = [factors for factors, owner in zip(mixed, kept, strict=True) if owner == 0]
         assert error(own, u[0], v[0]) == pytest.approx(expected, rel=1e-5)

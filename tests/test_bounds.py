@@ -13,12 +13,12 @@ from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.base.filesystem import tree
 from lorazip_core.compress.run import compress
-from lorazip_core.maths import batch
 from lorazip_core.maths.batch import Batch
+from lorazip_core.maths.chunks import ELEMENTS_AT_ONCE
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading import memory
-from lorazip_core.reading.memory import Bounds, Task, room
+from lorazip_core.reading.memory import Bounds, Task, fit_into_memory
 
 CPU = torch.device("cpu")
 ONE = Task("joint", 4, 1, False)
@@ -42,7 +42,7 @@ def least(collection: Collection, task: Task) -> int:
     while accepted - refused > 1:
         middle = (refused + accepted) // 2
         try:
-            room(CPU, collection, task, Bounds(middle))
+            fit_into_memory(CPU, collection, task, Bounds(middle))
             accepted = middle
         except LocalError:
             refused = middle
@@ -52,9 +52,10 @@ def least(collection: Collection, task: Task) -> int:
 def test_the_bound_decides_how_many_work_at_a_time(collection: Collection) -> None:
     bound = least(collection, ONE)
     assert bound > 100_000_000
-    assert room(CPU, collection, ONE, Bounds(bound)).workers == 1
-    assert room(CPU, collection, ONE, Bounds(10 * bound)).workers == room(CPU, collection, ONE, Bounds()).workers == 4
-    budgets = {room(CPU, collection, ONE, Bounds(bytes_)).budget for bytes_ in (None, bound, 10 * bound)}
+    assert fit_into_memory(CPU, collection, ONE, Bounds(bound)).workers == 1
+    for plenty in (10 * bound, None):
+        assert fit_into_memory(CPU, collection, ONE, Bounds(plenty)).workers == 4
+    budgets = {fit_into_memory(CPU, collection, ONE, Bounds(bytes_)).budget for bytes_ in (None, bound, 10 * bound)}
     assert len(budgets) == 1  # the cut of the work is the same
 
 
@@ -121,7 +122,7 @@ def test_slices_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     expected = results()
-    monkeypatch.setitem(batch._AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(ELEMENTS_AT_ONCE, "cpu", 1)
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     dense = torch.zeros(3, 12, 4)

@@ -250,7 +250,7 @@ def test_never_worse_than_the_diagonal_restriction_of_the_joint_solution(seed: i
     factors = alike(seed, components=5)
     stack = stacked(factors).to(torch.float64)
     joint = fit_joint(stack, rank)
-    inside = Stack(stack.bt @ joint.u, stack.a @ joint.v, stack.members, stack.groups)
+    inside = Stack(stack.bt @ joint.u, stack.a @ joint.v, stack.adapters, stack.groups)
     u, v = (torch.eye(rank, dtype=torch.float64)[None] for _ in range(2))
     for _ in range(300):
         _, u, v = als_round(inside, u, v)

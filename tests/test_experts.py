@@ -36,7 +36,8 @@ from lorazip_core.compress.run import compress
 from lorazip_core.maths.stack import Stack
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading import blocks, buffers, runs
-from lorazip_core.reading.stacks import Files, Stacks
+from lorazip_core.reading.sources import Files
+from lorazip_core.reading.stacks import Stacks
 from lorazip_core.verify.run import verify
 
 SIZES = {
@@ -235,7 +236,7 @@ def test_stacks_of_experts_from_files(most: int, tmp_path: Path, monkeypatch: py
         having = [i for i, adapter in enumerate(collection.adapters) if module.name in adapter.parts]
         expected = Stack.of([collection.adapters[i].factors(module.name, torch.float64) for i in having], having)
         loaded = stacks.load(number)
-        assert loaded.members == expected.members
+        assert loaded.adapters == expected.adapters
         found = loaded.exact()
         assert torch.equal(found.bt, expected.bt)
         assert torch.equal(found.a, expected.a)

@@ -34,7 +34,7 @@ def encode(
     factors: Factors, method: Method, rank: int, dtype: torch.dtype, weights: torch.Tensor | None = None
 ) -> Shared:
     stack = Stack.of(factors, list(range(len(factors))))
-    weights = 1 / stack.squared_norms().double() if weights is None else weights[list(stack.members)]
+    weights = 1 / stack.squared_norms().double() if weights is None else weights[list(stack.adapters)]
     if method == "diag":
         return encode_diag(ScaledStack.of(stack), weights, rank=rank, dtype=dtype, seed=0)
     alone = torch.zeros(len(factors), dtype=torch.int64)
@@ -189,7 +189,7 @@ def test_individual_handles_zero_low_rank_and_overflow() -> None:
 def test_one_batch_is_held_at_a_time(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the basis is fitted to is freed before the cores are solved for; also with nothing to search, at rank 30."""
     made: list[weakref.ref[Batch]] = []
-    usual = Batch._of
+    usual = Batch._built
 
     def only(*args: Any) -> Batch:
         assert [each() for each in made] == [None] * len(made)
@@ -197,7 +197,7 @@ def test_one_batch_is_held_at_a_time(rank: int, monkeypatch: pytest.MonkeyPatch)
         made.append(weakref.ref(batch))
         return batch
 
-    monkeypatch.setattr(Batch, "_of", only)
+    monkeypatch.setattr(Batch, "_built", only)
     stacks = [ScaledStack.of(Stack.of(collection(seed), list(range(6)))) for seed in (0, 1)]
     owners = [torch.full((6,), problem) for problem in (0, 1)]
     encode_joint(stacks, owners, [torch.ones(6)] * 2, 2, rank=rank, dtype=torch.float32, seed=0)

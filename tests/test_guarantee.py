@@ -170,7 +170,7 @@ def test_a_scaled_stack_is_its_rows_times_its_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = [(torch.randn(5, r, generator=generator), torch.randn(r, 4, generator=generator)) for r in (2, 1, 2)]
     stack = ScaledStack(Stack.of(factors, [7, 8, 9]), torch.tensor([1 / 3, 2.0, 1e-30], dtype=torch.float64))
-    assert stack.members == (8, 7, 9)
+    assert stack.adapters == (8, 7, 9)
     u, v = torch.eye(5, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     dense = [factors[i][0].double() @ factors[i][1].double() for i in (1, 0, 2)]
     expected = torch.stack([update * factor for update, factor in zip(dense, stack.factors, strict=True)])

@@ -30,7 +30,18 @@ FLOORS = (
     "sample",
     "info",
 )
-ENCODER = ("maths.batch", "maths.tucker", "maths.cp", "maths.encode", "clustering", "planning", "compress")
+ENCODER = (
+    "maths.chunks",
+    "maths.cores",
+    "maths.part",
+    "maths.batch",
+    "maths.tucker",
+    "maths.cp",
+    "maths.encode",
+    "clustering",
+    "planning",
+    "compress",
+)
 DECODER = ("bundle.decoder", "export", "verify", "info")
 
 

@@ -17,8 +17,7 @@ from lorazip_cli.options import size
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.base.errors import LocalError
 from lorazip_core.reading import memory
-from lorazip_core.reading.memory import Bounds, Room, Task
-from lorazip_core.reading.memory import room as room_for
+from lorazip_core.reading.memory import Bounds, Task, WorkPlan, fit_into_memory
 from lorazip_core.reading.packs import CPU_BUDGET
 from lorazip_core.reading.placement import HOST
 
@@ -59,9 +58,9 @@ def test_what_is_no_size_is_refused(value: str) -> None:
         size(value)
 
 
-def room(device: torch.device, collection: Collection, bounds: Bounds) -> Room:
+def plan(device: torch.device, collection: Collection, bounds: Bounds) -> WorkPlan:
     """For joint at rank 16 in one cluster."""
-    return room_for(device, collection, Task("joint", 16, 1, False), bounds)
+    return fit_into_memory(device, collection, Task("joint", 16, 1, False), bounds)
 
 
 def a_collection(
@@ -71,7 +70,7 @@ def a_collection(
     dtype: str = "F32",
     sources: Sequence[int] = (),
 ) -> Collection:
-    """Adapters that are all alike, with so many numbers in the factors of each of the modules.
+    """Adapters that are all of one layout, with so many elements in the factors of each of the modules.
 
     ``sources`` are the bytes of tensors with the factors of experts.
     """
@@ -96,33 +95,33 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestOnTheCpu:
     def test_without_a_bound_all_cores_work(self) -> None:
-        assert room(CPU, a_collection([1000]), Bounds()) == Room(16, CPU_BUDGET, HOST)
+        assert plan(CPU, a_collection([1000]), Bounds()) == WorkPlan(16, CPU_BUDGET, HOST)
 
     def test_fewer_work_within_less(self) -> None:
         collection = a_collection([1000])
-        workers = [room(CPU, collection, Bounds(bound * MIB)).workers for bound in (65536, 4096, 2048, 1024, 512)]
+        workers = [plan(CPU, collection, Bounds(bound * MIB)).workers for bound in (65536, 4096, 2048, 1024, 512)]
         assert workers == sorted(workers, reverse=True)
         assert workers[0] == 16
         assert workers[-1] == 1
         assert len(set(workers)) > 3
-        assert all(room(CPU, collection, Bounds(bound * MIB)).budget == CPU_BUDGET for bound in (512, 65536))
+        assert all(plan(CPU, collection, Bounds(bound * MIB)).budget == CPU_BUDGET for bound in (512, 65536))
 
     def test_the_largest_module_of_all_adapters_decides(self) -> None:
         """It is one pack, however small the others are."""
         small, large = a_collection([1000, 1000]), a_collection([1000, 40_000])
         bound = Bounds(2 * GIB)
-        assert room(CPU, large, bound).workers < room(CPU, small, bound).workers
-        assert room(CPU, a_collection([40_000] * 96), bound) == room(CPU, large, bound)
+        assert plan(CPU, large, bound).workers < plan(CPU, small, bound).workers
+        assert plan(CPU, a_collection([40_000] * 96), bound) == plan(CPU, large, bound)
 
     def test_what_does_not_fit_is_refused_with_what_it_needs(self) -> None:
         collection = a_collection([100_000])
         with pytest.raises(LocalError, match="--memory: 1024 MiB is too little, ") as refused:
-            room(CPU, collection, Bounds(1 * GIB))
+            plan(CPU, collection, Bounds(1 * GIB))
         needed = int(str(refused.value).split("too little, ")[1].split()[0])
         assert needed > 1024
-        assert room(CPU, collection, Bounds(needed * MIB)).workers == 1
+        assert plan(CPU, collection, Bounds(needed * MIB)).workers == 1
         with pytest.raises(LocalError):
-            room(CPU, collection, Bounds((needed - 1) * MIB))
+            plan(CPU, collection, Bounds((needed - 1) * MIB))
 
     def test_other_kinds_of_adapters_count_as_often_as_they_are(self) -> None:
         mixed = a_collection([1000], 300)
@@ -148,60 +147,60 @@ class TestOnTheCpu:
         assert experts == without + 2 * 48 * MIB
 
     def test_the_bound_on_a_gpu_says_nothing_here(self) -> None:
-        assert room(CPU, a_collection([1000]), Bounds(None, 1)) == Room(16, CPU_BUDGET, HOST)
+        assert plan(CPU, a_collection([1000]), Bounds(None, 1)) == WorkPlan(16, CPU_BUDGET, HOST)
 
 
 class TestOnAGpu:
     def test_what_fits_stays_there(self) -> None:
-        assert room(GPU, a_collection([100_000]), Bounds()).placement.kind == "resident"
+        assert plan(GPU, a_collection([100_000]), Bounds()).placement.kind == "resident"
 
     def test_what_does_not_is_streamed_in_smaller_blocks_and_packs(self) -> None:
         collection = a_collection([100_000])
         bounds = [80, 40, 24, 8]
-        found = [room(GPU, collection, Bounds(None, bound * GIB)) for bound in bounds]
+        found = [plan(GPU, collection, Bounds(None, bound * GIB)) for bound in bounds]
         assert [each.placement.kind for each in found] == ["resident", "resident", "streamed", "streamed"]
         assert found[2].placement.block_bytes > found[3].placement.block_bytes
         for bound, each in zip(bounds, found, strict=True):
             resident = 1000 * 20 * MIB if each.placement.kind == "resident" else 0
-            assert resident + each.budget.numbers * memory._GPU_BYTES <= bound * GIB
-        assert room(GPU, collection, Bounds(None, 80 * GIB)).budget == found[0].budget
+            assert resident + each.budget.elements * memory._GPU_BYTES <= bound * GIB
+        assert plan(GPU, collection, Bounds(None, 80 * GIB)).budget == found[0].budget
 
     def test_no_more_than_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         collection = a_collection([100_000])
         monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * GIB)
-        assert room(GPU, collection, Bounds(None, 80 * GIB)) == room(GPU, collection, Bounds(None, 8 * GIB))
-        assert room(GPU, collection, Bounds()) == room(GPU, collection, Bounds(None, 8 * GIB))
+        assert plan(GPU, collection, Bounds(None, 80 * GIB)) == plan(GPU, collection, Bounds(None, 8 * GIB))
+        assert plan(GPU, collection, Bounds()) == plan(GPU, collection, Bounds(None, 8 * GIB))
 
     def test_packs_depend_on_the_bound_by_steps(self) -> None:
         """The bytes depend on the packs, so that a few bytes more or less that are free must not decide."""
         collection = a_collection([100_000], size_bytes=200 * MIB)
-        budgets = {room(GPU, collection, Bounds(None, 20 * GIB + step * 10 * MIB)).budget for step in range(100)}
+        budgets = {plan(GPU, collection, Bounds(None, 20 * GIB + step * 10 * MIB)).budget for step in range(100)}
         assert len(budgets) <= 2
         for budget in budgets:
-            assert budget.numbers.bit_count() == 1
+            assert budget.elements.bit_count() == 1
 
     def test_one_large_adapter_is_read_by_way_of_the_host(self) -> None:
         collection = a_collection([100_000], 10, 4 * GIB)
-        assert room(GPU, collection, Bounds(None, 16 * GIB)).placement == HOST
+        assert plan(GPU, collection, Bounds(None, 16 * GIB)).placement == HOST
 
     def test_what_does_not_fit_is_refused(self) -> None:
         collection = a_collection([100_000])
         with pytest.raises(LocalError, match=r"--device-memory: 1024 MiB is too little, \d+ MiB is the least"):
-            room(GPU, collection, Bounds(None, 1 * GIB))
+            plan(GPU, collection, Bounds(None, 1 * GIB))
         with pytest.raises(LocalError, match=r"--memory: 2048 MiB is too little, \d+ MiB is the least"):
-            room(GPU, collection, Bounds(2 * GIB))
-        room(GPU, collection, Bounds(3 * GIB))
+            plan(GPU, collection, Bounds(2 * GIB))
+        plan(GPU, collection, Bounds(3 * GIB))
 
     def test_factors_in_float64_take_more(self) -> None:
         wide = a_collection([100_000], dtype="F64")
         for bound in (80, 24, 8):
-            found = room(GPU, wide, Bounds(None, bound * GIB))
+            found = plan(GPU, wide, Bounds(None, bound * GIB))
             resident = 1000 * 20 * MIB if found.placement.kind == "resident" else 0
-            assert resident + found.budget.numbers * (memory._GPU_BYTES + memory._WIDE_BYTES) <= bound * GIB
+            assert resident + found.budget.elements * (memory._GPU_BYTES + memory._WIDE_BYTES) <= bound * GIB
         least = 1000 * 100_000 * (memory._GPU_BYTES + memory._WIDE_BYTES)
-        room(GPU, a_collection([100_000]), Bounds(None, least))
+        plan(GPU, a_collection([100_000]), Bounds(None, least))
         with pytest.raises(LocalError, match="--device-memory"):
-            room(GPU, wide, Bounds(None, least))
+            plan(GPU, wide, Bounds(None, least))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +233,7 @@ class TestTheCommands:
     def test_one_worker_and_many_make_the_same_bytes(
         self, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert room(CPU, open_collection(adapters), Bounds(400 * MIB)).workers == 1
+        assert plan(CPU, open_collection(adapters), Bounds(400 * MIB)).workers == 1
         options = ["--rank", "4", "--clusters", "2", "--max-error", "0.02", "-q", "--device", "cpu"]
         for name, bound in (("free", []), ("bounded", ["--memory", "400MiB"])):
             assert main(["compress", str(adapters), "-o", str(tmp_path / name), *options, *bound]) == 0

@@ -8,7 +8,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorazip_core.reading.packs import Budget, Pack, Problem, packs
+from lorazip_core.reading.packs import Budget, Pack, Problem, cut_into_packs
 
 SHAPES = [(8, 4), (2, 4), (4, 8)]
 collections = st.lists(
@@ -29,7 +29,7 @@ def problems(modules: Collections) -> dict[Problem, int]:
 
 def cut(modules: Collections, budget: int, most: int) -> tuple[dict[Problem, int], list[Pack]]:
     sizes = problems(modules)
-    return sizes, packs(sizes, [shape for shape, _ in modules], Budget(budget, most))
+    return sizes, cut_into_packs(sizes, [shape for shape, _ in modules], Budget(budget, most))
 
 
 @given(modules=collections, budget=budgets, most=counts)
@@ -68,7 +68,7 @@ def test_the_order_of_the_sizes_makes_no_difference(modules: Collections, budget
     sizes, found = cut(modules, budget, most)
     mixed = list(sizes.items())
     random.Random(seed).shuffle(mixed)
-    assert packs(dict(mixed), [shape for shape, _ in modules], Budget(budget, most)) == found
+    assert cut_into_packs(dict(mixed), [shape for shape, _ in modules], Budget(budget, most)) == found
 
 
 def test_modules_of_one_shape_go_together() -> None:

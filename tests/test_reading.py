@@ -27,11 +27,12 @@ from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.maths.stack import ScaledStack, Stack
-from lorazip_core.reading import blocks, buffers, contents, stacks
+from lorazip_core.reading import blocks, buffers, contents, sources
 from lorazip_core.reading.buffers import Buffers
-from lorazip_core.reading.placement import Placement, place
+from lorazip_core.reading.placement import Placement, choose_placement
 from lorazip_core.reading.scan import Scan, scan
-from lorazip_core.reading.stacks import Files, Stacks
+from lorazip_core.reading.sources import Files
+from lorazip_core.reading.stacks import Stacks
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -69,13 +70,13 @@ def expected_stack(collection: Collection, module: int, members: Sequence[int] |
     having = [i for i in wanted if name in collection.adapters[i].parts]
     factors = [[side.float() for side in collection.adapters[i].stored_factors(name)] for i in having]
     stack = Stack.of([(b, a) for b, a in factors], having)
-    scales = [collection.adapters[i].parts[name].scale for i in stack.members]
+    scales = [collection.adapters[i].parts[name].scale for i in stack.adapters]
     return ScaledStack(stack, torch.tensor(scales, dtype=torch.float64))
 
 
 def assert_same(actual: ScaledStack, expected: ScaledStack) -> None:
     rows, others = actual.rows, expected.rows
-    assert (rows.members, rows.groups) == (others.members, others.groups)
+    assert (rows.adapters, rows.groups) == (others.adapters, others.groups)
     assert torch.equal(actual.factors, expected.factors)
     for mine, other in ((rows.bt, others.bt), (rows.a, others.a)):
         assert mine.dtype == torch.float32
@@ -239,7 +240,7 @@ def test_a_file_that_is_cut_after_the_scan(tmp_path: Path) -> None:
 
 
 def test_several_readers_and_small_turns(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacks, "_CPU_STAGING", 5000)
+    monkeypatch.setattr(sources, "_CPU_STAGING", 5000)
     collection = open_collection(mixed, allow_pickle=True)
     loader = Stacks(collection, CPU, Files(collection.adapters, CPU, readers=3))
     for module in range(len(collection.modules)):
@@ -247,11 +248,11 @@ def test_several_readers_and_small_turns(mixed: Path, monkeypatch: pytest.Monkey
 
 
 def test_where_the_bytes_go() -> None:
-    assert place(CPU, 10**9, 10**8, 10**12).kind == "host"
-    assert place(GPU, 60, 1, 100).kind == "resident"
-    assert place(GPU, 61, 1, 100) == ("streamed", 12)
-    assert place(GPU, 10**12, 10**8, 80 * 10**9) == ("streamed", 2**31)
-    assert place(GPU, 61, 13, 100).kind == "host"  # two of them would take more than a quarter
+    assert choose_placement(CPU, 10**9, 10**8, 10**12).kind == "host"
+    assert choose_placement(GPU, 60, 1, 100).kind == "resident"
+    assert choose_placement(GPU, 61, 1, 100) == ("streamed", 12)
+    assert choose_placement(GPU, 10**12, 10**8, 80 * 10**9) == ("streamed", 2**31)
+    assert choose_placement(GPU, 61, 13, 100).kind == "host"  # two of them would take more than a quarter
 
 
 def test_buffers_are_bounded_and_used_again() -> None:
@@ -339,9 +340,11 @@ def test_few_open_files_are_enough(tmp_path: Path) -> None:
     code = """
         import sys, torch
         from pathlib import Path
-        from lorazip_core.adapter import open_collection
-        from lorazip_core.reading import Files, Placement, Stacks
-        from lorazip_core.scan import scan
+        from lorazip_core.adapter.collection import open_collection
+        from lorazip_core.reading.placement import Placement
+        from lorazip_core.reading.scan import scan
+        from lorazip_core.reading.sources import Files
+        from lorazip_core.reading.stacks import Stacks
         cpu = torch.device("cpu")
         for kind in ("host", "streamed", "resident"):
             collection = open_collection(Path(sys.argv[1]))

@@ -336,9 +336,9 @@ def test_several_shards_from_several_packs(adapters: Path, tmp_path: Path, monke
     for what the search for bases leaves undone."""
     options = CompressOptions(rank=4, clusters=2, dtype="f32")
     compress(adapters, tmp_path / "whole", options)
-    packs = lorazip_core.compress.shared.packs
+    packs = lorazip_core.compress.shared.cut_into_packs
     monkeypatch.setattr(
-        lorazip_core.compress.shared, "packs", lambda sizes, shapes, budget: packs(sizes, shapes, Budget(1, 1))
+        lorazip_core.compress.shared, "cut_into_packs", lambda sizes, shapes, budget: packs(sizes, shapes, Budget(1, 1))
     )
     compress(adapters, tmp_path / "cut", options)
     assert contents(tmp_path / "cut").keys() == contents(tmp_path / "whole").keys()

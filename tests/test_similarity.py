@@ -9,6 +9,7 @@ from planted import SHAPES, Adapters, collected, groups, rewritten
 from lorazip_core.base.progress import Silent
 from lorazip_core.clustering import similarity
 from lorazip_core.clustering.similarity import held_out_errors, near_duplicates, similarity_of_all, subspace_similarity
+from lorazip_core.maths.chunks import ELEMENTS_AT_ONCE
 from lorazip_core.maths.stack import ScaledStack
 from lorazip_core.maths.tucker import climb, hosvd
 
@@ -53,28 +54,29 @@ def test_similarity_of_some_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> N
     rows, columns = torch.tensor([0, 3, 4]), torch.tensor([1, 6])
     assert torch.allclose(subspace_similarity(updates, 3, rows, columns), every[rows][:, columns], atol=1e-6)
     monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", 3)
-    monkeypatch.setitem(similarity._AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(ELEMENTS_AT_ONCE, "cpu", 1)
     assert torch.allclose(similarity_of_all(updates, 3), every.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("most_numbers", [2**24, 0])
+@pytest.mark.parametrize("most_elements", [2**24, 0])
 def test_held_out_error_is_that_of_a_basis_fitted_without_the_adapter(
-    monkeypatch: pytest.MonkeyPatch, most_numbers: int
+    monkeypatch: pytest.MonkeyPatch, most_elements: int
 ) -> None:
     """Closely in a small cluster; about so where a single half-step must do, as in large ones."""
-    monkeypatch.setattr(similarity, "_HELD_OUT_NUMBERS", most_numbers)
+    monkeypatch.setattr(similarity, "_HELD_OUT_ELEMENTS", most_elements)
     adapters, _ = groups([8], own=0.15)
     updates = collected(adapters)
     found = held_out_errors(updates, [0] * 8, 5, seed=0)
     for i in range(8):
         lost = 0.0
         for module in range(len(SHAPES)):
-            stack = updates.weighted(module)
+            scaled = updates.load(module)
+            stack = scaled.scaled(updates.weights[list(scaled.adapters), module].sqrt())
             others = stack.select(set(range(8)) - {i})
             u, v = (side.double() for side in climb(others, hosvd(others, 5)))
             update = dense(adapters, i, module)
             lost += float(update.square().sum() - (u.mT @ update @ v).square().sum())
-        assert float(found[i]) == pytest.approx(lost / energy(adapters, i), rel=0.05 if most_numbers else 0.3)
+        assert float(found[i]) == pytest.approx(lost / energy(adapters, i), rel=0.05 if most_elements else 0.3)
 
 
 def test_a_stranger_is_held_out_by_all_the_others() -> None:

@@ -24,7 +24,7 @@ def make(ranks: list[int], seed: int) -> tuple[Stack, list[torch.Tensor]]:
     factors = [(normal(seed + i, D_OUT, r), normal(seed + 100 + i, r, D_IN)) for i, r in enumerate(ranks)]
     members = [10 + 3 * i for i in range(len(ranks))]
     stack = Stack.of(factors, members)
-    return stack, [factors[(member - 10) // 3][0] @ factors[(member - 10) // 3][1] for member in stack.members]
+    return stack, [factors[(member - 10) // 3][0] @ factors[(member - 10) // 3][1] for member in stack.adapters]
 
 
 def rows_of(stack: Stack) -> list[slice]:
@@ -41,14 +41,9 @@ def test_products_equal_loops_over_dense_updates(collection: tuple[list[int], in
     close = torch.testing.assert_close
     close(stack.cores(u, v), torch.stack([u.mT @ d @ v for d in dense]))
     close(stack.squared_norms(), torch.stack([d.square().sum() for d in dense]))
-    close(stack.times_left_gram(u), torch.stack([d @ d.mT @ u for d in dense]).sum(0))
-    close(stack.times_right_gram(v), torch.stack([d.mT @ d @ v for d in dense]).sum(0))
     rows = rows_of(stack)
-    x, p = normal(3, len(stack.a), 3), normal(4, len(dense), 3, 2)
-    close(stack.spread(x, p), torch.cat([x[own] @ p[i] for i, own in enumerate(rows)]))
+    x = normal(3, len(stack.a), 3)
     close(stack.sums(x), torch.stack([x[own].sum(0) for own in rows]))
-    y = normal(5, len(stack.a), 2)
-    close(stack.blocks(y, x), torch.stack([y[own].mT @ x[own] for own in rows]))
     each = normal(6, len(dense), 2)
     close(stack.per_row(each), torch.cat([each[i].expand(own.stop - own.start, -1) for i, own in enumerate(rows)]))
 
@@ -59,7 +54,7 @@ def test_members_come_by_rank_then_number_with_all_of_their_rows(collection: tup
     ranks, seed = collection
     stack, dense = make(ranks, seed)
     numbered = sorted((rank, 10 + 3 * i) for i, rank in enumerate(ranks))
-    assert list(zip(stack.ranks, stack.members, strict=True)) == numbered
+    assert list(zip(stack.ranks, stack.adapters, strict=True)) == numbered
     seen = torch.zeros(len(dense))
     for b, a, positions in stack.factors():
         torch.testing.assert_close(b @ a, torch.stack(dense[positions]))
@@ -72,7 +67,7 @@ def test_the_order_of_the_input_makes_no_difference() -> None:
     factors = [(normal(i, D_OUT, r), normal(50 + i, r, D_IN)) for i, r in enumerate(ranks)]
     there = Stack.of(factors, list(range(5)))
     turned = Stack.of(factors[::-1], list(range(5))[::-1])
-    assert there.members == turned.members
+    assert there.adapters == turned.adapters
     assert torch.equal(there.bt, turned.bt)
     assert torch.equal(there.a, turned.a)
 
@@ -82,19 +77,19 @@ def test_the_order_of_the_input_makes_no_difference() -> None:
 def test_select_keeps_the_wanted_adapters(collection: tuple[list[int], int], data: st.DataObject) -> None:
     ranks, seed = collection
     stack, dense = make(ranks, seed)
-    wanted = data.draw(st.sets(st.sampled_from(stack.members), min_size=1)) | {999}
+    wanted = data.draw(st.sets(st.sampled_from(stack.adapters), min_size=1)) | {999}
     chosen = stack.select(wanted)
-    assert chosen.members == tuple(member for member in stack.members if member in wanted)
-    kept = [d for member, d in zip(stack.members, dense, strict=True) if member in wanted]
+    assert chosen.adapters == tuple(member for member in stack.adapters if member in wanted)
+    kept = [d for member, d in zip(stack.adapters, dense, strict=True) if member in wanted]
     u, v = torch.eye(D_OUT, dtype=torch.float64), torch.eye(D_IN, dtype=torch.float64)
     torch.testing.assert_close(chosen.cores(u, v), torch.stack(kept))
-    assert chosen.ranks == [r for r, member in zip(stack.ranks, stack.members, strict=True) if member in wanted]
+    assert chosen.ranks == [r for r, member in zip(stack.ranks, stack.adapters, strict=True) if member in wanted]
 
 
 def test_select_of_nobody_is_an_empty_stack() -> None:
     stack, _ = make([2, 1], 0)
     nobody = stack.select({999})
-    assert nobody.members == ()
+    assert nobody.adapters == ()
     assert len(nobody.a) == len(nobody.bt) == 0
 
 
@@ -115,7 +110,7 @@ def test_to_changes_the_dtype_only(dtype: torch.dtype) -> None:
     stack, _ = make([2, 3, 2], 4)
     other = stack.to(dtype)
     assert (other.bt.dtype, other.a.dtype) == (dtype, dtype)
-    assert (other.members, other.groups) == (stack.members, stack.groups)
+    assert (other.adapters, other.groups) == (stack.adapters, stack.groups)
 
 
 @few

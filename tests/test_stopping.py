@@ -24,7 +24,7 @@ import lorazip_core.base.threads
 import lorazip_core.clustering.similarity
 import lorazip_core.compress.individual
 import lorazip_core.export.exporter
-import lorazip_core.maths.batch
+import lorazip_core.maths.chunks
 import lorazip_core.maths.cp
 import lorazip_core.maths.tucker
 import lorazip_core.reading.contents
@@ -116,7 +116,7 @@ def at_check(number: int) -> Callable[[], None]:
 
 WORK: dict[str, tuple[ModuleType, list[str]]] = {
     "search for bases": (lorazip_core.maths.tucker, ["--rank", "4"]),
-    "sums over adapters": (lorazip_core.maths.batch, ["--rank", "4"]),
+    "sums over adapters": (lorazip_core.maths.chunks, ["--rank", "4"]),
     "alternating least squares": (lorazip_core.maths.cp, ["--method", "diag", "--rank", "4"]),
     "truncated SVDs": (lorazip_core.compress.individual, ["--method", "svd"]),
     "similarities": (lorazip_core.clustering.similarity, ["--rank", "4", "--clusters", "2"]),
@@ -132,7 +132,7 @@ def test_compress_stops_within_it(
     module, options = WORK[what]
     if what == "sums over adapters":
         # Piece by piece, as those of many adapters.
-        monkeypatch.setattr(lorazip_core.maths.batch, "_AT_ONCE", {"cpu": 1})
+        monkeypatch.setitem(lorazip_core.maths.chunks.ELEMENTS_AT_ONCE, "cpu", 1)
     monkeypatch.setattr(module, "check_stop", at_check(2))
     command = ["compress", str(adapters), "-o", str(tmp_path / "out"), *options, "-q"]
     assert main(command) == 130

@@ -8,6 +8,8 @@ import torch
 
 from .errors import LocalError, UsageError
 
+CPU = torch.device("cpu")
+
 
 def find_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu`` or ``cuda[:N]``. Raises UsageError, or LocalError when it is not there."""

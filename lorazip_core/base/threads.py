@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
@@ -111,3 +111,22 @@ def _start_worker(abandoned: Event) -> None:
 
     torch.set_num_threads(1)
     stop_with(abandoned)
+
+
+def delayed(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items in order, each when ``count`` later ones have been made, or all."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def each_done(pool: ThreadPoolExecutor, function: Callable[[T], object], items: Iterable[T]) -> None:
+    """``function`` of every item by the threads of ``pool``. Returns when all have ended, or raises what one raised."""
+    running = [pool.submit(function, item) for item in items]
+    wait(running)
+    for each in running:
+        each.result()

@@ -73,18 +73,19 @@ class Probes:
         """`subspace_similarity` of all adapters, [n, n]."""
         if len(self._compared) < len(self._order):
             return similarity_of_all(self.updates, self._rank)
-        place = self._order.argsort()
-        return self._similarity[place][:, place]
+        position = self._order.argsort()
+        return self._similarity[position][:, position]
 
     def cluster(self, clusters: int, *, seed: int, starts: int = _STARTS) -> Clustering:
-        """The best of what alternation reaches from ``starts`` starts of each kind; all but two are soon given up."""
+        """The best of what alternation reaches from ``starts`` starts of each kind. After a few rounds, only the
+        two best of these go on."""
         generator = torch.Generator().manual_seed(seed)
         tried = [
-            settle(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
+            alternate(self.updates, labels[self._order.argsort()].tolist(), self._rank, seed=seed, rounds=_TRIAL_ROUNDS)
             for labels in self._starts(clusters, starts, generator)
         ]
         best = sorted(tried, key=lambda clustering: clustering.objective[-1])[:_FINALISTS]
-        reached = [settle(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
+        reached = [alternate(self.updates, clustering.labels, self._rank, seed=seed) for clustering in best]
         return min(reached, key=lambda clustering: clustering.objective[-1])
 
     def _starts(self, clusters: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -115,7 +116,7 @@ class Probes:
         return found[row.argsort()][:, column.argsort()]
 
 
-def settle(
+def alternate(
     updates: Updates,
     labels: Sequence[int],
     rank: int,
@@ -177,12 +178,12 @@ class _Modules:
 
     def _fit(self, stacks: list[ScaledStack], labels: Tensor) -> None:
         weights = self._updates.weights
-        wanted = [labels[list(stack.members)] + i * self._clusters for i, stack in enumerate(stacks)]
+        wanted = [labels[list(stack.adapters)] + i * self._clusters for i, stack in enumerate(stacks)]
         used = torch.unique(torch.cat(wanted))
         number = torch.zeros_like(self._started, dtype=torch.int64)
         number[used] = torch.arange(len(used))
         scales = [
-            weights[list(stack.members), module].sqrt() for stack, module in zip(stacks, self._modules, strict=True)
+            weights[list(stack.adapters), module].sqrt() for stack, module in zip(stacks, self._modules, strict=True)
         ]
         batch = Batch.of(stacks, [number[problems] for problems in wanted], len(used), scales)
         new = ~self._started[used]
@@ -198,11 +199,11 @@ class _Modules:
         self._started[problems] = True
 
     def _lost(self, module: int, stack: ScaledStack, problems: slice) -> Tensor:
-        members = list(stack.members)
+        adapters = list(stack.adapters)
         lost = torch.zeros(len(self._updates.weights), self._clusters, dtype=torch.float64)
         captured = stack.captured(self._u[problems], self._v[problems]).cpu()
         # The norms are exact: in float32, factors of large condition would spoil them.
-        lost[members] = (self._updates.norms[members, module, None] - captured).clamp_min(0)
+        lost[adapters] = (self._updates.norms[adapters, module, None] - captured).clamp_min(0)
         return lost * self._updates.weights[:, module, None]
 
 
@@ -226,7 +227,7 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
     while len(medoids) < clusters:
         nearest = distance[:, medoids].min(dim=1).values.square()
         nearest[medoids] = 0
-        nearest += (torch.arange(n).unsqueeze(1) != torch.tensor(medoids)).all(1) * 1e-12  # all alike: any will do
+        nearest += (torch.arange(n).unsqueeze(1) != torch.tensor(medoids)).all(1) * 1e-12  # all at distance 0: any do
         medoids.append(int(torch.multinomial(nearest, 1, generator=generator)))
     for _ in range(_ROUNDS):
         labels = _nearest(distance[:, medoids], medoids, capacity)
@@ -241,7 +242,8 @@ def _medoids(distance: Tensor, clusters: int, capacity: int, generator: torch.Ge
 
 
 def _nearest(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
-    """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, that still has room; the closest go first."""
+    """Labels [n] of the nearest medoid, for ``distance`` [n, k] to each, whose cluster has fewer than ``capacity``
+    adapters yet; the closest pairs go first."""
     if capacity >= len(distance):
         labels = distance.argmin(1)
         labels[medoids] = torch.arange(len(medoids))
@@ -256,18 +258,18 @@ def _matched(distance: Tensor, medoids: list[int], capacity: int) -> Tensor:
     no place asks the next nearest cluster, and a cluster keeps the closest of those who ask.
     """
     n, clusters = distance.shape
-    place = torch.empty(n * clusters, dtype=torch.int64)
-    place[distance.flatten().argsort(stable=True)] = torch.arange(n * clusters)
-    place = place.reshape(n, clusters)
-    place[medoids] = n * clusters  # a medoid asks nobody but its own cluster, which never lets it go
-    place[medoids, torch.arange(clusters)] = -1
-    choices = place.argsort(dim=1)
+    turn = torch.empty(n * clusters, dtype=torch.int64)
+    turn[distance.flatten().argsort(stable=True)] = torch.arange(n * clusters)
+    turn = turn.reshape(n, clusters)
+    turn[medoids] = n * clusters  # a medoid asks nobody but its own cluster, which never lets it go
+    turn[medoids, torch.arange(clusters)] = -1
+    choices = turn.argsort(dim=1)
     asked = torch.zeros(n, dtype=torch.int64)
     labels = torch.full((n,), -1)
     while (waiting := (labels < 0).nonzero()[:, 0]).numel():
         labels[waiting] = choices[waiting, asked[waiting]]
         asked[waiting] += 1
-        rank_of = place.gather(1, labels[:, None])[:, 0]
+        rank_of = turn.gather(1, labels[:, None])[:, 0]
         order = (labels * (n * clusters + 2) + rank_of).argsort()  # by cluster, the closest first
         sizes = torch.bincount(labels, minlength=clusters)
         within = torch.arange(n) - (sizes.cumsum(0) - sizes)[labels[order]]

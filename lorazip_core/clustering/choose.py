@@ -18,10 +18,10 @@ from ..bundle.manifest import Dtype
 from ..bundle.size import bundle_bytes, equal_groups
 from ..maths.factored import truncated_svd
 from ..reading.updates import Updates
-from .alternation import Clustering, Probes, settle
+from .alternation import Clustering, Probes, alternate
 from .clusters_file import Candidate
 
-_SETTLED = 3  # numbers of clusters that are tried on all modules, at the most
+_PROMISING = 3  # numbers of clusters that are tried on all modules, at the most
 _CLOSE = 1.1  # times the least cost on the probes: what costs more is not tried again
 _STARTS = 1  # of each kind, for every number on the probes
 
@@ -39,46 +39,67 @@ def choose_clusters(
     """The number of clusters K of least cost = mean squared error + bytes of the bundle / bytes of the originals.
 
     That is, another cluster is worth it if it takes away more of the error than it adds to the bytes, both as shares of
-    the originals. On the probes K grows by steps of a quarter until the bytes alone cost more than the best so far, and
-    the numbers in the gaps beside the best are tried. The best few are settled on all modules; the best of these wins.
+    the originals. Many K are tried on the probes, and the best few on all modules; the best of these wins.
     """
     price = _Price(collection, rank, dtype)
     alone = price.svd(updates)
-    tried: dict[int, tuple[Clustering, Candidate]] = {}
+    enough = min((each.cost for each in alone), default=1.0)
+    on_probes = _tried_on_probes(price, probes, enough, seed=seed, progress=progress)
+    promising = sorted(on_probes, key=lambda clusters: on_probes[clusters].cost)[:_PROMISING]
+    on_all: dict[int, _Tried] = {}
+    for clusters in promising:
+        cost = on_probes[clusters].cost
+        if cost <= _CLOSE * on_probes[promising[0]].cost:
+            progress.note(f"{count(clusters, 'cluster')}: cost {cost:.4f} on the probes, trying all modules")
+            labels = on_probes[clusters].clustering.labels
+            clustering = alternate(updates, labels, rank, seed=seed, progress=progress)
+            on_all[clusters] = _Tried(clustering, price.of(clustering, "all"))
+    chosen = min(on_all, key=lambda clusters: on_all[clusters].cost)
+    candidates = [
+        msgspec.structs.replace(tried.candidate, chosen=clusters == chosen)
+        for clusters, tried in (on_probes | on_all).items()
+    ]
+    candidates += alone
+    return Choice(on_all[chosen].clustering, sorted(candidates, key=lambda candidate: candidate.bytes_bundle))
+
+
+class _Tried(NamedTuple):
+    """What some number of clusters gives."""
+
+    clustering: Clustering
+    candidate: Candidate
+
+    @property
+    def cost(self) -> float:
+        return self.candidate.cost
+
+
+def _tried_on_probes(
+    price: _Price, probes: Probes, enough: float, *, seed: int, progress: Progress
+) -> dict[int, _Tried]:
+    """What numbers of clusters K give on the probes: K grows by steps of a quarter until the bytes alone cost more than
+    the best so far, and then the numbers in the gaps beside the best are tried.
+
+    Where that ends shows on the way; about where the bytes alone cost ``enough`` is a good guess.
+    """
+    tried: dict[int, _Tried] = {}
 
     def attempt(clusters: int) -> None:
         clustering = probes.cluster(clusters, seed=seed, starts=_STARTS)
-        tried[clusters] = clustering, price.of(clustering, "probes")
+        tried[clusters] = _Tried(clustering, price.of(clustering, "probes"))
 
-    def cost(clusters: int) -> float:
-        return tried[clusters][1].cost
-
-    ladder = [(clusters, price.least(clusters)) for clusters in _ladder(len(collection.adapters))]
-    # Where the ladder ends shows on the way; about where truncated SVDs cost as much is a good guess.
-    guess = sum(least < min((each.cost for each in alone), default=1.0) for _, least in ladder)
+    ladder = [(clusters, price.least(clusters)) for clusters in _ladder(len(price.collection.adapters))]
+    guess = sum(least < enough for _, least in ladder)
     with progress.stage("trying numbers of clusters", guess) as advance:
         for clusters, least in ladder:
-            if tried and least >= min(map(cost, tried)):
+            if tried and least >= min(each.cost for each in tried.values()):
                 break
             attempt(clusters)
             advance(int(len(tried) <= guess))
         advance(guess - min(guess, len(tried)))
-        for clusters in _gaps(min(tried, key=cost), sorted(tried)):
+        for clusters in _gaps(min(tried, key=lambda clusters: tried[clusters].cost), sorted(tried)):
             attempt(clusters)
-    promising = sorted(tried, key=cost)[:_SETTLED]
-    settled = {}
-    for clusters in promising:
-        if cost(clusters) <= _CLOSE * cost(promising[0]):
-            progress.note(f"{count(clusters, 'cluster')}: cost {cost(clusters):.4f} on the probes, trying all modules")
-            clustering = settle(updates, tried[clusters][0].labels, rank, seed=seed, progress=progress)
-            settled[clusters] = clustering, price.of(clustering, "all")
-    chosen = min(settled, key=lambda clusters: settled[clusters][1].cost)
-    candidates = [
-        msgspec.structs.replace(candidate, chosen=clusters == chosen)
-        for clusters, (_, candidate) in (tried | settled).items()
-    ]
-    candidates += alone
-    return Choice(settled[chosen][0], sorted(candidates, key=lambda candidate: candidate.bytes_bundle))
+    return tried
 
 
 @dataclass(frozen=True)
@@ -145,11 +166,11 @@ def _truncation_errors(updates: Updates, highest: int) -> Tensor:
     def energies_in(module: int) -> Tensor:
         stack = updates.load(module)
         energies = torch.zeros(len(updates.norms), highest, dtype=torch.float64)
-        members = torch.tensor(stack.members)
+        adapters = torch.tensor(stack.adapters)
         for b, a, positions in stack.rows.to(torch.float32).factors():
             found = truncated_svd(b, a, highest)[0].double().square().sum(-2).cpu()
             found *= stack.factors[positions, None].square()
-            energies[members[positions], : found.shape[1]] = found
+            energies[adapters[positions], : found.shape[1]] = found
         return energies
 
     energies = sum(

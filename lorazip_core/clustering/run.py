@@ -19,10 +19,10 @@ from ..base.progress import Progress, Silent
 from ..base.threads import at_most, one_thread
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Dtype, SkippedEntry, Weights
-from ..reading.memory import Bounds, Task, room
+from ..reading.memory import Bounds, Task, fit_into_memory
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
-from .alternation import Clustering, Probes, settle
+from .alternation import Clustering, Probes, alternate
 from .choose import choose_clusters
 from .clusters_file import (
     AssignedAdapter,
@@ -106,7 +106,7 @@ def cluster(
         progress.note(note)
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
-    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
     limit_memory(device, options.device_memory)
     with at_most(within.workers), one_thread():
         with progress.stage("reading adapters", len(collection.adapters)) as advance:
@@ -117,8 +117,15 @@ def cluster(
         updates = scanned.updates(options.weights, device, within.budget)
         assignment, similarity = _assign(scanned, updates, options, progress)
         scanned.check_unchanged()
+    report = _report(output, options, assignment, scanned, time.monotonic() - started)
+    return Clustered(assignment, report, similarity.numpy())
+
+
+def _report(
+    output: Path, options: ClusterOptions, assignment: Assignment, scanned: Scan, seconds: float
+) -> ClusterReport:
     errors = [adapter.squared_error for adapter in assignment.adapters]
-    report = ClusterReport(
+    return ClusterReport(
         output=str(output),
         base_model=assignment.base_model,
         adapters=len(errors),
@@ -130,9 +137,8 @@ def cluster(
         near_duplicates=assignment.near_duplicates,
         candidates=assignment.candidates,
         skipped=[SkippedEntry(*skipped) for skipped in scanned.collection.skipped],
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
-    return Clustered(assignment, report, similarity.numpy())
 
 
 def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: Progress) -> tuple[Assignment, Tensor]:
@@ -145,7 +151,7 @@ def _assign(scanned: Scan, updates: Updates, options: ClusterOptions, progress: 
         )
     else:
         tried = probes.cluster(options.clusters, seed=seed)
-        clustering = settle(updates, tried.labels, rank, seed=seed, progress=progress)
+        clustering = alternate(updates, tried.labels, rank, seed=seed, progress=progress)
     held_out = held_out_errors(probes.updates, clustering.labels, rank, seed=seed)
     near = near_duplicates(updates, seed=seed, progress=progress)
     names = [adapter.name for adapter in collection.adapters]
@@ -207,11 +213,11 @@ def _nearest(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 def _clusters(clustering: Clustering, similarity: Tensor) -> list[ClusterFigures]:
     labels, errors = torch.tensor(clustering.labels), clustering.own_errors
-    member = torch.nn.functional.one_hot(labels).to(similarity)  # [n, K]
+    belongs = torch.nn.functional.one_hot(labels).to(similarity)  # [n, K]
     own = similarity.diagonal()
-    sums = (member.mT @ similarity @ member).double()
+    sums = (belongs.mT @ similarity @ belongs).double()
     figures = []
-    for number, size in enumerate(member.sum(0).int().tolist()):
+    for number, size in enumerate(belongs.sum(0).int().tolist()):
         inside = labels == number
         within = float(sums[number, number]) - float(own[inside].sum())
         across = float(sums[number].sum() - sums[number, number])

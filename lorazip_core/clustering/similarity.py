@@ -1,4 +1,4 @@
-"""How alike adapters are: what their subspaces share, what a basis of others gives them, and who hardly differs."""
+"""How similar adapters are: what their subspaces share, what a basis of others gives them, and who hardly differs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.device import CPU
 from ..base.progress import Progress
 from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..maths.batch import Batch
-from ..maths.factored import Factors, leading_subspaces, squared_distance
+from ..maths.chunks import ELEMENTS_AT_ONCE
+from ..maths.factored import TINY, Factors, leading_subspaces, squared_distance
 from ..maths.tucker import climb_batch, hosvd_batch, span
 from ..reading.updates import Updates
 
 _NEAR = 0.1  # share of the larger update: two adapters that differ by less are near-duplicates
-_SKETCH = 16  # test vectors a side: a module's sketch has 256 numbers
+_SKETCH = 16  # test vectors a side: a module's sketch has 256 elements
 _SKETCH_SLACK = 3.0  # a sketched distance is off by less, over the modules of an adapter
 _NULL = 1e-5  # of the largest eigenvalue: below, an eigenvector is noise
 _HELD_OUT_ROUNDS = 5
-_HELD_OUT_NUMBERS = 2**24  # in a tensor of all pairs of a cluster, at the most
+_HELD_OUT_ELEMENTS = 2**24  # in a tensor of all pairs of a cluster, at the most
 _BATCH = 64  # pairs whose factors are stacked at once
 _PAIRS_AT_ONCE = 1024  # adapters, with all others
-_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # numbers in the factors whose subspaces are looked for at once
-_CPU = torch.device("cpu")
-_TINY = torch.finfo(torch.float64).tiny
 
 
 class Near(NamedTuple):
@@ -58,19 +57,19 @@ def subspace_similarity(
             return captured
         stack = updates.load(module, wanted.tolist())
         spanning = stack if rows is columns else updates.load(module, others.tolist())
-        here = torch.searchsorted(rows, torch.tensor(stack.members))[:, None]
-        there = torch.searchsorted(columns, torch.tensor(spanning.members))
+        here = torch.searchsorted(rows, torch.tensor(stack.adapters))[:, None]
+        there = torch.searchsorted(columns, torch.tensor(spanning.adapters))
         for b, a, positions in spanning.rows.to(torch.float32).factors():
-            most = max(1, _AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
+            most = max(1, ELEMENTS_AT_ONCE[a.device.type] // (b[0].numel() + a[0].numel()))
             pieces = (torch.split(each, most) for each in (b, a, there[positions]))
-            for some_b, some_a, place in zip(*pieces, strict=True):
+            for some_b, some_a, held_by in zip(*pieces, strict=True):
                 check_stop()
-                captured[here, place] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
+                captured[here, held_by] = stack.captured(*leading_subspaces(some_b, some_a, rank)).cpu()
         return captured
 
     zeros = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     captured = sum(in_order(captured_in, range(modules), updates.device), zeros)
-    energy = updates.norms[rows].sum(1, keepdim=True).clamp_min(_TINY)
+    energy = updates.norms[rows].sum(1, keepdim=True).clamp_min(TINY)
     return (captured / energy).clamp(0, 1)
 
 
@@ -90,17 +89,16 @@ def held_out_errors(updates: Updates, labels: Sequence[int], rank: int, *, seed:
     adapter lead there from the basis of all, within three times its width; in a large cluster, where one adapter more
     or less matters little, a single half-step.
     """
-
     numbers = torch.tensor(labels)
 
     def lost_in(module: int) -> Tensor:
         stack = updates.load(module)
-        present, owner = torch.unique(numbers[list(stack.members)], return_inverse=True)
+        present, owner = torch.unique(numbers[list(stack.adapters)], return_inverse=True)
         weights = updates.weights[:, module]
-        batch = Batch.of([stack], [owner], len(present), [weights[list(stack.members)].sqrt()])
-        energies = (weights * updates.norms[:, module])[batch.members]
+        batch = Batch.of([stack], [owner], len(present), [weights[list(stack.adapters)].sqrt()])
+        energies = (weights * updates.norms[:, module])[batch.adapters]
         lost = torch.zeros(len(labels), dtype=torch.float64)
-        lost[batch.members] = (energies - _captured_by_others(batch, rank, seed).double().cpu()).clamp_min(0)
+        lost[batch.adapters] = (energies - _captured_by_others(batch, rank, seed).double().cpu()).clamp_min(0)
         return torch.where(weights > 0, lost / weights, 0.0)
 
     lost = in_order(lost_in, range(len(updates.shapes)), updates.device)
@@ -122,7 +120,7 @@ def _captured_by_others(batch: Batch, rank: int, seed: int) -> Tensor:
     if u.device.type == "cpu":
         return torch.cat(list(map(captured, cores)))
     # A GPU decomposes small matrices one after another, slower than a core of the CPU does.
-    return torch.cat(list(in_order(captured, [own.cpu() for own in cores], torch.device("cpu"))))
+    return torch.cat(list(in_order(captured, [own.cpu() for own in cores], CPU)))
 
 
 def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:
@@ -133,7 +131,7 @@ def _captured_without(cores: Tensor, rank_u: int, rank_v: int) -> Tensor:
         return cores.new_zeros(1)
     without_u = _leading_without(cores[:, :, :rank_v], rank_u)
     without_v = _leading_without(cores[:, :rank_u].mT, rank_v)
-    if n * n * max(cores.shape[1:]) * rank <= _HELD_OUT_NUMBERS:
+    if n * n * max(cores.shape[1:]) * rank <= _HELD_OUT_ELEMENTS:
         left, right = (side.transpose(0, 1).flatten(0, 1) for side in (cores, cores.mT))  # [k·n, l] and [l·n, k]
         for _ in range(_HELD_OUT_ROUNDS):
             check_stop()
@@ -180,7 +178,7 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
         x, y = (torch.randn(side.shape[1], _SKETCH, generator=own).to(side) for side in (rows.bt, rows.a))
         sketches = torch.zeros(n, _SKETCH**2)
         scaled = rows.cores(x, y).flatten(1).cpu() * stack.factors[:, None]
-        sketches[list(stack.members)] = scaled.float() / _SKETCH
+        sketches[list(stack.adapters)] = scaled.float() / _SKETCH
         return sketches
 
     gram = torch.zeros(n, n)
@@ -191,7 +189,7 @@ def near_duplicates(updates: Updates, *, seed: int, progress: Progress) -> list[
 
     with progress.stage("looking for near-duplicates", modules) as advance:
         for found in in_order(sketch, range(modules), updates.device):
-            for _ in in_order(partial(add, found), blocks, _CPU):
+            for _ in in_order(partial(add, found), blocks, CPU):
                 pass
             advance(1)
     norms = updates.norms.sum(1)
@@ -209,7 +207,7 @@ def _nearest_before(gram: Tensor, norms: Tensor, rows: slice) -> list[tuple[int,
     first = torch.arange(int(second[-1]) + 1)
     own = gram.diagonal()
     distance = own[second, None] + own[first] - 2 * gram[second][:, first]
-    distance /= torch.maximum(norms[second, None], norms[first]).clamp_min(_TINY)
+    distance /= torch.maximum(norms[second, None], norms[first]).clamp_min(TINY)
     distance.masked_fill_(first >= second[:, None], torch.inf)
     least, nearest = distance.min(1)
     near = (least <= _SKETCH_SLACK * _NEAR) & (norms[second] > 0)
@@ -229,24 +227,24 @@ def _distances(updates: Updates, pairs: list[tuple[int, int]], progress: Progres
             advance(1)
     total = norms.sum(1)
     larger = torch.stack([torch.maximum(total[i], total[j]) for i, j in pairs])
-    return (distance / larger.clamp_min(_TINY)).tolist()
+    return (distance / larger.clamp_min(TINY)).tolist()
 
 
 def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]]) -> Tensor:
     stack = updates.load(module)
     factors = {
-        stack.members[position]: (b_i, a_i, float(stack.factors[position]))
+        stack.adapters[position]: (b_i, a_i, float(stack.factors[position]))
         for b, a, positions in stack.rows.factors()
         for position, b_i, a_i in zip(range(positions.start, positions.stop), b, a, strict=True)
     }
     distance = torch.zeros(len(pairs), dtype=torch.float64)
-    alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    by_ranks: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for number, (i, j) in enumerate(pairs):
         if i in factors and j in factors:
-            alike[len(factors[i][1]), len(factors[j][1])].append(number)
+            by_ranks[len(factors[i][1]), len(factors[j][1])].append(number)
         else:  # one of them has no update here, and the other differs by all of its own
             distance[number] = updates.norms[i, module] + updates.norms[j, module]
-    for numbers in alike.values():
+    for numbers in by_ranks.values():
         for some in (numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)):
             check_stop()
             left, right = zip(*(pairs[number] for number in some), strict=True)
@@ -254,10 +252,9 @@ def _module_distances(updates: Updates, module: int, pairs: list[tuple[int, int]
     return distance
 
 
-def _together(factors: dict[int, tuple[Tensor, Tensor, float]], members: Sequence[int]) -> Factors:
+def _together(factors: dict[int, tuple[Tensor, Tensor, float]], adapters: Sequence[int]) -> Factors:
     """B [k, d_out, r] with the factor of each update multiplied in, and A [k, r, d_in], in float64."""
-    b, a, own = zip(*(factors[member] for member in members), strict=True)
+    b, a, own = zip(*(factors[adapter] for adapter in adapters), strict=True)
     stacked = torch.stack(b).double()
-    return stacked * torch.tensor(own, dtype=torch.float64, device=stacked.device)[:, None, None], torch.stack(
-        a
-    ).double()
+    scaled = stacked * torch.tensor(own, dtype=torch.float64, device=stacked.device)[:, None, None]
+    return scaled, torch.stack(a).double()

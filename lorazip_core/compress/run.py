@@ -31,11 +31,11 @@ from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
 from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter, not_of_bundle
-from ..clustering.alternation import Probes, settle
+from ..clustering.alternation import Probes, alternate
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import read_clusters
 from ..planning.options import CompressOptions
-from ..reading.memory import Bounds, Task, room
+from ..reading.memory import Bounds, Task, fit_into_memory
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan
 from ..reading.updates import Updates
@@ -114,7 +114,7 @@ def compress(
         read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
-    within = room(device, collection, task, Bounds(options.memory, options.device_memory))
+    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
     limit_memory(device, options.device_memory)
     with (
         at_most(within.workers),
@@ -285,7 +285,7 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
         choice = choose_clusters(collection, updates, probes, rank, dtype=options.dtype, seed=seed, progress=progress)
         return choice.clustering.labels
     tried = probes.cluster(options.clusters, seed=seed)
-    return settle(updates, tried.labels, rank, seed=seed, progress=progress).labels
+    return alternate(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
 def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:

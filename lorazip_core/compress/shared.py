@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base.progress import Advance, Progress, Share, part_of
 from ..base.threads import in_order
 from ..bundle.summary import is_adapter_within
-from ..reading.packs import Pack, Problem, packs
+from ..reading.packs import Pack, Problem, cut_into_packs
 from ..reading.updates import Updates
 from ..schemes.scheme import Problems, SharedScheme, Solution
 from .pieces import Pieces, note_left
@@ -78,7 +78,7 @@ class Generation:
 
 def _packs(job: SharedJob, sizes: Mapping[Problem, int]) -> list[Pack]:
     """Problems are solved together whose modules have one shape and one rank."""
-    return packs(sizes, list(zip(job.updates.shapes, job.ranks, strict=True)), job.updates.budget)
+    return cut_into_packs(sizes, list(zip(job.updates.shapes, job.ranks, strict=True)), job.updates.budget)
 
 
 class Place(NamedTuple):
@@ -195,7 +195,7 @@ def load_pack(updates: Updates, pack: Pack, labels: Labels) -> Problems:
         owner = number[numbered]
         wanted = ((owner >= 0) & (updates.ranks[:, module] > 0)).nonzero()[:, 0].tolist()
         stack = updates.load(module, wanted)
-        members = list(stack.members)
+        members = list(stack.adapters)
         loaded.stacks.append(stack)
         loaded.owners.append(owner[members])
         loaded.weights.append(updates.weights[members, module])

@@ -35,7 +35,7 @@ def captured(stack: Stack, u: Tensor, v: Tensor, *, ridge: float = RIDGE) -> Ten
 
 
 def als_round(stack: Stack, u: Tensor, v: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor, Tensor]:
-    """One round from unit columns U [s, d_out, R] and V [s, d_in, R]: what these capture [s], and better U and V.
+    """One round of ALS from unit columns U [s, d_out, R] and V [s, d_in, R]: what these capture [s], and better U, V.
 
     U = (Σ D_i V diag(c_i)) [(VᵀV) ∘ (CᵀC)]⁻¹, then V likewise with the new U.
     """

@@ -1,7 +1,7 @@
 """One basis with diagonal cores (JD-Diag of "Compress then Serve"): a CP decomposition, bred from many starts.
 
 min Σ_i ‖D_i − U diag(c_i) Vᵀ‖² over U [d_out, R], V [d_in, R] with unit columns and c_i [R]. Here the columns need not
-be orthogonal. Weights are the caller's, as in `joint`.
+be orthogonal. A weighted sum is made as in `tucker`.
 
 Alternating least squares converges quickly here, but to one of very many optima, which differ by several percent. A
 component is of use or not whatever the others are, nearly, so good decompositions have good components in common: a
@@ -40,7 +40,7 @@ _OF_REST = 0.2  # how much of what is left is told as done by a round, where it 
 
 
 def fit_diag(stack: Stack, rank: int, *, seed: int = 0, share: Share = unheard) -> Basis:
-    """U [d_out, R] and V [d_in, R] with unit columns, R = ``rank`` or the stacked rank if that is less.
+    """U [d_out, R] and V [d_in, R] with unit columns; R is ``rank``, or how many rows the stack has if that is less.
 
     ``share`` is told how far it is.
     """
@@ -49,7 +49,7 @@ def fit_diag(stack: Stack, rank: int, *, seed: int = 0, share: Share = unheard) 
     energy = exact.squared_norms().sum()
     if not energy > 0:
         return Basis(*(unit(side.new_zeros(side.shape[1], rank)) for side in (stack.bt, stack.a)))
-    exact = exact.scaled(energy.rsqrt().expand(len(stack.members)))
+    exact = exact.scaled(energy.rsqrt().expand(len(stack.adapters)))
     if rank == len(stack.a):
         u, v = own_components(exact, rank)  # lossless: nothing to search
     else:
@@ -119,7 +119,7 @@ def _extrapolate(moved: Tensor, arrived: Tensor, moves: deque[tuple[Tensor, Tens
 def _finalist(stack: Stack, rank: int, seed: int, share: Share) -> tuple[Tensor, Tensor]:
     """The best of the search, once the best few have had some rounds on the updates themselves."""
     wide = hosvd(stack, rank + _WIDER, seed=seed)
-    small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.members, stack.groups)
+    small = Stack(stack.bt @ wide.u, stack.a @ wide.v, stack.adapters, stack.groups)
     u, v = _breed(small, rank, torch.Generator().manual_seed(seed), share)
     u, v = wide.u @ u[:_FINALISTS], wide.v @ v[:_FINALISTS]
     for _ in range(_TRIAL_ROUNDS):

@@ -73,10 +73,10 @@ def encode_joint(
     for problem in plain.nonzero()[:, 0].tolist():
         [(stack, owner)] = [each for each in zip(stacks, owners, strict=True) if (each[1] == problem).any()]
         stack = stack.select(
-            {member for member, own in zip(stack.members, owner.tolist(), strict=True) if own == problem}
+            {member for member, own in zip(stack.adapters, owner.tolist(), strict=True) if own == problem}
         )
         u, v = hosvd(stack.rows.to(torch.float32), rank)  # of the span alone, whatever the factors are
-        alone = torch.zeros(len(stack.members), dtype=torch.int64)
+        alone = torch.zeros(len(stack.adapters), dtype=torch.int64)
         encoded[problem] = _encode_batch(Batch.exact([stack], [alone], 1), Basis(u[None], v[None]), dtype)[0]
     return [encoded[problem] for problem in range(problems)]
 
@@ -94,7 +94,7 @@ def _encode_batch(batch: Batch, basis: Basis, dtype: torch.dtype) -> list[Shared
     u, v, cores, errors = (each.cpu() for each in (u, v, cores, errors))
     cores, errors = _without_overflow(cores, errors)
     sizes = torch.bincount(batch.owners, minlength=batch.problems).tolist()
-    pieces = (torch.split(each, sizes) for each in (batch.members, cores, errors))
+    pieces = (torch.split(each, sizes) for each in (batch.adapters, cores, errors))
     return [
         Shared(u[problem], v[problem], core, tuple(members.tolist()), error)
         for problem, (members, core, error) in enumerate(zip(*pieces, strict=True))
@@ -111,8 +111,8 @@ def encode_diag(
     cores = _diag_cores(exact, exact_u, exact_v).to(dtype)
     errors = _squared_errors(exact, exact_u, exact_v, cores.double())
     cores, errors = _without_overflow(cores.cpu(), errors.cpu())
-    order = sorted(range(len(stack.members)), key=stack.members.__getitem__)
-    members = tuple(stack.members[i] for i in order)
+    order = sorted(range(len(stack.adapters)), key=stack.adapters.__getitem__)
+    members = tuple(stack.adapters[i] for i in order)
     return Shared(u.cpu(), v.cpu(), cores[order], members, errors[order])
 
 

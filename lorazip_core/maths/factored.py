@@ -10,6 +10,9 @@ from torch import Tensor
 
 Factors = tuple[Tensor, Tensor]
 
+TINY = torch.finfo(torch.float64).tiny
+"""The least normal number: energies are divided by no less, and of less than that the inverse overflows."""
+
 # Below this share of ‖X‖² the Gram form of a squared distance has lost half of float64's digits to cancellation.
 _CANCELLED = 1e-9
 _SHIFT = 1e-14  # of a squared column: keeps the Cholesky factor of a singular Gram matrix finite

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ..base.stopping import check_stop
+from .chunks import ELEMENTS_AT_ONCE
 from .factored import Factors
 
-_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # numbers in a product with many bases, at the most
+_AT_ONCE = ELEMENTS_AT_ONCE | {"cpu": 2**22}  # elements in a product with many bases, at the most
 
 
-class _Group(NamedTuple):
-    """Adapters of one rank: their positions in the stack, and their rows."""
+class Group(NamedTuple):
+    """All adapters of one rank r: their n_g positions in the stack, and their n_g · r rows."""
 
     rank: int
-    members: slice
+    positions: slice
     rows: slice
 
 
@@ -28,63 +29,67 @@ class _Group(NamedTuple):
 class Stack:
     """n updates D_i = B_i A_i of one module, with S = Σ r_i rows in all.
 
-    Adapters are grouped by rank, so that every step below is one matrix product over all rows or one batched product
-    for each distinct rank: nothing is padded, and nothing loops over adapters. ``members`` holds the caller's number
-    of each adapter in the stack.
+    Adapters are in the order of (rank, number), so that every step below is one matrix product over all rows or one
+    batched product for each distinct rank: nothing is padded, and nothing loops over adapters. Of the adapters 0, 1, 2
+    with the ranks 2, 1, 2::
+
+        adapters   1   0     2          the caller's number of each adapter
+        position   0   1     2
+        rows       0   1 2   3 4        groups: rank 1 has position 0 and row 0, rank 2 has 1, 2 and 1 … 4
     """
 
     bt: Tensor  # [S, d_out]: the columns of every B_i
     a: Tensor  # [S, d_in]: the rows of every A_i
-    members: tuple[int, ...]
-    groups: tuple[_Group, ...]
+    adapters: tuple[int, ...]
+    groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, factors: Sequence[Factors], members: Sequence[int]) -> Stack:
-        """Stack the factors B_i [d_out, r_i] and A_i [r_i, d_in] of the adapters numbered ``members``."""
-        order = sorted(range(len(members)), key=lambda i: (factors[i][1].shape[0], members[i]))
+    def of(cls, factors: Sequence[Factors], adapters: Sequence[int]) -> Stack:
+        """Stack the factors B_i [d_out, r_i] and A_i [r_i, d_in] of the adapters numbered ``adapters``."""
+        order = sorted(range(len(adapters)), key=lambda i: (factors[i][1].shape[0], adapters[i]))
         return cls(
             torch.cat([factors[i][0].mT for i in order]),
             torch.cat([factors[i][1] for i in order]),
-            tuple(members[i] for i in order),
+            tuple(adapters[i] for i in order),
             _groups([factors[i][1].shape[0] for i in order]),
         )
 
     @classmethod
-    def of_rows(cls, bt: Tensor, a: Tensor, members: Sequence[int], ranks: Sequence[int]) -> Stack:
-        """A stack whose rows are there already, in the order of (rank, member)."""
-        return cls(bt, a, tuple(members), _groups(ranks))
+    def of_rows(cls, bt: Tensor, a: Tensor, adapters: Sequence[int], ranks: Sequence[int]) -> Stack:
+        """A stack whose rows are there already, in the order of (rank, number)."""
+        return cls(bt, a, tuple(adapters), _groups(ranks))
 
     @property
     def ranks(self) -> list[int]:
         """The rank of every adapter, in the order of the stack."""
-        return [group.rank for group in self.groups for _ in range(group.members.start, group.members.stop)]
+        return [group.rank for group in self.groups for _ in range(group.positions.start, group.positions.stop)]
 
     def select(self, wanted: set[int]) -> Stack:
         """The sub-stack of the adapters whose numbers are in ``wanted``."""
-        if wanted.issuperset(self.members):
+        if wanted.issuperset(self.adapters):
             return self
-        keep = [member in wanted for member in self.members]
+        keep = [adapter in wanted for adapter in self.adapters]
         ranks = self.ranks
         rows = torch.repeat_interleave(torch.tensor(keep), torch.tensor(ranks)).to(self.a.device)
         return Stack(
             self.bt[rows],
             self.a[rows],
-            tuple(member for member, kept in zip(self.members, keep, strict=True) if kept),
+            tuple(adapter for adapter, kept in zip(self.adapters, keep, strict=True) if kept),
             _groups([rank for rank, kept in zip(ranks, keep, strict=True) if kept]),
         )
 
     def scaled(self, factors: Tensor) -> Stack:
         """The stack of f_i D_i for ``factors`` [n] in the order of the stack."""
-        return Stack(self.bt * self.per_row(factors.to(self.bt))[:, None], self.a, self.members, self.groups)
+        return Stack(self.bt * self.per_row(factors.to(self.bt))[:, None], self.a, self.adapters, self.groups)
 
     def to(self, target: torch.device | torch.dtype) -> Stack:
         """The same on another device, or in another dtype."""
-        return Stack(self.bt.to(target), self.a.to(target), self.members, self.groups)
+        return Stack(self.bt.to(target), self.a.to(target), self.adapters, self.groups)
 
     def factors(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """For every distinct rank r: B [n_g, d_out, r], A [n_g, r, d_in] and the positions of these adapters."""
         for group, (bt, a) in zip(self.groups, self._views(self.bt, self.a), strict=True):
-            yield bt.mT, a, group.members
+            yield bt.mT, a, group.positions
 
     def squared_norms(self) -> Tensor:
         """‖D_i‖_F² = Σ (B_iᵀB_i ∘ A_iA_iᵀ), of shape [n]."""
@@ -92,7 +97,7 @@ class Stack:
 
     def cores(self, u: Tensor, v: Tensor) -> Tensor:
         """Uᵀ D_i V for U [d_out, k] and V [d_in, l], of shape [n, k, l]."""
-        return self.blocks(self.bt @ u, self.a @ v)
+        return torch.cat([y.mT @ x for y, x in self._views(self.bt @ u, self.a @ v)])
 
     def captured(self, u: Tensor, v: Tensor) -> Tensor:
         """‖U_cᵀ D_i V_c‖² for bases U [c, d_out, k] and V [c, d_in, l], of shape [n, c] in float64."""
@@ -110,19 +115,6 @@ class Stack:
             found.append((y_g @ x_g.mT).square().sum((2, 3), dtype=torch.float64))
         return torch.cat(found)
 
-    def blocks(self, y: Tensor, x: Tensor) -> Tensor:
-        """Y_iᵀ X_i for rows Y [S, k] and X [S, l], of shape [n, k, l]."""
-        return torch.cat([y_g.mT @ x_g for y_g, x_g in self._views(y, x)])
-
-    def spread(self, x: Tensor, p: Tensor) -> Tensor:
-        """The rows X_i P_i, for X [S, k] and P [n, k, l], of shape [S, l]."""
-        return torch.cat(
-            [
-                (x[group.rows].reshape(-1, group.rank, x.shape[1]) @ p[group.members]).flatten(0, 1)
-                for group in self.groups
-            ]
-        )
-
     def sums(self, x: Tensor) -> Tensor:
         """Σ over the rows of each adapter of X [S, k], of shape [n, k]."""
         return torch.cat([x_g.sum(1) for (x_g,) in self._views(x)])
@@ -130,17 +122,6 @@ class Stack:
     def per_row(self, x: Tensor) -> Tensor:
         """``x`` [n, ...] repeated for every row of its adapter, of shape [S, ...]."""
         return torch.repeat_interleave(x, torch.tensor(self.ranks, device=x.device), dim=0)
-
-    def times_left_gram(self, u: Tensor) -> Tensor:
-        """Σ_i D_i D_iᵀ U, of shape [d_out, k]: the matrix whose leading eigenvectors are the HOSVD's U."""
-        return self.bt.mT @ self._times_grams(self.a, self.bt @ u)
-
-    def times_right_gram(self, v: Tensor) -> Tensor:
-        """Σ_i D_iᵀ D_i V, of shape [d_in, k]."""
-        return self.a.mT @ self._times_grams(self.bt, self.a @ v)
-
-    def _times_grams(self, rows: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([(g @ g.mT @ x_g).flatten(0, 1) for g, x_g in self._views(rows, x)])
 
     def parts(self, rows: Tensor) -> list[Tensor]:
         """``rows`` [S, k] of the adapters of every distinct rank r, as [n_g, r, k]."""
@@ -164,16 +145,16 @@ class ScaledStack:
     @classmethod
     def of(cls, rows: Stack) -> ScaledStack:
         """Updates that ``rows`` have all of: every f_i is 1."""
-        return cls(rows, torch.ones(len(rows.members), dtype=torch.float64))
+        return cls(rows, torch.ones(len(rows.adapters), dtype=torch.float64))
 
     @property
-    def members(self) -> tuple[int, ...]:
+    def adapters(self) -> tuple[int, ...]:
         """The caller's number of each adapter."""
-        return self.rows.members
+        return self.rows.adapters
 
     def select(self, wanted: set[int]) -> ScaledStack:
         """The sub-stack of the adapters whose numbers are in ``wanted``."""
-        kept = torch.tensor([member in wanted for member in self.members], dtype=torch.bool)
+        kept = torch.tensor([adapter in wanted for adapter in self.adapters], dtype=torch.bool)
         return ScaledStack(self.rows.select(wanted), self.factors[kept])
 
     def scaled(self, factors: Tensor) -> Stack:
@@ -190,12 +171,12 @@ class ScaledStack:
         return rows.captured(u, v) * self.factors.square().to(u.device)[:, None]
 
 
-def _groups(ranks: Sequence[int]) -> tuple[_Group, ...]:
+def _groups(ranks: Sequence[int]) -> tuple[Group, ...]:
     """The groups of a sequence of ranks in ascending order."""
     groups = []
-    member = row = 0
+    position = row = 0
     for rank, same in groupby(ranks):
         count = len(list(same))
-        groups.append(_Group(rank, slice(member, member + count), slice(row, row + count * rank)))
-        member, row = member + count, row + count * rank
+        groups.append(Group(rank, slice(position, position + count), slice(row, row + count * rank)))
+        position, row = position + count, row + count * rank
     return tuple(groups)

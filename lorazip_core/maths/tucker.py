@@ -1,7 +1,7 @@
 """One basis for many updates (JD-Full of "Compress then Serve", arXiv 2407.00066): Tucker-2, fitted by HOOI.
 
-max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. Weights
-are the caller's: he scales the updates by their square roots.
+max over UᵀU = VᵀV = I of Σ_i ‖Uᵀ D_i V‖², which is min Σ_i ‖D_i − U Σ_i Vᵀ‖² with the optimal Σ_i = Uᵀ D_i V. For a
+weighted sum, the caller multiplies every update by the square root of its weight.
 
 The problem has many local optima, and plain HOOI on the d×d problem is slow. Here every search happens on small cores:
 project the updates on generous bases of a few times the rank, search there from many starts, lift the best one, and
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..base.progress import Share, part_of, unheard
 from ..base.stopping import check_stop
-from .batch import Batch, Cores
+from .batch import Batch
+from .cores import Cores
 from .factored import cholesky_qr
 from .stack import Stack
 
@@ -34,7 +35,7 @@ _SAME = 0.1  # Σ sin² of the principal angles below which two bases are on the
 _TIE = 1e-6  # of the objective: what decides between two bases is more than rounding
 _TOLERANCE = 1e-7  # of the objective, per round
 _ORTHONORMAL = 1e-5  # of the unit matrix: what differs more is no basis yet
-# Of problems that are searched together: numbers in the Gram matrices of all starts, and in the bases to search within.
+# Of problems that are searched together: elements in the Gram matrices of all starts, and in the bases around them.
 _SEARCHED_ON_CPU, _SEARCHED_ON_GPU = 2**21, 2**27
 # About how the time of a fit is shared: all corners, in each the rounds of all starts, the finals, and the last climb.
 _OF_SEARCH, _OF_STARTS, _OF_FINALS, _OF_CLIMB = 0.55, 0.8, 0.2, 0.25
@@ -75,9 +76,9 @@ def _corners(rank: int) -> tuple[_Corner, ...]:
 
 
 def searched_together(rank: int, longest: int, device: torch.device) -> int:
-    """How many problems of sides up to ``longest`` to give to `fit_joint_batch` at once: all would take much memory.
+    """How many problems of sides up to ``longest`` to give to `fit_joint_batch` at once, so that memory is bounded.
 
-    On a CPU a few are enough, and what grows with them are the Gram matrices; on a GPU it is the bases.
+    On a CPU it is the Gram matrices of the search that take most of it, and on a GPU the bases around them.
     """
     width, starts = search_size(rank)
     if device.type == "cpu":
@@ -105,15 +106,15 @@ def fit_joint(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
 
 
 def is_lossless(rows: int, d_out: int, d_in: int, rank: int) -> bool:
-    """Whether bases of ``rank`` columns hold any updates with that many stacked rows: there is nothing to search."""
+    """Whether bases of ``rank`` columns hold whatever updates have so many ``rows`` together: no search is needed."""
     return rank >= min(rows, d_out) and rank >= min(rows, d_in)
 
 
 def fit_joint_batch(batch: Batch, rank: int, *, seed: int = 0, share: Share = unheard) -> Basis:
     """What `fit_joint` finds for every problem: U [P, d_out, R_U] and V [P, d_in, R_V].
 
-    More rows than ``rank`` in every problem. What is found for one does not depend on the others, but for rounding.
-    ``share`` is told how far it is.
+    Every problem must have more rows than ``rank``. What is found for one does not depend on the others, but for
+    rounding. ``share`` is told how far it is.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = _corners(rank)
@@ -135,7 +136,7 @@ def fit_joint_batch(batch: Batch, rank: int, *, seed: int = 0, share: Share = un
 
 
 def hosvd(stack: Stack, rank: int, *, seed: int = 0) -> Basis:
-    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i, to which `climb` adds the rest quickly.
+    """The leading eigenvectors of Σ D_i D_iᵀ and Σ D_iᵀ D_i: not the optimum, but `climb` is soon there from it.
 
     Exact, and of no more columns than there are rows, when ``rank`` reaches the stacked rank.
     """
@@ -168,13 +169,8 @@ def climb(stack: Stack, basis: Basis, *, rounds: int = _CLIMB_ROUNDS) -> Basis:
 
 
 def climb_batch(batch: Batch, basis: Basis, *, rounds: int = _CLIMB_ROUNDS, small_rounds: int = _SMALL_ROUNDS) -> Basis:
-    """`climb` for every problem of a batch, with so many rounds of HOOI in the span of each of its rounds."""
+    """`climb` for every problem of a batch; each of its rounds does ``small_rounds`` of HOOI within its span."""
     return _climb(batch, basis, rounds, small_rounds=small_rounds)[0]
-
-
-def objective(cores: Tensor) -> float:
-    """Σ_i ‖Σ_i‖_F², what HOOI maximises."""
-    return float(cores.double().square().sum())
 
 
 def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basis:
@@ -195,8 +191,10 @@ def _leading_basis(batch: Batch, width: int, generator: torch.Generator) -> Basi
 def _search(
     cores: Cores, corner: _Corner, ranks: tuple[int, int], generator: torch.Generator, share: Share
 ) -> tuple[Tensor, Tensor]:
-    """The best few bases U [P, s, k, R_U], V [P, s, l, R_V] of the cores [k, l], out of the HOSVD's and many random
-    starts on a corner of them."""
+    """The best few bases U [P, s, k, R_U] and V [P, s, l, R_V] of cores [k, l].
+
+    HOOI runs on the first rows and columns of the cores, from the HOSVD's bases and from many random ones.
+    """
     rank = max(ranks)
     rows, columns = cores.left.shape[-2:]
     small = cores.corner(min(corner.width(rank), rows), min(corner.width(rank), columns))
@@ -268,14 +266,14 @@ def _best_distinct(u: Tensor, v: Tensor, reached: Tensor, count: int) -> tuple[T
 
     Of bases that are equally good but for rounding it is the first, so that rounding decides nothing.
     """
-    alike = (_distances(u) < _SAME) & (_distances(v) < _SAME)
+    same_hill = (_distances(u) < _SAME) & (_distances(v) < _SAME)  # [P, s, s]
     open_ = reached.clone()
     picked = []
     for _ in range(min(count, u.shape[1])):
         most = open_.max(1, keepdim=True).values
         first = (open_ >= most - _TIE * most.abs()).to(torch.uint8).argmax(1)
         picked.append(first)
-        hill = alike.gather(1, first[:, None, None].expand(-1, 1, alike.shape[2]))[:, 0]
+        hill = same_hill.gather(1, first[:, None, None].expand(-1, 1, same_hill.shape[2]))[:, 0]
         open_ = torch.where(hill, -torch.inf, open_).scatter(1, first[:, None], -torch.inf)
     best = torch.stack(picked, 1)[:, :, None, None]
     return u.gather(1, best.expand(-1, -1, *u.shape[2:])), v.gather(1, best.expand(-1, -1, *v.shape[2:]))
@@ -301,43 +299,53 @@ def _climb(
 
     Problems that stand still leave the batch now and then, when enough of them do.
     """
-    best_u, best_v = basis.u.clone(), basis.v.clone()
+    best = Basis(basis.u.clone(), basis.v.clone())
     reached = torch.full((batch.problems,), -torch.inf, dtype=torch.float64, device=batch.device)
-    going = torch.arange(batch.problems)
-    u, v = basis
-    last_u, last_v = u[..., :0], v[..., :0]
-    for round_ in range(rounds + 1):
-        if round_ == rounds:
-            if rounds == 0:
-                cores = batch.chunked_cores(u, v)
-                reached = cores.placed.total(cores.left.double().square().sum((1, 2, 3)))
-            break
+    climbing, going = batch, torch.arange(batch.problems)  # the problems that are still in, and their numbers
+    moved = Basis(basis.u[..., :0], basis.v[..., :0])
+    for _ in range(rounds):
         check_stop()
         share(1 / rounds)
-        gradient_u, gradient_v = batch.gradients(u, v)
-        wide = Basis(span(u, gradient_u, last_u), span(v, gradient_v, last_v))
-        cores = batch.chunked_cores(*wide)
-        small_u, small_v = (_first(span, basis) for span, basis in zip(wide, (u, v), strict=True))
-        before = _captured(cores.right_gram(small_u), small_v)[:, 0]
-        small_u, small_v, now = _hooi(cores, small_u, small_v, small_rounds)
-        now = now[:, 0]
-        better = (now > before)[:, None, None]
-        new_u = torch.where(better, wide.u @ small_u[:, 0], u)
-        new_v = torch.where(better, wide.v @ small_v[:, 0], v)
-        last_u, last_v = u - new_u @ (new_u.mT @ u), v - new_v @ (new_v.mT @ v)
-        u, v = new_u, new_v
-        still = now - before <= tolerance * now
+        basis, moved, before, now = _climb_once(climbing, basis, moved, small_rounds)
         here = going.to(batch.device)
-        best_u[here], best_v[here] = u, v
+        best.u[here], best.v[here] = basis
         reached[here] = torch.maximum(now, before)
+        still = now - before <= tolerance * now
         moving = (~still).nonzero()[:, 0].cpu()
         if not len(moving):
             break
-        if len(moving) <= _FEW * batch.problems:
-            batch, going = batch.select(moving), going[moving]
+        if len(moving) <= _FEW * climbing.problems:
+            climbing, going = climbing.select(moving), going[moving]
             kept = moving.to(batch.device)
-            u, v, last_u, last_v = u[kept], v[kept], last_u[kept], last_v[kept]
-    return Basis(best_u, best_v), reached
+            basis, moved = (Basis(each.u[kept], each.v[kept]) for each in (basis, moved))
+    return best, reached
+
+
+class _Climbed(NamedTuple):
+    """A round of climbing: where it led, the way there, and the objective [P] before and after it, in float64.
+
+    ``moved`` is what the last basis has outside of the new one: (I − U Uᵀ) U_last, and likewise for V.
+    """
+
+    basis: Basis
+    moved: Basis
+    before: Tensor
+    now: Tensor
+
+
+def _climb_once(batch: Batch, basis: Basis, moved: Basis, small_rounds: int) -> _Climbed:
+    """The best basis in the span of ``basis``, its gradient and the last round's move, by HOOI on small cores."""
+    wide = Basis(*map(span, basis, batch.gradients(*basis), moved))
+    cores = batch.chunked_cores(*wide)
+    small_u, small_v = map(_first, wide, basis)
+    before = _captured(cores.right_gram(small_u), small_v)[:, 0]
+    small_u, small_v, now = _hooi(cores, small_u, small_v, small_rounds)
+    now = now[:, 0]
+    better = (now > before)[:, None, None]
+    u = torch.where(better, wide.u @ small_u[:, 0], basis.u)
+    v = torch.where(better, wide.v @ small_v[:, 0], basis.v)
+    away = Basis(basis.u - u @ (u.mT @ basis.u), basis.v - v @ (v.mT @ basis.v))
+    return _Climbed(Basis(u, v), away, before, now)
 
 
 def _first(span: Tensor, basis: Tensor) -> Tensor:
@@ -347,7 +355,8 @@ def _first(span: Tensor, basis: Tensor) -> Tensor:
 
 
 def span(*columns: Tensor) -> Tensor:
-    """Orthonormal columns whose first ones span the first of ``columns``; of everything when there are that many."""
+    """Orthonormal columns [..., d, k] that span all ``columns`` [..., d, k_j], for k = min(Σ k_j, d). The first of them
+    span the first of ``columns``."""
     together = torch.cat(columns, dim=-1)
     size, count = together.shape[-2:]
     return cholesky_qr(together) if count < size else _all_of(columns[0])
@@ -362,7 +371,7 @@ def _all_of(first: Tensor) -> Tensor:
 
 
 def _completed(basis: Tensor) -> Tensor:
-    """``basis`` [P, d, R] with columns that are orthonormal even where there was nothing left to span.
+    """``basis`` [P, d, R] with orthonormal columns, also where the updates span fewer than R dimensions.
 
     Cholesky QR leaves a zero column zero, and of a column that depends on others only what rounding made of it.
     """

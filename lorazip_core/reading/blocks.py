@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from queue import SimpleQueue
+from contextlib import closing, contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,12 +12,13 @@ from torch import Tensor
 
 from ..adapter.layout import Layout, deinterleave, views
 from ..adapter.reader import Adapter
+from ..base.device import CPU
 from ..base.errors import AdapterError
 from ..base.progress import Advance
-from ..base.threads import cores, in_order
+from ..base.threads import cores, delayed, in_order
 from ..bundle.manifest import SourceEntry
 from ..maths.factored import Factors
-from .buffers import PIECE, Buffers, InMemory, Nowhere, Slot
+from .buffers import PIECE, Buffers, InMemory, Nowhere, Slots
 from .contents import Destination, read_contents
 from .groups import LayoutGroup
 from .placement import Placement
@@ -103,25 +102,32 @@ def _on_host(
 ) -> Generator[R, None, None]:
     buffers = Buffers(_HOST_BYTES)
 
-    def read(place: tuple[LayoutGroup, slice]) -> tuple[R, int]:
-        group, rows = place
-        own = [adapters[number] for number in group.adapters[rows]]
-        size = group.layout.size
-        if size > _HOST_BYTES:
-            with buffers.lend(PIECE) as piece:
-                return function(Block(group, rows, None, [_contents(own[0], Nowhere(piece))])), 1
-        with buffers.lend(len(own) * size) as memory:
-            data = memory.view(len(own), size)
-            files = [_contents(adapter, InMemory(row)) for adapter, row in zip(own, data, strict=True)]
-            deinterleave(data, group.layout)
-            return function(Block(group, rows, data, files)), len(own)
+    def read(cut: tuple[LayoutGroup, slice]) -> tuple[R, int]:
+        with _in_host_memory(*cut, adapters, buffers) as block:
+            return function(block), len(block.files)
 
-    places = ((group, rows) for group in groups for rows in _rows(group, min(placement.block_bytes, _HOST_BYTES)))
-    with closing(in_order(read, places, torch.device("cpu"))) as results:
+    cuts = _cuts(groups, min(placement.block_bytes, _HOST_BYTES))
+    with closing(in_order(read, cuts, CPU)) as results:
         for result, count in results:
             for _ in range(count):
                 advance(1)
             yield result
+
+
+@contextmanager
+def _in_host_memory(group: LayoutGroup, rows: slice, adapters: Sequence[Adapter], buffers: Buffers) -> Iterator[Block]:
+    """A block that has been read, for as long as its memory is lent out."""
+    own = [adapters[number] for number in group.adapters[rows]]
+    size = group.layout.size
+    if size > _HOST_BYTES:
+        with buffers.lend(PIECE) as piece:
+            yield Block(group, rows, None, [_contents(own[0], Nowhere(piece))])
+        return
+    with buffers.lend(len(own) * size) as memory:
+        data = memory.view(len(own), size)
+        files = [_contents(adapter, InMemory(row)) for adapter, row in zip(own, data, strict=True)]
+        deinterleave(data, group.layout)
+        yield Block(group, rows, data, files)
 
 
 def _on_device(
@@ -134,37 +140,26 @@ def _on_device(
     resident: dict[Layout, Tensor] | None,
 ) -> Generator[R, None, None]:
     readers = min(cores(), len(adapters))
-    size = min(PIECE, max(group.layout.size for group in groups))
-    slots: SimpleQueue[Slot] = SimpleQueue()
-    for _ in range(readers):
-        slots.put(Slot(max(size, 1), device))
+    slots = Slots(readers, max(1, min(PIECE, max(group.layout.size for group in groups))), device)
 
     def read(number: int, row: Tensor) -> Contents:
-        slot = slots.get()
-        try:
+        with slots.lend() as slot:
             return _contents(adapters[number], slot.towards(row))
-        finally:
-            slots.put(slot)
 
-    def done(block: Block, reading: list[Future[Contents]]) -> R:
-        for future in reading:
-            block.files.append(future.result())
-            advance(1)
-        assert block.data is not None
-        deinterleave(block.data, block.group.layout)
-        return function(block)
+    def begun(cut: tuple[LayoutGroup, slice, Tensor]) -> tuple[Block, list[Future[Contents]]]:
+        block = Block(*cut, [])
+        return block, [pool.submit(read, *each) for each in zip(block.adapters, cut[2], strict=True)]
 
     ahead = len(adapters) if placement.kind == "resident" else 1
-    waiting: deque[tuple[Block, list[Future[Contents]]]] = deque()
     pool = ThreadPoolExecutor(readers)
     try:
-        for block in _blocks(groups, device, placement, resident):
+        for block, reading in delayed(map(begun, _on_device_cuts(groups, device, placement, resident)), ahead):
+            for future in reading:
+                block.files.append(future.result())
+                advance(1)
             assert block.data is not None
-            waiting.append((block, [pool.submit(read, *each) for each in zip(block.adapters, block.data, strict=True)]))
-            if len(waiting) > ahead:
-                yield done(*waiting.popleft())
-        while waiting:
-            yield done(*waiting.popleft())
+            deinterleave(block.data, block.group.layout)
+            yield function(block)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -176,40 +171,39 @@ def _contents(adapter: Adapter, destination: Destination) -> Contents:
         return error
 
 
-def _blocks(
+def _on_device_cuts(
     groups: Sequence[LayoutGroup], device: torch.device, placement: Placement, resident: dict[Layout, Tensor] | None
-) -> Iterator[Block]:
-    """All adapters in blocks, each in memory that nothing on the device is using any more, and yet to be read.
+) -> Iterator[tuple[LayoutGroup, slice, Tensor]]:
+    """All adapters in cuts, each with memory [k, size] for its data that nothing on the device is using any more.
 
-    Resident data stays in one array a layout. Streamed blocks take turns in two arrays: the one before the last has
-    been dealt with when the next one is asked for.
+    Resident data stays in one array a layout. Streamed cuts take turns in two arrays: the one before the last has been
+    dealt with when the next one is asked for.
     """
+    cuts = _cuts(groups, placement.block_bytes)
     staging: list[Tensor] = []
     if resident is None:
-        sizes = [group.layout.size * _rows_of_block(group, placement.block_bytes) for group in groups]
-        staging = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        most = max(group.layout.size * (rows.stop - rows.start) for group, rows in cuts)
+        staging = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
     else:
         for group in groups:
             shape = (len(group.adapters), group.layout.size)
             resident[group.layout] = torch.empty(shape, dtype=torch.uint8, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # readers write on streams of their own
-    places = ((group, rows) for group in groups for rows in _rows(group, placement.block_bytes))
-    for turn, (group, rows) in enumerate(places):
+    for turn, (group, rows) in enumerate(cuts):
         if resident is None:
             count, size = rows.stop - rows.start, group.layout.size
-            data = staging[turn % 2][: count * size].view(count, size)
+            yield group, rows, staging[turn % 2][: count * size].view(count, size)
         else:
-            data = resident[group.layout][rows]
-        yield Block(group, rows, data, [])
+            yield group, rows, resident[group.layout][rows]
 
 
-def _rows(group: LayoutGroup, most: int) -> Iterator[slice]:
-    """The rows of each block, of at most so many bytes or a single adapter."""
-    step = _rows_of_block(group, most)
-    for start in range(0, len(group.adapters), step):
-        yield slice(start, min(start + step, len(group.adapters)))
-
-
-def _rows_of_block(group: LayoutGroup, most: int) -> int:
-    return max(1, min(len(group.adapters), most // max(1, group.layout.size)))
+def _cuts(groups: Sequence[LayoutGroup], most: int) -> list[tuple[LayoutGroup, slice]]:
+    """The rows of every block: adapters of one layout that follow each other, of at most ``most`` bytes or a single
+    one."""
+    cuts = []
+    for group in groups:
+        count = len(group.adapters)
+        step = max(1, min(count, most // max(1, group.layout.size)))
+        cuts += [(group, slice(start, min(start + step, count))) for start in range(0, count, step)]
+    return cuts

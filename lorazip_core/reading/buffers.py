@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import SimpleQueue
 from threading import Condition
 
 import torch
@@ -52,21 +53,38 @@ class InMemory:
     def __init__(self, data: Tensor) -> None:
         self._bytes = data.numpy().data
 
-    def room(self, begin: int, size: int) -> memoryview:
+    def memory_for(self, begin: int, size: int) -> memoryview:
         return self._bytes[begin : begin + size]
 
     def arrived(self, begin: int, size: int) -> None:
         pass
 
-    def settle(self) -> None:
+    def wait_until_free(self) -> None:
         pass
 
 
 class Nowhere(InMemory):
-    """A destination for bytes of which only the digest is wanted; ``data`` has room for one piece."""
+    """A destination for bytes of which only the digest is wanted; ``data`` holds one piece."""
 
-    def room(self, begin: int, size: int) -> memoryview:
+    def memory_for(self, begin: int, size: int) -> memoryview:
         return self._bytes[:size]
+
+
+class Slots:
+    """A piece of host memory for each of several readers, lent out and used again."""
+
+    def __init__(self, readers: int, size: int, device: torch.device) -> None:
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        for _ in range(readers):
+            self._free.put(Slot(size, device))
+
+    @contextmanager
+    def lend(self) -> Iterator[Slot]:
+        slot = self._free.get()
+        try:
+            yield slot
+        finally:
+            self._free.put(slot)
 
 
 class Slot:
@@ -85,7 +103,7 @@ class Slot:
         self._row = row
         return self
 
-    def room(self, begin: int, size: int) -> memoryview:
+    def memory_for(self, begin: int, size: int) -> memoryview:
         return self._bytes[:size]
 
     def arrived(self, begin: int, size: int) -> None:
@@ -93,6 +111,6 @@ class Slot:
         with on_stream:
             self._row[begin : begin + size].copy_(self._data[:size], non_blocking=True)
 
-    def settle(self) -> None:
+    def wait_until_free(self) -> None:
         if self._stream:
             self._stream.synchronize()

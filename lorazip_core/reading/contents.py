@@ -23,16 +23,16 @@ class Destination(Protocol):
 
     piece: int
 
-    def room(self, begin: int, size: int) -> memoryview:
-        """Memory for the bytes from ``begin`` on in the data of the adapter."""
+    def memory_for(self, begin: int, size: int) -> memoryview:
+        """Memory for ``size`` bytes, those from ``begin`` on in the data of the adapter."""
         ...
 
     def arrived(self, begin: int, size: int) -> None:
-        """They are there; they are hashed while they travel on."""
+        """These bytes are in that memory now. They may travel on while they are hashed, and are not changed."""
         ...
 
-    def settle(self) -> None:
-        """Return when the room is free for other bytes."""
+    def wait_until_free(self) -> None:
+        """Return when that memory may be used for other bytes."""
         ...
 
 
@@ -72,8 +72,8 @@ def _read_tensors(adapter: Adapter, number: int, destination: Destination) -> st
     header = memoryview(bytearray(weight.header.size))
     digest = hashlib.sha256()
     for begin, size in _pieces(region.size, destination.piece):
-        room = destination.room(region.begin + begin, size)
-        buffers, position = ([header, room], 0) if begin == 0 else ([room], len(header) + begin)
+        memory = destination.memory_for(region.begin + begin, size)
+        buffers, position = ([header, memory], 0) if begin == 0 else ([memory], len(header) + begin)
         count = read_fully(file.number, buffers, position)
         if count < sum(map(len, buffers)):
             raise _truncated(adapter, number, position + count - len(header))
@@ -81,10 +81,10 @@ def _read_tensors(adapter: Adapter, number: int, destination: Destination) -> st
         if begin == 0:
             digest.update(header)
             if digest.digest() != weight.header.sha256:
-                destination.settle()
+                destination.wait_until_free()
                 raise _changed(adapter, weight.path.name)
-        digest.update(room)
-        destination.settle()
+        digest.update(memory)
+        destination.wait_until_free()
     return digest.hexdigest()
 
 
@@ -95,10 +95,10 @@ def _unpickle(adapter: Adapter, number: int, destination: Destination) -> None:
         data = adapter.tensor(key).detach().contiguous().view(-1).view(torch.uint8)
         for begin, size in _pieces(info.size_bytes, destination.piece):
             if size:
-                room = destination.room(info.begin + begin, size)
-                torch.frombuffer(room, dtype=torch.uint8).copy_(data[begin : begin + size])
+                memory = destination.memory_for(info.begin + begin, size)
+                torch.frombuffer(memory, dtype=torch.uint8).copy_(data[begin : begin + size])
                 destination.arrived(info.begin + begin, size)
-                destination.settle()
+                destination.wait_until_free()
 
 
 def _pieces(size: int, most: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from ..adapter.layout import Layout
 from ..adapter.module import Module
 from ..adapter.reader import Adapter, Part
 
-Numbers = NDArray[np.int64]
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class LayoutGroup:
     layout: Layout
     parts: tuple[Part, ...]
     """The modules of the first adapter, in order; the scales are its own."""
-    modules: Numbers
+    modules: Integers
     """[p]: the number of each in the collection."""
-    adapters: Numbers
+    adapters: Integers
     """[n_l], ascending: their numbers in the collection."""
     scales: NDArray[np.float64]
     """[n_l, p]: the factor that belongs to B A."""
@@ -34,11 +34,11 @@ class LayoutGroup:
 def by_layout(adapters: Sequence[Adapter], modules: Sequence[Module]) -> list[LayoutGroup]:
     """The groups of a collection, in the order of their first adapters."""
     numbers = {module.name: number for number, module in enumerate(modules)}
-    members: defaultdict[Layout, list[int]] = defaultdict(list)
+    of_layout: defaultdict[Layout, list[int]] = defaultdict(list)
     for number, adapter in enumerate(adapters):
-        members[adapter.layout].append(number)
+        of_layout[adapter.layout].append(number)
     groups = []
-    for layout, own in members.items():
+    for layout, own in of_layout.items():
         kinds = {id(adapters[number].parts): adapters[number].parts for number in own}
         scales = {kind: [part.scale for part in parts.values()] for kind, parts in kinds.items()}
         parts = adapters[own[0]].parts

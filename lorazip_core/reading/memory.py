@@ -16,20 +16,20 @@ from ..base.errors import LocalError
 from ..base.threads import cores
 from ..schemes.registry import SCHEMES, shared_scheme
 from ..schemes.scheme import PackSize, SharedScheme, Size
-from .packs import CPU_BUDGET, Budget, Problem, packs
-from .placement import HOST, Placement, place, stays
+from .packs import CPU_BUDGET, Budget, Problem, cut_into_packs
+from .placement import HOST, Placement, choose_placement, fits_to_stay
 from .runs import MOST_HELD
 
 _MOST_ON_GPU = Budget(2**31, 32)  # as much as keeps it busy
 _LEAST_OF_AUTO = 8  # adapters in a cluster, on average: smaller ones are hardly ever worth their bases
 
-# Bytes, measured, and each an upper bound. Of a pack, per number in its factors: these as they were read and in the
+# Bytes, measured, and each an upper bound. Of a pack, per element of its factors: these as they were read and in the
 # order of the problems, in float32, and what turns a part of them to float64; with `diag` all of them in float64.
 _CPU_BYTES, _GPU_BYTES = 16, 20
 _WIDE_BYTES = 12  # more where some factors of a pack are F64: what was read, and what errors are computed from
 _AHEAD_BYTES = 4  # of the next pack, which is loaded meanwhile where tensors do not stay on the GPU
-_COLUMN_BYTES = 32  # per number in a basis: in float32, and on its way to be orthonormal in float64
-_ALONE_BYTES = 40  # per number in an adapter that is decomposed on its own, in float64
+_COLUMN_BYTES = 32  # per element of a basis: in float32, and on its way to be orthonormal in float64
+_ALONE_BYTES = 40  # per element of an adapter that is decomposed on its own, in float64
 _WORKER_BYTES = 96 * 2**20  # of what is made for a slice of a pack at a time
 _HOST_BYTES_OF_GPU = 5 * 2**29  # CUDA itself, the buffers that files are read into, and results on their way to disk
 _ADAPTER_BYTES = 40_000  # names, digests, the lines of a manifest
@@ -77,39 +77,39 @@ class HostBytes(NamedTuple):
     worker: int
 
 
-class Room(NamedTuple):
-    """How to stay within the bounds: threads, how much is worked on at once, and where tensors are kept."""
+class WorkPlan(NamedTuple):
+    """How to work within the bounds: threads, how much is worked on at once, and where tensors are kept."""
 
     workers: int
     budget: Budget
     placement: Placement
 
 
-def room(device: torch.device, collection: Collection, task: Task, bounds: Bounds) -> Room:
+def fit_into_memory(device: torch.device, collection: Collection, task: Task, bounds: Bounds) -> WorkPlan:
     """How to work on a collection. Raises LocalError when its largest module does not fit, before a weight is read."""
     base, each = host_bytes(device, collection, task)
     if device.type == "cpu":
         workers = cores() if bounds.host is None else min(cores(), (bounds.host - base) // each)
         if workers < 1:
             raise _too_little("--memory", bounds.host, base + each)
-        return Room(workers, CPU_BUDGET, HOST)
+        return WorkPlan(workers, CPU_BUDGET, HOST)
     if bounds.host is not None and bounds.host < base + each:
         raise _too_little("--memory", bounds.host, base + each)
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
-    resident = stays(sum(sizes), bound)
+    resident = fits_to_stay(sum(sizes), bound)
     left = bound - (sum(sizes) if resident else 0)
     wide = bool(_wide(collection))
-    each_number = _GPU_BYTES + _WIDE_BYTES if wide else _GPU_BYTES
+    each_element = _GPU_BYTES + _WIDE_BYTES if wide else _GPU_BYTES
     if not resident:
-        each_number += 2 * _AHEAD_BYTES if wide else _AHEAD_BYTES
-    numbers, updates = _counts(collection)
-    least = max(numbers.values()) * each_number + max(updates.values()) * _of_update(task)
+        each_element += 2 * _AHEAD_BYTES if wide else _AHEAD_BYTES
+    elements, updates = _counts(collection)
+    least = max(elements.values()) * each_element + max(updates.values()) * _of_update(task)
     if left < least:
         raise _too_little("--device-memory", bound, least + bound - left)
-    most = 2 ** ((left // each_number).bit_length() - 1)
-    budget = Budget(min(_MOST_ON_GPU.numbers, most), _MOST_ON_GPU.modules)
-    return Room(cores(), budget, place(device, sum(sizes), max(sizes), bound))
+    most = 2 ** ((left // each_element).bit_length() - 1)
+    budget = Budget(min(_MOST_ON_GPU.elements, most), _MOST_ON_GPU.modules)
+    return WorkPlan(cores(), budget, choose_placement(device, sum(sizes), max(sizes), bound))
 
 
 def _of_update(task: Task) -> int:
@@ -144,8 +144,8 @@ def _whole_bytes(collection: Collection, task: Task) -> int:
         size += min(MOST_HELD, sum(adapter.layout.interleaved_bytes for adapter in collection.adapters))
     if not task.sought:
         return size
-    numbers, _ = _counts(collection)
-    probes = sum(sorted(numbers.values())[-PROBES:]) * 4
+    elements, _ = _counts(collection)
+    probes = sum(sorted(elements.values())[-PROBES:]) * 4
     pairs = min(n, COMPARED) ** 2 * 8 * 8
     bases = sum(task.clusters * min(task.rank, side) * side for m in collection.modules for side in (m.d_out, m.d_in))
     return size + probes + pairs + 4 * bases + n * task.clusters * 8 * 8
@@ -156,14 +156,14 @@ def _worker_bytes(collection: Collection, task: Task) -> int:
     alone = max(sum(part.parameters for part in parts.values()) for parts, _ in _kinds(collection)) * _ALONE_BYTES
     if not SCHEMES[task.method].shared:
         return _WORKER_BYTES + alone
-    numbers, updates = _counts(collection)
+    elements, updates = _counts(collection)
     shapes = [(module.d_out, module.d_in) for module in collection.modules]
-    sizes = {Problem(0, number): numbers[module.name] for number, module in enumerate(collection.modules)}
+    sizes = {Problem(0, number): elements[module.name] for number, module in enumerate(collection.modules)}
     wide = _wide(collection)
     most = 0
-    for pack in packs(sizes, shapes, CPU_BUDGET):
+    for pack in cut_into_packs(sizes, shapes, CPU_BUDGET):
         names = [collection.modules[module].name for _, module in pack]
-        own, count = sum(numbers[name] for name in names), sum(updates[name] for name in names)
+        own, count = sum(elements[name] for name in names), sum(updates[name] for name in names)
         more = 0 if wide.isdisjoint(names) else own * _WIDE_BYTES
         size = PackSize(own, count, len(pack) * task.clusters, Size(*shapes[pack[0].module]))
         most = max(most, _pack_bytes(size, task) + more)
@@ -206,14 +206,14 @@ def _kinds(collection: Collection) -> list[tuple[dict[str, Part], int]]:
 
 
 def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
-    """Numbers in the factors of all adapters in every module, and its updates."""
-    numbers: Counter[str] = Counter()
+    """Elements in the factors of all adapters in every module, and its updates."""
+    elements: Counter[str] = Counter()
     updates: Counter[str] = Counter()
     for parts, count in _kinds(collection):
         for name, part in parts.items():
-            numbers[name] += part.parameters * count
+            elements[name] += part.parameters * count
             updates[name] += count
-    return numbers, updates
+    return elements, updates
 
 
 def _too_little(option: str, bound: int | None, least: int) -> LocalError:

@@ -19,20 +19,20 @@ from .groups import LayoutGroup
 
 TensorOf = Callable[[str], Tensor]
 
-_NUMBERS = 2**20  # in the factors of one batch of modules: 8 MiB in float64, of which caches hold a good part
+_AT_ONCE = 2**20  # elements in the factors of one batch of modules: 8 MiB in float64, of which caches hold a good part
 _ROWS = 64  # adapters in one batch on a device, where there is room for
-_DEVICE_NUMBERS = 2**26
+_AT_ONCE_ON_DEVICE = 2**26
 _LARGEST = torch.finfo(torch.float32).max ** 2
-_EXTRA_NUMBERS = 2**26  # of extras that are looked at in one go
+_EXTRAS_AT_ONCE = 2**26  # elements of extras that are looked at in one go
 
 
 def norms_of_adapter(parts: Mapping[str, Part], stored: Stored) -> list[float]:
     """‖ΔW‖² of every module of one adapter, in order, computed in batches of equal shape."""
     of = list(parts.values())
     norms = torch.zeros(len(of), dtype=torch.float64)
-    for alike in _batches(parts).values():
-        step = max(1, _NUMBERS // of[alike[0]].parameters)
-        for columns in (alike[start : start + step] for start in range(0, len(alike), step)):
+    for same_shape in _batches(parts).values():
+        step = max(1, _AT_ONCE // of[same_shape[0]].parameters)
+        for columns in (same_shape[start : start + step] for start in range(0, len(same_shape), step)):
             (b,), (a,) = stored(columns)
             scales = torch.tensor([of[column].scale for column in columns], dtype=torch.float64)
             norms[columns] = _scaled(squared_norm(b, a), scales)
@@ -51,7 +51,7 @@ def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
     tensors = group.layout.tensors
     for column, part in enumerate(group.parts):
         shape_b, shape_a = (part.module.d_out, part.rank), (part.rank, part.module.d_in)
-        step = max(1, min(_ROWS, _DEVICE_NUMBERS // part.parameters))
+        step = max(1, min(_ROWS, _AT_ONCE_ON_DEVICE // part.parameters))
         own_b, own_a = view(data, tensors[part.key_b]), view(data, tensors[part.key_a])
         b, a = own_b.new_zeros(step, *shape_b), own_a.new_zeros(step, *shape_a)
         for start in range(0, len(data), step):
@@ -69,13 +69,13 @@ def _scaled(norms: Tensor, scales: Tensor) -> Tensor:
 
 
 def finite_extras(data: Tensor, group: LayoutGroup, keys: list[str]) -> Tensor:
-    """Whether all extras of floating point are finite, [k], from the bytes ``data`` [k, size] of adapters alike."""
+    """Whether all extras of floating point are finite [k], from the bytes ``data`` [k, size] of a group's adapters."""
     finite = torch.ones(len(data), dtype=torch.bool, device=data.device)
     for key in keys:
         info = group.layout.tensors[key]
         if TORCH_DTYPES[info.dtype].is_floating_point:
             own = view(data, info)
-            step = max(1, _EXTRA_NUMBERS // max(1, math.prod(info.shape)))
+            step = max(1, _EXTRAS_AT_ONCE // max(1, math.prod(info.shape)))
             for start in range(0, len(data), step):
                 some = own[start : start + step].reshape(len(own[start : start + step]), -1)
                 finite[start : start + step] &= some.float().isfinite().all(1)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """How much one pack holds: numbers in the factors of its problems, and modules."""
+    """How much one pack holds: elements of the factors of its problems, and modules."""
 
-    numbers: int
+    elements: int
     modules: int
 
 
@@ -31,8 +31,8 @@ class Problem(NamedTuple):
 Pack = tuple[Problem, ...]
 
 
-def packs(sizes: Mapping[Problem, int], kinds: Sequence[Hashable], budget: Budget) -> list[Pack]:
-    """Cut the problems, of ``sizes`` in numbers, into packs within ``budget``.
+def cut_into_packs(sizes: Mapping[Problem, int], kinds: Sequence[Hashable], budget: Budget) -> list[Pack]:
+    """Cut problems into packs within ``budget``; ``sizes`` has the elements in the factors of each of them.
 
     ``kinds`` has, of every module, what those in one pack have in common, like (d_out, d_in). A module is split between
     clusters if its problems exceed the budget together; a problem is never split, so one that exceeds the
@@ -53,11 +53,11 @@ def _of_one_kind(modules: list[list[Problem]], sizes: Mapping[Problem, int], bud
     held = count = 0
     for problems in modules:
         size = sum(sizes[problem] for problem in problems)
-        if together and (count == budget.modules or held + size > budget.numbers):
+        if together and (count == budget.modules or held + size > budget.elements):
             yield tuple(together)
             together, held, count = [], 0, 0
-        if size > budget.numbers:
-            yield from _split(problems, sizes, budget.numbers)
+        if size > budget.elements:
+            yield from _split(problems, sizes, budget.elements)
         else:
             together, held, count = together + problems, held + size, count + 1
     if together:

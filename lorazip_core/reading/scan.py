@@ -16,19 +16,18 @@ from ..adapter.collection import Collection
 from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from ..adapter.reader import Adapter
-from ..base.digests import canonical_json, sha256_bytes
+from ..base.device import CPU
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.progress import Advance
 from ..bundle.manifest import SourceEntry, Weights
-from .groups import by_layout
-from .intake import Intake, take_in
+from ..maths.factored import TINY
+from .groups import Integers, by_layout
 from .packs import CPU_BUDGET, Budget
 from .placement import HOST, Placement
-from .stacks import Files, Resident, Stacks
+from .sources import Files, Resident
+from .stacks import Stacks
 from .updates import Updates
 
-_CPU = torch.device("cpu")
-_LEAST = torch.finfo(torch.float64).tiny  # of less energy than that, the inverse overflows
 Stamps = tuple[tuple[int, ...], ...]
 
 
@@ -53,7 +52,7 @@ class Scan:
         stacks = Stacks(self.collection, device, resident or Files(self.collection.adapters, device))
         energy = self.norms.sum(1, keepdim=True).expand_as(self.norms) if per == "adapter" else self.norms
         shapes = [(module.d_out, module.d_in) for module in self.collection.modules]
-        weights = torch.where(energy >= _LEAST, 1 / energy, 0.0)
+        weights = torch.where(energy >= TINY, 1 / energy, 0.0)
         return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
 
     @cached_property
@@ -102,7 +101,7 @@ def scan(
     *,
     skip_bad: bool,
     advance: Advance,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     placement: Placement = HOST,
 ) -> Scan:
     """Read every file once. ``advance`` is called with 1 for each adapter.
@@ -120,33 +119,33 @@ def scan(
             _check_locked(adapter, files, locked[adapter.name])
 
     stamps = [_stamps(adapter) for adapter in collection.adapters]
-    intake = take_in(collection, device, placement, verify, advance)
-    bad = [error for _, error in sorted(intake.errors.items())]
+    first = _read_all(collection, device, placement, verify, advance)
+    bad = [error for _, error in sorted(first.errors.items())]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
-    kept = [number for number in range(len(collection.adapters)) if number not in intake.errors]
+    kept = [number for number in range(len(collection.adapters)) if number not in first.errors]
     left = collection.without(bad)
     columns = {module: number for number, module in enumerate(collection.modules)}
     return Scan(
         left,
-        intake.norms[kept][:, [columns[module] for module in left.modules]],
-        [intake.files[number] for number in kept],
+        first.norms[kept][:, [columns[module] for module in left.modules]],
+        [first.files[number] for number in kept],
         [locked[adapter.name].origin if adapter.name in locked else None for adapter in left.adapters],
         device,
-        _still_resident(intake, collection, left),
+        _still_resident(first, collection, left),
         [stamps[number] for number in kept],
     )
 
 
 def _still_resident(intake: Intake, before: Collection, left: Collection) -> Resident | None:
     """The arrays on the device, and which of their rows are those of adapters that are left."""
-    if intake.resident is None:
+    if first.resident is None:
         return None
     names = {adapter.name for adapter in left.adapters}
-    rows: dict[Layout, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+    rows: dict[Layout, Integers] = {}
     for group in by_layout(before.adapters, before.modules):
         rows[group.layout] = np.flatnonzero([before.adapters[i].name in names for i in group.adapters.tolist()])
-    return Resident(intake.resident, rows)
+    return Resident(first.resident, rows)
 
 
 def _stamps(adapter: Adapter) -> Stamps:

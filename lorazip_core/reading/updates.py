@@ -9,25 +9,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..maths.stack import ScaledStack, Stack
-from .packs import CPU_BUDGET, Budget, Problem, packs
+from ..maths.factored import TINY
+from ..maths.stack import ScaledStack
+from .packs import CPU_BUDGET, Budget, Problem, cut_into_packs
 
 
 class Load(Protocol):
-    """Reads the updates of one module: of all adapters that have it, or of those among ``members``, which ascend."""
+    """Reads the updates of one module: of all adapters that have it, or of those among ``adapters``, which ascend."""
 
-    def __call__(self, module: int, members: Sequence[int] | None = None, /) -> ScaledStack: ...
+    def __call__(self, module: int, adapters: Sequence[int] | None = None, /) -> ScaledStack: ...
 
 
 @dataclass(frozen=True)
 class Updates:
     """n adapters and M modules, both by number.
 
-    ``load(m)`` reads the updates D_im of module m, unrounded, of the adapters that have it, and ``load(m, members)`` of
-    some of them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M] ‖D_im‖²,
-    both 0 where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective Σ w_im ‖D_im − D̂_im‖²; the
-    last two in float64. ``budget`` says how much is worked on at once, and ``quick`` whether a load costs next to
-    nothing.
+    ``load(m)`` reads the updates D_im of module m, unrounded, of the adapters that have it, ``load(m, adapters)`` those
+    of some of them; ``shapes`` has its (d_out, d_in). ``ranks`` [n, M] holds the rank r_im and ``norms`` [n, M]
+    ‖D_im‖², both 0 where adapter i lacks module m, and ``weights`` [n, M] the w_im of the objective
+    Σ w_im ‖D_im − D̂_im‖²; the last two in float64. ``budget`` says how much is worked on at once, and ``quick``
+    whether a load costs next to nothing.
     """
 
     load: Load
@@ -39,11 +40,6 @@ class Updates:
     budget: Budget = CPU_BUDGET
     quick: bool = True
 
-    def weighted(self, module: int) -> Stack:
-        """√w_im D_im of one module: what a shared basis is fitted to."""
-        stack = self.load(module)
-        return stack.scaled(self.weights[list(stack.members), module].sqrt())
-
     def modules_at_once(self, columns: int) -> list[list[int]]:
         """All modules, those together that have one shape and fit the budget together.
 
@@ -53,10 +49,10 @@ class Updates:
             problem: size + columns * sum(self.shapes[problem.module])
             for problem, size in self.sizes([0] * len(self.ranks)).items()
         }
-        return [[module for _, module in pack] for pack in packs(sizes, self.shapes, self.budget)]
+        return [[module for _, module in pack] for pack in cut_into_packs(sizes, self.shapes, self.budget)]
 
     def sizes(self, labels: Sequence[int | None]) -> dict[Problem, int]:
-        """The numbers in the factors of every problem: Σ r_i · (d_out + d_in); no entry where nobody has the module.
+        """The elements in the factors of every problem: Σ r_i · (d_out + d_in); no entry where nobody has the module.
 
         ``labels`` [n] are the clusters of the adapters, None for those in no cluster.
         """
@@ -75,15 +71,15 @@ class Updates:
         stacks = [self.load(module) for module in modules]
         shapes = [self.shapes[module] for module in modules]
 
-        def load(module: int, members: Sequence[int] | None = None) -> ScaledStack:
-            return stacks[module] if members is None else stacks[module].select(set(members))
+        def load(module: int, adapters: Sequence[int] | None = None) -> ScaledStack:
+            return stacks[module] if adapters is None else stacks[module].select(set(adapters))
 
         ranks, norms, weights = (each[:, modules] for each in (self.ranks, self.norms, self.weights))
         return Updates(load, shapes, ranks, norms, weights, self.device, self.budget)
 
     def shares(self, lost: Tensor) -> Tensor:
         """Σ_m lost_im / Σ_m ‖D_im‖², the squared error of every adapter, for ``lost`` [n, …] summed over modules."""
-        total = self.norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        total = self.norms.sum(1).clamp_min(TINY)
         return lost / total.reshape(-1, *[1] * (lost.ndim - 1))
 
     def probes(self, count: int) -> list[int]:
@@ -93,7 +89,7 @@ class Updates:
         """
         energy = (self.weights * self.norms).sum(0)
         order = sorted(range(len(self.shapes)), key=lambda module: (self.shapes[module], -float(energy[module])))
-        reached = energy[order].cumsum(0) / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        reached = energy[order].cumsum(0) / energy.sum().clamp_min(TINY)
         middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         positions = torch.searchsorted(reached, middles).clamp_max(len(order) - 1)
         return [order[position] for position in sorted(set(positions.tolist()))]

@@ -105,7 +105,7 @@ def squared_errors(stacks: list[Stack], energy: Tensor, method: Method, rank: in
     """Σ_m ‖ΔW_im − ΔŴ_im‖² / Σ_m ‖ΔW_im‖² over the sampled modules, of shape [n]."""
 
     def lost(stack: Stack) -> Tensor:
-        weights = 1 / energy[list(stack.members)]
+        weights = 1 / energy[list(stack.adapters)]
         if method == "diag":
             return encode_diag(ScaledStack.of(stack), weights, rank=rank, dtype=torch.bfloat16, seed=0).squared_errors
         alone = torch.zeros(len(weights), dtype=torch.int64)
@@ -119,7 +119,7 @@ def squared_errors(stacks: list[Stack], energy: Tensor, method: Method, rank: in
 def by_number(stack: Stack, values: Tensor) -> Tensor:
     """``values`` in the order of the stack, put into the order of the adapters."""
     ordered = torch.empty_like(values)
-    ordered[list(stack.members)] = values
+    ordered[list(stack.adapters)] = values
     return ordered
 
 

@@ -87,7 +87,7 @@ def solve_joint(problems: Sequence[Problem], rank: int, seed: int) -> list[dict[
         for problem in (each for each in problems if each.shape == shape):
             numbered = [len(keys) + i for i, members in enumerate(problem.clusters.values()) for _ in members]
             stacks.append(ScaledStack.of(Stack.of(problem.factors(), range(len(numbered)))))
-            owners.append(torch.tensor(numbered)[list(stacks[-1].members)])
+            owners.append(torch.tensor(numbered)[list(stacks[-1].adapters)])
             keys += [(problem.module, cluster) for cluster in problem.clusters]
         u, v = fit_joint_batch(Batch.of(stacks, owners, len(keys)), rank, seed=seed)
         for number, (module, cluster) in enumerate(keys):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection
 from lorazip_core.base.threads import in_order
-from lorazip_core.clustering.alternation import Probes, settle
+from lorazip_core.clustering.alternation import Probes, alternate
 from lorazip_core.maths.cp import solve_diag
 from lorazip_core.maths.cp_search import fit_diag
 from lorazip_core.maths.stack import ScaledStack, Stack
@@ -167,7 +167,7 @@ def _diag_kept(stack: Stack, rank: int) -> Tensor:
 
 def _held_out(stack: Stack, rank: int, halves: tuple[list[int], list[int]]) -> Tensor:
     """What a basis fitted to the other half keeps of each adapter."""
-    kept = torch.zeros(len(stack.members))
+    kept = torch.zeros(len(stack.adapters))
     for seen, unseen in (halves, halves[::-1]):
         kept[unseen] = _kept(stack.select(set(unseen)), fit_joint(stack.select(set(seen)), rank))
     return kept
@@ -184,7 +184,7 @@ def _clustered(stacks: Sequence[Stack], weights: Tensor, clusters: int) -> Tenso
         CPU,
     )
     tried = Probes(updates, 16).cluster(clusters, seed=0)
-    labels = settle(updates, tried.labels, 16, seed=0).labels
+    labels = alternate(updates, tried.labels, 16, seed=0).labels
 
     def kept(stack: Stack) -> Tensor:
         shares = torch.zeros(len(labels))

@@ -18,7 +18,7 @@ from ..base.progress import Advance
 from ..base.stopping import check_stop
 from ..bundle.manifest import SourceEntry
 from .blocks import Block, Contents, in_blocks
-from .groups import by_layout
+from .groups import Integers, by_layout
 from .norms import check, finite_extras, norms_of_adapter, norms_of_rows, tensors_of
 from .placement import Placement
 
@@ -26,8 +26,8 @@ Verify = Callable[[Adapter, list[SourceEntry]], None]
 
 
 @dataclass(frozen=True)
-class Intake:
-    """What is known of n adapters when all bytes have been seen.
+class FirstPass:
+    """What is known of n adapters when all their bytes have been read once.
 
     ``norms`` [n, M] holds ‖ΔW_im‖² in float64; adapters in ``errors``, by number, cannot be used. ``resident`` has for
     every layout the data [n_l, size] of its adapters on the device, in their order; None if they did not stay.
@@ -39,47 +39,42 @@ class Intake:
     resident: dict[Layout, Tensor] | None = None
 
 
-def take_in(
+def read_all(
     collection: Collection, device: torch.device, placement: Placement, verify: Verify, advance: Advance
-) -> Intake:
+) -> FirstPass:
     """Read all files of a collection. ``verify`` sees the digests of an adapter first and may refuse it.
 
     ``advance`` is called with 1 for each adapter, by this thread. Adapters with NaN or Inf, or whose files were cut
     short, are errors.
     """
     adapters = collection.adapters
-    intake = Intake(
-        torch.zeros(len(adapters), len(collection.modules), dtype=torch.float64),
-        [[] for _ in adapters],
-        {},
-        {} if placement.kind == "resident" else None,
-    )
+    norms = torch.zeros(len(adapters), len(collection.modules), dtype=torch.float64)
+    found = FirstPass(norms, [[] for _ in adapters], {}, {} if placement.kind == "resident" else None)
 
-    def look(block: Block) -> tuple[Block, _Seen]:
-        files = [
-            _verified(adapters[number], each, verify) for number, each in zip(block.adapters, block.files, strict=True)
-        ]
-        seen = _on_host if placement.kind == "host" else _on_device
-        return block._replace(data=None), seen(
-            block._replace(files=files), [adapters[number] for number in block.adapters]
-        )
+    def examined(block: Block) -> _Examined:
+        own = [adapters[number] for number in block.adapters]
+        files = [_verified(adapter, each, verify) for adapter, each in zip(own, block.files, strict=True)]
+        examine = _examined_on_host if placement.kind == "host" else _examined_on_device
+        return _Examined(block.adapters, block.group.modules, *examine(block._replace(files=files), own))
 
     groups = by_layout(adapters, collection.modules)
-    with closing(in_blocks(look, adapters, groups, device, placement, advance, intake.resident)) as results:
-        for block, seen in results:
-            rows = torch.tensor(block.adapters)[:, None], torch.from_numpy(block.group.modules)
-            intake.norms[rows] = seen.norms
-            for number, files in zip(block.adapters, seen.files, strict=True):
-                if isinstance(files, AdapterError):
-                    intake.errors[number] = files
+    with closing(in_blocks(examined, adapters, groups, device, placement, advance, found.resident)) as results:
+        for numbers, modules, squared_norms, files in results:
+            norms[torch.tensor(numbers)[:, None], torch.from_numpy(modules)] = squared_norms
+            for number, each in zip(numbers, files, strict=True):
+                if isinstance(each, AdapterError):
+                    found.errors[number] = each
                 else:
-                    intake.files[number] = files
-    return intake
+                    found.files[number] = each
+    return found
 
 
-class _Seen(NamedTuple):
-    """Of the adapters of a block: ‖ΔW‖² [k, p], and their files, or why they cannot be used."""
+class _Examined(NamedTuple):
+    """The k adapters and p modules of a block, by number; ‖ΔW‖² [k, p]; and the files of each adapter, or why it cannot
+    be used."""
 
+    adapters: list[int]
+    modules: Integers
     norms: Tensor
     files: list[Contents]
 
@@ -93,8 +88,8 @@ def _verified(adapter: Adapter, files: Contents, verify: Verify) -> Contents:
     return files
 
 
-def _on_host(block: Block, adapters: list[Adapter]) -> _Seen:
-    """One by one. One that is too large for memory has its tensors read a second time."""
+def _examined_on_host(block: Block, adapters: list[Adapter]) -> tuple[Tensor, list[Contents]]:
+    """One adapter after another. One that is too large for memory has its tensors read a second time."""
     norms = torch.zeros(len(adapters), len(block.group.parts), dtype=torch.float64)
     files = list(block.files)
     for row, adapter in enumerate(adapters):
@@ -107,10 +102,10 @@ def _on_host(block: Block, adapters: list[Adapter]) -> _Seen:
                 norms[row] = torch.tensor(found, dtype=torch.float64)
             except AdapterError as error:
                 files[row] = error
-    return _Seen(norms, files)
+    return norms, files
 
 
-def _on_device(block: Block, adapters: list[Adapter]) -> _Seen:
+def _examined_on_device(block: Block, adapters: list[Adapter]) -> tuple[Tensor, list[Contents]]:
     """All adapters at once; what is wrong with one is found out on its own."""
     assert block.data is not None
     norms = norms_of_rows(block.data, block.group, block.rows).cpu()
@@ -123,4 +118,4 @@ def _on_device(block: Block, adapters: list[Adapter]) -> _Seen:
                 check(adapter, norms[row].tolist(), tensors_of(adapter, block.data[row]))
             except AdapterError as error:
                 files[row] = error
-    return _Seen(norms, files)
+    return norms, files
