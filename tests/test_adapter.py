@@ -17,10 +17,10 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from lorazip_core.adapter.config import parse_config
+from lorazip_core.adapter.formats.registry import parse_config
+from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.layout import TensorInfo, aligned, view, views
 from lorazip_core.adapter.reader import open_adapter
-from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.errors import AdapterError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

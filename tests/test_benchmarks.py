@@ -32,6 +32,7 @@ import scale
 import scale_cpu
 
 from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.formats.peft import factor_keys
 from lorazip_core.maths.factored import truncated_svd
 
 
@@ -232,7 +233,7 @@ def test_its_shapes_are_those_of_the_models() -> None:
 def test_adapters_of_a_group_are_more_alike_than_others() -> None:
     of = grouped_collection.recipe("tiny", d_model=128, letters=("q",), groups=4)
     source = grouped_collection.Source(of, torch.device("cpu"))
-    key_b, key_a = of.modules[0].keys
+    key_b, key_a = factor_keys(of.modules[0])
     drawn = [source.draw(number) for number in range(40)]
     b, a = (torch.stack([one[key].float() for one in drawn]) for key in (key_b, key_a))
     us, vt = truncated_svd(b, a, 4)

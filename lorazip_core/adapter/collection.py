@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..base.errors import AdapterError, AdapterErrors, UsageError
 from ..base.text import printable
-from .config import CONFIG_NAME
 from .discovery import Skipped, find_adapters, presence
-from .foreign import foreign_adapters, foreign_format
-from .module import Module
-from .reader import Adapter, Alike, Part, open_adapter
+from .formats.foreign import foreign_adapters, refuse_foreign_file
+from .formats.names import CONFIG_NAME
+from .module import Module, Part
+from .reader import Adapter, Alike, distinct_parts, open_adapter
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ def open_collection(
     ``skipped``, and the errors are raised only when nothing is left. For what may not be read, PermissionError.
     """
     if not root.is_dir():
-        if form := foreign_format(root):
-            raise AdapterErrors([AdapterError(str(root), f"it is a LoRA of {form.owner}, not of PEFT", form.hint)])
+        try:
+            refuse_foreign_file(root)
+        except AdapterError as error:
+            raise AdapterErrors([error]) from None
         if root.exists():
             raise UsageError(f"{root} is a file, not a directory of adapters", "name a directory")
         raise UsageError(f"{root} is not a directory")
@@ -104,7 +106,7 @@ def _collect(
 ) -> Collection:
     if not adapters:
         raise AdapterErrors(bad)
-    modules = {part.module for parts, _ in _distinct(adapters) for part in parts.values()}
+    modules = {part.module for parts, _ in distinct_parts(adapters) for part in parts.values()}
     return Collection(
         root,
         tuple(adapters),
@@ -133,11 +135,12 @@ def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[Adapter
 
 def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
     shapes: defaultdict[str, Counter[Module]] = defaultdict(Counter)
-    for parts, count in _distinct(adapters):
+    distinct = distinct_parts(adapters)
+    for parts, count in distinct:
         for name, part in parts.items():
             shapes[name][part.module] += count
     usual = {name: counter.most_common(1)[0][0] for name, counter in shapes.items()}
-    odd = {id(parts): _first_odd(parts, usual) for parts, _ in _distinct(adapters)}
+    odd = {id(parts): _first_odd(parts, usual) for parts, _ in distinct}
     bad = []
     for adapter in adapters:
         if module := odd[id(adapter.parts)]:
@@ -148,10 +151,3 @@ def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
 
 def _first_odd(parts: dict[str, Part], usual: dict[str, Module]) -> Module | None:
     return next((part.module for name, part in parts.items() if part.module != usual[name]), None)
-
-
-def _distinct(adapters: list[Adapter]) -> list[tuple[dict[str, Part], int]]:
-    """The parts that adapters have, in order, and how many adapters share each."""
-    parts = {id(adapter.parts): adapter.parts for adapter in adapters}
-    counts = Counter(id(adapter.parts) for adapter in adapters)
-    return [(each, counts[key]) for key, each in parts.items()]

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.lock import LOCK_NAME
 from ..base.errors import UsageError
 
 # As in the modules that write these files, each of which loads torch.
 _MANIFEST = "manifest.json"
-_CONFIG = "adapter_config.json"
 _EXPORT = "export.json"
 _MARKER = ".lorazip"
 _BUNDLE_FORMAT = "lorazip.bundle"
@@ -82,7 +82,7 @@ def is_bundle(folder: Path) -> bool:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a directory is the folder of an adapter."""
-    return (folder / _CONFIG).exists()
+    return (folder / CONFIG_NAME).exists()
 
 
 def schema_of(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..adapter.collection import Collection
-from ..adapter.reader import Part
+from ..adapter.reader import distinct_parts
 from ..base import team
 from ..base.device import free_bytes
 from ..base.errors import LocalError
@@ -156,7 +156,8 @@ def _whole_bytes(collection: Collection, task: Task) -> int:
 
 def _worker_bytes(collection: Collection, task: Task) -> int:
     """What a worker needs for the pack that takes most, or the adapter that it decomposes on its own."""
-    alone = max(sum(part.parameters for part in parts.values()) for parts, _ in _kinds(collection)) * _ALONE_BYTES
+    distinct = distinct_parts(collection.adapters)
+    alone = max(sum(part.parameters for part in parts.values()) for parts, _ in distinct) * _ALONE_BYTES
     if task.method == "svd":
         return _WORKER_BYTES + alone
     numbers, updates = _counts(collection)
@@ -207,18 +208,11 @@ def _wide(collection: Collection) -> set[str]:
     }
 
 
-def _kinds(collection: Collection) -> list[tuple[dict[str, Part], int]]:
-    """The parts that adapters have, and how many adapters share each."""
-    parts = {id(adapter.parts): adapter.parts for adapter in collection.adapters}
-    counts = Counter(id(adapter.parts) for adapter in collection.adapters)
-    return [(each, counts[key]) for key, each in parts.items()]
-
-
 def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
     """Numbers in the factors of all adapters in every module, and its updates."""
     numbers: Counter[str] = Counter()
     updates: Counter[str] = Counter()
-    for parts, count in _kinds(collection):
+    for parts, count in distinct_parts(collection.adapters):
         for name, part in parts.items():
             numbers[name] += part.parameters * count
             updates[name] += count

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from ..adapter.collection import open_collection
+from ..adapter.formats.lora_bias import biased_module
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.reader import Adapter
 from ..base.device import free_bytes
 from ..base.errors import AdapterError, AdapterErrors
@@ -156,7 +158,7 @@ def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[F
         message = f"base model {entry.base_model!r}, but the original has {original.config.base_model!r}"
         yield Finding("base-model-differs", None, message, damage=False, adapter=entry.name)
     if entry.config not in damaged and bundle.config_text(entry) != original.config_text:
-        message = "is not the original's adapter_config.json"
+        message = f"is not the original's {CONFIG_NAME}"
         yield Finding("config-differs", entry.config, message, damage=False, adapter=entry.name)
     if entry.extras in damaged:
         return
@@ -174,7 +176,7 @@ def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[F
 def _expected(bundle: Bundle, entry: AdapterEntry, original: Adapter, name: str) -> torch.Tensor:
     """What a bundle has of a tensor that is no factor; before 0.6, a bias with its scale was of its own dtype."""
     extra = original.extra(name)
-    if name.endswith(".lora_B.bias"):
+    if biased_module(name) is not None:
         return extra.to(bundle.tensor(str(entry.extras), name).dtype)
     return extra
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..adapter.module import Module
+from ..module import Module
 
 _DECIDE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
