@@ -21,6 +21,7 @@ from ..layout import Cut, TensorInfo
 from ..module import Module, Parameter, Part
 from .format import LoraConfig
 from .names import CONFIG_NAME
+from .target_modules import matches
 
 _BASE_LAYER = ".base_layer"
 _ONE_OF_EXPERTS = re.compile(r"(.+)\.\d+\.[^.]+")
@@ -189,18 +190,14 @@ def _parameters(config: LoraConfig, holder: str, count: int) -> list[str]:
 def _is_module(config: LoraConfig, whole: Whole, parameters: list[str]) -> bool:
     """Whether factors are those of a target module, as far as the configuration tells.
 
-    PEFT's rule for ``target_modules``: a pattern for the whole name, or names of which one is its end, at a dot. What
-    it does not select, and what can be no single parameter either, is one if its rank is right.
+    What ``target_modules`` does not select, and what can be no single parameter either, is one if its rank is right.
     """
     targets = config.raw.get("target_modules")
     name = whole.module.name
-    if isinstance(targets, str):
-        try:
-            selected = targets == "all-linear" or re.fullmatch(targets, name) is not None
-        except re.error:
-            selected = False
-    else:
-        selected = any(f".{name}".endswith(f".{target}") for target in targets or ())
+    try:
+        selected = targets == "all-linear" or matches(targets or (), name)
+    except re.error:
+        selected = False
     uncertain = len(parameters) != 1 and whole.rows == config.rank(name)
     return selected or uncertain or not parameters or whole.module.kind != "linear"
 
