@@ -111,7 +111,8 @@ def test_the_generator_writes_the_same_valid_adapters_again(real: Path, tmp_path
     assert set(collection.modules) == set(LINEAR)
     scales = {part.scale for adapter in collection.adapters for part in adapter.parts.values()}
     assert scales == {part.scale for part in open_collection(real).adapters[0].parts.values()}
-    assert all(adapter.dtype(module.name) == "BF16" for adapter in collection.adapters for module in LINEAR)
+    stored = [adapter.stored_factors(module.name) for adapter in collection.adapters for module in LINEAR]
+    assert all(factor.dtype == torch.bfloat16 for factors in stored for factor in factors)
     assert [module.name for module in open_collection(part).modules] == [LINEAR[0].name]
 
 
@@ -216,7 +217,8 @@ def test_a_large_collection_grows_without_changing(
         scale.main(["make", str(grouped), *words])
     collection = open_collection(grouped)
     assert [adapter.name for adapter in collection.adapters] == [f"a{number:05}" for number in range(12)]
-    assert all(adapter.dtype(module.name) == "BF16" for adapter in collection.adapters for module in collection.modules)
+    stored = [adapter.stored_factors(module.name) for adapter in collection.adapters for module in collection.modules]
+    assert all(factor.dtype == torch.bfloat16 for factors in stored for factor in factors)
     assert all(part.rank == 4 and part.scale == 2 for part in collection.adapters[0].parts.values())
 
 

@@ -340,7 +340,7 @@ def test_few_open_files_are_enough(tmp_path: Path) -> None:
     code = """
         import sys, torch
         from pathlib import Path
-        from lorazip_core.adapter import open_collection
+        from lorazip_core.adapter.collection import open_collection
         from lorazip_core.reading import Files, Placement, Stacks
         from lorazip_core.scan import scan
         cpu = torch.device("cpu")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.errors import AdapterError, AdapterErrors, UsageError
 from ..base.text import printable
-from .discovery import Skipped, find_adapters, presence
+from .discovery import AdapterFolder, Skipped, find_adapters, presence
 from .formats.foreign import foreign_adapters, refuse_foreign_file
 from .formats.names import CONFIG_NAME
 from .module import Module, Part
@@ -46,29 +46,12 @@ def open_collection(
     ``skipped``, and the errors are raised only when nothing is left. For what may not be read, PermissionError.
     """
     if not root.is_dir():
-        try:
-            refuse_foreign_file(root)
-        except AdapterError as error:
-            raise AdapterErrors([error]) from None
+        refuse_foreign_file(root)
         if root.exists():
             raise UsageError(f"{root} is a file, not a directory of adapters", "name a directory")
         raise UsageError(f"{root} is not a directory")
     found = find_adapters(root)
-    alike = Alike()
-    adapters: list[Adapter] = []
-    bad: list[AdapterError] = []
-    left_out: dict[str, tuple[str, ...]] = {}
-    for name, folder, _, beside in found.adapters:
-        try:
-            _refuse_unprintable(name)
-            adapter = open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=presence(name))
-        except AdapterError as error:
-            bad.append(error)
-            continue
-        adapters.append(adapter)
-        own = {path.name for path in adapter.files} if beside else set()  # an index may name shards as it likes
-        if others := tuple(printable(file) for file in beside if file not in own):
-            left_out[name] = others
+    adapters, bad = _open_all(found.adapters, allow_pickle)
     bad += foreign_adapters(root, {each.folder for each in found.adapters})
     if not found.adapters and not bad:
         raise AdapterErrors([_nothing(root, found.left_out)])
@@ -78,8 +61,35 @@ def open_collection(
         adapters = [adapter for adapter in adapters if adapter.name not in names]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
+    left_out = _beside(adapters, found.adapters)
     collection = _collect(root, adapters, found.left_out, bad, left_out)
     return replace(collection, no_adapters=frozenset(skipped.name for skipped in found.left_out))
+
+
+def _open_all(folders: Sequence[AdapterFolder], allow_pickle: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """Those of the adapters that can be used, and for each other one why it cannot."""
+    alike = Alike()
+    adapters: list[Adapter] = []
+    bad: list[AdapterError] = []
+    for name, folder, _, _ in folders:
+        try:
+            _refuse_unprintable(name)
+            present = presence(name)
+            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
+        except AdapterError as error:
+            bad.append(error)
+    return adapters, bad
+
+
+def _beside(adapters: Sequence[Adapter], folders: Sequence[AdapterFolder]) -> dict[str, tuple[str, ...]]:
+    """See `Collection.left_out`. Which shards are an adapter's own, its index says: it may name them as it likes."""
+    beside = {each.name: each.beside for each in folders}
+    left_out = {}
+    for adapter in adapters:
+        own = {path.name for path in adapter.files}
+        if others := tuple(printable(file) for file in beside[adapter.name] if file not in own):
+            left_out[adapter.name] = others
+    return left_out
 
 
 def _nothing(root: Path, left_out: tuple[Skipped, ...]) -> AdapterError:

@@ -109,10 +109,6 @@ class Adapter:
     def _handle(self, weight: WeightFile) -> Any:
         return self._pool.get(weight.path, opener(self.name, weight.path))
 
-    def dtype(self, module: str) -> str:
-        """The dtype of a module's factors in the file, as safetensors writes it (``BF16``)."""
-        return self.layout.tensors[self.parts[module].key_b].dtype
-
     @property
     def size_bytes(self) -> int:
         """Bytes of all its files."""

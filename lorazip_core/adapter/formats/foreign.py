@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ...base.errors import AdapterError
+from ...base.errors import AdapterError, AdapterErrors
 from ..unreadable import unreadable
 
 
@@ -89,9 +89,9 @@ def tool_of_file(path: Path) -> Tool | None:
 
 
 def refuse_foreign_file(path: Path) -> None:
-    """Raise AdapterError for a file that another tool wrote, given where a directory is wanted."""
+    """Raise AdapterErrors for a file that another tool wrote, given where a directory of adapters is wanted."""
     if tool := tool_of_file(path):
-        raise AdapterError(str(path), f"it is a LoRA of {tool.owner}, not of PEFT", tool.hint)
+        raise AdapterErrors([AdapterError(str(path), f"it is a LoRA of {tool.owner}, not of PEFT", tool.hint)])
 
 
 def refuse_foreign(adapter: str, folder: Path) -> None:

@@ -67,7 +67,7 @@ def _excluded(config: dict[str, Any], name: str) -> bool:
     excluded, saved = config.get("exclude_modules"), config.get("modules_to_save")
     if saved and any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved):
         return True
-    return bool(excluded) and matches(excluded, name)
+    return matches(excluded or (), name)
 
 
 def matches(targets: str | Iterable[str], name: str) -> bool:
