@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.module import Module
-from lorazip_core.adapter.writer import write_adapter
 
 BASE = "org/base"
 Q = Module("layers.0.q_proj", "linear", 24, 20)

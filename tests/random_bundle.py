@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 import torch
 
+from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.lock import Origin
 from lorazip_core.adapter.module import Module
-from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.digests import safe_name, sha256_file
 from lorazip_core.bundle.manifest import (
     AdapterEntry,

@@ -32,6 +32,7 @@ import scale
 import scale_cpu
 
 from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.formats.peft import factor_keys
 from lorazip_core.maths.factored import truncated_svd
 
 
@@ -110,7 +111,8 @@ def test_the_generator_writes_the_same_valid_adapters_again(real: Path, tmp_path
     assert set(collection.modules) == set(LINEAR)
     scales = {part.scale for adapter in collection.adapters for part in adapter.parts.values()}
     assert scales == {part.scale for part in open_collection(real).adapters[0].parts.values()}
-    assert all(adapter.dtype(module.name) == "BF16" for adapter in collection.adapters for module in LINEAR)
+    stored = [adapter.stored_factors(module.name) for adapter in collection.adapters for module in LINEAR]
+    assert all(factor.dtype == torch.bfloat16 for factors in stored for factor in factors)
     assert [module.name for module in open_collection(part).modules] == [LINEAR[0].name]
 
 
@@ -215,7 +217,8 @@ def test_a_large_collection_grows_without_changing(
         scale.main(["make", str(grouped), *words])
     collection = open_collection(grouped)
     assert [adapter.name for adapter in collection.adapters] == [f"a{number:05}" for number in range(12)]
-    assert all(adapter.dtype(module.name) == "BF16" for adapter in collection.adapters for module in collection.modules)
+    stored = [adapter.stored_factors(module.name) for adapter in collection.adapters for module in collection.modules]
+    assert all(factor.dtype == torch.bfloat16 for factors in stored for factor in factors)
     assert all(part.rank == 4 and part.scale == 2 for part in collection.adapters[0].parts.values())
 
 
@@ -232,7 +235,7 @@ def test_its_shapes_are_those_of_the_models() -> None:
 def test_adapters_of_a_group_are_more_alike_than_others() -> None:
     of = grouped_collection.recipe("tiny", d_model=128, letters=("q",), groups=4)
     source = grouped_collection.Source(of, torch.device("cpu"))
-    key_b, key_a = of.modules[0].keys
+    key_b, key_a = factor_keys(of.modules[0])
     drawn = [source.draw(number) for number in range(40)]
     b, a = (torch.stack([one[key].float() for one in drawn]) for key in (key_b, key_a))
     us, vt = truncated_svd(b, a, 4)

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.collection import open_collection
+from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.module import Module
 from lorazip_core.adapter.reader import Adapter, open_adapter
-from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.digests import safe_name, sha256_file
 from lorazip_core.base.errors import BundleDamaged, OutputExists, Unsupported, UsageError
 from lorazip_core.base.filesystem import tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -43,6 +44,26 @@ ENCODER = (
     "compress",
 )
 DECODER = ("bundle.decoder", "export", "verify", "info")
+
+# What PEFT calls its files, tensors and fields: adapter/formats alone knows it.
+FORMATS = "adapter.formats"
+PEFT_NAMES = re.compile(
+    r"adapter_config|adapter_model\b|base_model\.model|base_layer|lora_(?:[AB]\b|embedding|magnitude|bias|alpha)"
+    r"|modules_to_save|peft_type|(?:rank|alpha)_pattern|target_(?:modules|parameters)|use_(?:rslora|dora)"
+)
+EXCEPT = {
+    # A feature that a manifest requires, so a word of bundles.
+    "bundle.check": {"target_parameters"},
+    "bundle.manifest": {"target_parameters"},
+    "compress.assemble": {"target_parameters"},
+    # What of PEFT's vLLM refuses or ignores is known of vLLM.
+    "export.vllm": {"base_layer", "lora_bias", "modules_to_save", "target_parameters", "use_dora"},
+    # The model card says to people how the factors are scaled.
+    "export.readme": {"lora_alpha"},
+}
+# Who needs to know of one form only: export writes PEFT's, and a bundle has its biases with their scales.
+OF_ONE_FORM = {"export.exporter", "verify.compare"}
+OF_ALL_FORMS = {f"{FORMATS}.{name}" for name in ("foreign", "format", "names", "registry")}
 
 
 def sources(folder: Path) -> list[Path]:
@@ -153,6 +174,35 @@ def test_no_two_modules_import_each_other() -> None:
     direct = {name: core_imports(path) - {name.rpartition(".")[0]} for name, path in MODULES.items()}
     order = TopologicalSorter(direct)
     order.prepare()
+
+
+def said(path: Path) -> Iterator[str]:
+    """The texts and the names of attributes in a file, but for its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+OUTSIDE_FORMATS = sorted(name for name in MODULES if name and not name.startswith(FORMATS))
+
+
+@pytest.mark.parametrize("name", OUTSIDE_FORMATS)
+def test_the_names_that_peft_gives_stand_with_the_formats(name: str) -> None:
+    assert {match for text in said(MODULES[name]) for match in PEFT_NAMES.findall(text)} == EXCEPT.get(name, set())
+
+
+@pytest.mark.parametrize("name", OUTSIDE_FORMATS)
+def test_no_format_is_named_outside_of_the_registry(name: str) -> None:
+    forms = {other for other in core_imports(MODULES[name]) if other.startswith(FORMATS)} - OF_ALL_FORMS
+    assert not forms or name in OF_ONE_FORM
+    if name.startswith("adapter."):
+        assert not [
+            text for text in said(MODULES[name]) if re.search(r"(?i)peft|dora\b|kohya|diffusers|mlx|tune\b", text)
+        ]
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lorazip_core.adapter import weights
 from lorazip_core.adapter.collection import Collection, open_collection
+from lorazip_core.adapter.formats.peft import factor_keys
 from lorazip_core.adapter.reader import Adapter
 from lorazip_core.base.digests import sha256_file
 from lorazip_core.base.errors import AdapterError, AdapterErrors
@@ -36,7 +37,7 @@ from lorazip_core.reading.stacks import Stacks
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
-KEY_A, KEY_B = Q.keys[1], Q.keys[0]
+KEY_B, KEY_A = factor_keys(Q)
 WEIGHTS = fixtures.WEIGHTS
 # The arrays that are meant for a GPU, here in ordinary memory; blocks of all, of some adapters, and of one.
 PLACEMENTS = {
@@ -233,7 +234,7 @@ def test_a_file_that_is_cut_after_the_scan(tmp_path: Path) -> None:
     path = tmp_path / "t01" / WEIGHTS
     os.truncate(path, path.stat().st_size - 10)
     last = found.collection.modules[2]
-    with pytest.raises(AdapterError, match=rf"'t01': {WEIGHTS}: tensor {last.keys[0]} is truncated"):
+    with pytest.raises(AdapterError, match=rf"'t01': {WEIGHTS}: tensor {factor_keys(last)[0]} is truncated"):
         found.updates("adapter", CPU).load(2)
     with pytest.raises(AdapterError, match="is truncated"):
         Stacks(found.collection, CPU, Files(found.collection.adapters, CPU, readers=3)).load(2)

@@ -9,8 +9,8 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from lorazip_core.adapter.formats.target_modules import selection, selects
 from lorazip_core.adapter.module import Module
-from lorazip_core.export.target_modules import selection, selects
 
 NAMES = [
     "proj",

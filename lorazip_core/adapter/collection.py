@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.errors import AdapterError, AdapterErrors, UsageError
 from ..base.text import printable
-from .config import CONFIG_NAME
-from .discovery import Skipped, find_adapters, presence
-from .foreign import foreign_adapters, foreign_format
-from .module import Module
-from .reader import Adapter, Alike, Part, open_adapter
+from .discovery import AdapterFolder, Skipped, find_adapters, presence
+from .formats.foreign import foreign_adapters, refuse_foreign_file
+from .formats.names import CONFIG_NAME
+from .module import Module, Part
+from .reader import Adapter, Alike, distinct_parts, open_adapter
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,12 @@ def open_collection(
     ``skipped``, and the errors are raised only when nothing is left. For what may not be read, PermissionError.
     """
     if not root.is_dir():
-        if form := foreign_format(root):
-            raise AdapterErrors([AdapterError(str(root), f"it is a LoRA of {form.owner}, not of PEFT", form.hint)])
+        refuse_foreign_file(root)
         if root.exists():
             raise UsageError(f"{root} is a file, not a directory of adapters", "name a directory")
         raise UsageError(f"{root} is not a directory")
     found = find_adapters(root)
-    alike = Alike()
-    adapters: list[Adapter] = []
-    bad: list[AdapterError] = []
-    left_out: dict[str, tuple[str, ...]] = {}
-    for name, folder, _, beside in found.adapters:
-        try:
-            _refuse_unprintable(name)
-            adapter = open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=presence(name))
-        except AdapterError as error:
-            bad.append(error)
-            continue
-        adapters.append(adapter)
-        own = {path.name for path in adapter.files} if beside else set()  # an index may name shards as it likes
-        if others := tuple(printable(file) for file in beside if file not in own):
-            left_out[name] = others
+    adapters, bad = _open_all(found.adapters, allow_pickle)
     bad += foreign_adapters(root, {each.folder for each in found.adapters})
     if not found.adapters and not bad:
         raise AdapterErrors([_nothing(root, found.left_out)])
@@ -76,8 +61,35 @@ def open_collection(
         adapters = [adapter for adapter in adapters if adapter.name not in names]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
+    left_out = _beside(adapters, found.adapters)
     collection = _collect(root, adapters, found.left_out, bad, left_out)
     return replace(collection, no_adapters=frozenset(skipped.name for skipped in found.left_out))
+
+
+def _open_all(folders: Sequence[AdapterFolder], allow_pickle: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """Those of the adapters that can be used, and for each other one why it cannot."""
+    alike = Alike()
+    adapters: list[Adapter] = []
+    bad: list[AdapterError] = []
+    for name, folder, _, _ in folders:
+        try:
+            _refuse_unprintable(name)
+            present = presence(name)
+            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
+        except AdapterError as error:
+            bad.append(error)
+    return adapters, bad
+
+
+def _beside(adapters: Sequence[Adapter], folders: Sequence[AdapterFolder]) -> dict[str, tuple[str, ...]]:
+    """See `Collection.left_out`. Which shards are an adapter's own, its index says: it may name them as it likes."""
+    beside = {each.name: each.beside for each in folders}
+    left_out = {}
+    for adapter in adapters:
+        own = {path.name for path in adapter.files}
+        if others := tuple(printable(file) for file in beside[adapter.name] if file not in own):
+            left_out[adapter.name] = others
+    return left_out
 
 
 def _nothing(root: Path, left_out: tuple[Skipped, ...]) -> AdapterError:
@@ -104,7 +116,7 @@ def _collect(
 ) -> Collection:
     if not adapters:
         raise AdapterErrors(bad)
-    modules = {part.module for parts, _ in _distinct(adapters) for part in parts.values()}
+    modules = {part.module for parts, _ in distinct_parts(adapters) for part in parts.values()}
     return Collection(
         root,
         tuple(adapters),
@@ -133,11 +145,12 @@ def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[Adapter
 
 def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
     shapes: defaultdict[str, Counter[Module]] = defaultdict(Counter)
-    for parts, count in _distinct(adapters):
+    distinct = distinct_parts(adapters)
+    for parts, count in distinct:
         for name, part in parts.items():
             shapes[name][part.module] += count
     usual = {name: counter.most_common(1)[0][0] for name, counter in shapes.items()}
-    odd = {id(parts): _first_odd(parts, usual) for parts, _ in _distinct(adapters)}
+    odd = {id(parts): _first_odd(parts, usual) for parts, _ in distinct}
     bad = []
     for adapter in adapters:
         if module := odd[id(adapter.parts)]:
@@ -148,10 +161,3 @@ def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
 
 def _first_odd(parts: dict[str, Part], usual: dict[str, Module]) -> Module | None:
     return next((part.module for name, part in parts.items() if part.module != usual[name]), None)
-
-
-def _distinct(adapters: list[Adapter]) -> list[tuple[dict[str, Part], int]]:
-    """The parts that adapters have, in order, and how many adapters share each."""
-    parts = {id(adapter.parts): adapter.parts for adapter in adapters}
-    counts = Counter(id(adapter.parts) for adapter in adapters)
-    return [(each, counts[key]) for key, each in parts.items()]

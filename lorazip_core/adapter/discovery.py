@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from ..base.errors import AdapterError
 from ..base.text import printable
-from .config import CONFIG_NAME
-from .weights import INDEX, PICKLE, SAFETENSORS
+from .formats.names import CONFIG_NAME
+from .formats.registry import FORMATS
 
 _EXTENSIONS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".pkl", ".pt", ".pth", ".safetensors")
-_OWN = ("adapter_model.", "adapter_model-")
+_OWN = tuple(prefix for form in FORMATS for prefix in form.weights.prefixes)
+_WEIGHTS = tuple(name for form in FORMATS for name in form.weights.names)
 _TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states|training_args|tokenizer)(_\d+)*\.\w+"
 )
@@ -33,7 +34,7 @@ class Skipped(NamedTuple):
 
 
 class AdapterFolder(NamedTuple):
-    """A folder with an ``adapter_config.json``; its name is its POSIX path below the directory that was searched."""
+    """A folder with a `CONFIG_NAME`; its name is its POSIX path below the directory that was searched."""
 
     name: str
     folder: Path
@@ -52,7 +53,7 @@ class Found(NamedTuple):
 
 
 def find_adapters(root: Path) -> Found:
-    """Every directory at or below ``root`` with an ``adapter_config.json``; hidden folders are skipped.
+    """Every directory at or below ``root`` with a `CONFIG_NAME`; hidden folders are skipped.
 
     A folder that can be reached in several ways has the name without links, or else the first of the names. The other
     ways are left out and named, if there is an adapter at or below the folder.
@@ -73,8 +74,8 @@ def weights_beside(names: Iterable[str]) -> tuple[str, ...]:
     """Of the files in the folder of an adapter, those with weights that are not the adapter's own, sorted.
 
     Whoever gets the adapter back from a bundle would miss them: value heads, projectors, modules saved separately,
-    ``non_lora_trainables.bin``. A file counts by its extension, unless its name is that of the adapter's weights
-    (``adapter_model…``), of training state (optimizer, scheduler, random states, arguments) or of a tokenizer.
+    ``non_lora_trainables.bin``. A file counts by its extension, unless its name is that of the adapter's weights, of
+    training state (optimizer, scheduler, random states, arguments) or of a tokenizer.
     """
     return tuple(
         sorted(
@@ -142,7 +143,7 @@ class _Search:
         if is_adapter:
             beside = weights_beside(entries)
             self._adapters.append(AdapterFolder(name or ".", self._root / name, real, beside))
-        elif weights := next((own for own in (SAFETENSORS, INDEX, PICKLE) if own in entries), None):
+        elif weights := next((own for own in _WEIGHTS if own in entries), None):
             self._leave_out(name or ".", f"{weights} without {CONFIG_NAME}")
         for entry in entries.values():
             if entry.name.startswith("."):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..base.safetensors_header import TORCH_DTYPES, HeaderTensor
-from .names import Names
 
 ALIGNMENT = 64  # bytes; where files and rows begin in the data of an adapter, so that any dtype can be viewed there
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""Those that factors may have."""
 
 
 class TensorInfo(NamedTuple):
@@ -77,10 +78,10 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tensors of an adapter by the names that PEFT gives them, and what each file contributes to its data.
+    """The tensors of an adapter by their ordinary names, and what each file contributes to its data.
 
     ``stored`` has the names in the files of those that are named otherwise there, and ``removed`` says what these have
-    too many (`ordinary_names`). ``cuts`` has those of the tensors that are parts of others: each is in the place of its
+    too many (`Names`). ``cuts`` has those of the tensors that are parts of others: each is in the place of its
     source, the parts one after another, when interleaved ones are as `deinterleave` brings them. Equal layouts are one
     object.
     """
@@ -105,6 +106,14 @@ class Layout:
     def size(self) -> int:
         """Bytes of the data, up to a multiple of 64."""
         return aligned(self.regions[-1].end)
+
+
+class Names(NamedTuple):
+    """``ordinary`` maps the names in files that are not those that tensors go by to these; ``removed`` says, for
+    people, what was left out of them."""
+
+    ordinary: dict[str, str]
+    removed: tuple[str, ...] = ()
 
 
 FileTensors = tuple[int, dict[str, HeaderTensor]]
@@ -163,18 +172,18 @@ def view(data: Tensor, info: TensorInfo) -> Tensor:
 
 
 def views(data: Tensor, infos: Sequence[TensorInfo]) -> list[Tensor]:
-    """`view` of several tensors within ``data`` [k, size], each as rows [k, numbers].
+    """`view` of several tensors within ``data`` [k, size], each as rows [k, elements].
 
     In one step where it can be done: threads that do many small ones wait for each other.
     """
     dtype = TORCH_DTYPES[infos[0].dtype]
-    unaligned = any(number % dtype.itemsize for number in (data.storage_offset(), data.shape[1], data.stride(0)))
+    unaligned = any(offset % dtype.itemsize for offset in (data.storage_offset(), data.shape[1], data.stride(0)))
     if unaligned or any(info.dtype != infos[0].dtype or info.begin % dtype.itemsize for info in infos):
         return [view(data, info).flatten(1) for info in infos]
     order = sorted(range(len(infos)), key=lambda place: infos[place].begin)
     ends = [end // dtype.itemsize for place in order for end in (infos[place].begin, infos[place].end)]
-    numbers = data.view(dtype)
+    elements = data.view(dtype)
     # Every second piece is what lies between two of them.
-    pieces = numbers.split_with_sizes([stop - start for start, stop in pairwise([0, *ends, numbers.shape[1]])], 1)
+    pieces = elements.split_with_sizes([stop - start for start, stop in pairwise([0, *ends, elements.shape[1]])], 1)
     found = dict(zip(order, pieces[1::2], strict=True))
     return [found[place] for place in range(len(infos))]

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..base.errors import Unsupported, UsageError
+from .formats.names import CONFIG_NAME
 
 LOCK_NAME = "lorazip.lock"
 SCHEMA: Literal["lorazip.lock/1"] = "lorazip.lock/1"
@@ -26,7 +27,6 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
 Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}(?![\s\S])")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(?![\s\S])")]
-_CONFIG = "adapter_config.json"
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 
 
@@ -155,8 +155,8 @@ def problem(entry: LockedAdapter) -> str | None:
     if not is_inner_path(name) or any(part.startswith(".") for part in name.split("/")) or name == LOCK_NAME:
         return f"the name {name!r} is no folder below it"
     names = [file.path for file in entry.files]
-    if _CONFIG not in names or len(set(names)) < len(names):
-        return f"{name!r} has no {_CONFIG}, or a file twice"
+    if CONFIG_NAME not in names or len(set(names)) < len(names):
+        return f"{name!r} has no {CONFIG_NAME}, or a file twice"
     given = (origin.repository is not None, origin.commit is not None, origin.directory is not None)
     if given not in ((True, True, False), (False, False, True)):
         return f"{name!r} comes neither from a repository at a commit nor from a directory"

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.errors import AdapterError
-from ..base.safetensors_header import TORCH_DTYPES
-from .config import CONFIG_NAME, LoraConfig, parse_config
-from .dora import check_magnitudes, is_magnitude
-from .experts import Whole, cut_experts, find_targets
-from .foreign import format_of, refuse_foreign
-from .layout import Cut, Layout, TensorInfo, view
-from .module import Module, module_name, module_of, split_key
+from .formats.foreign import refuse_foreign
+from .formats.format import Format, LoraConfig
+from .formats.names import CONFIG_NAME
+from .formats.registry import recognise
+from .layout import FLOATS, Layout, TensorInfo, view
+from .module import Part
 from .unreadable import unreadable
-from .weights import FLOATS, HandlePool, Layouts, WeightFile, copy_tensor, opener, read_fully, weight_files
+from .weights import HandlePool, Layouts, WeightFile, copy_tensor, opener, read_fully, weight_paths
 
-
-class Part(NamedTuple):
-    """What one adapter has for one module: rank, scale, and where the two factors are."""
-
-    module: Module
-    rank: int
-    scale: float
-    key_b: str
-    key_a: str
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in both factors."""
-        return self.rank * (self.module.d_out + self.module.d_in)
+_Tensors = tuple[dict[str, Part], dict[str, TensorInfo], Layout]
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class Adapter:
 
     name: str
     folder: Path
+    form: Format
     config: LoraConfig
     config_text: bytes
     parts: dict[str, Part]
@@ -85,18 +73,8 @@ class Adapter:
         return parted[cut.source][cut.expert]
 
     def extra(self, key: str) -> Tensor:
-        """A tensor that is no LoRA factor. A bias of lora_B comes with the scale folded in, like B itself.
-
-        It is of its own dtype where that holds the products exactly, else of F32, or F64 where it is F32 itself.
-        """
-        tensor = self.tensor(key)
-        if not key.endswith(".lora_B.bias"):
-            return tensor
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
-        folded = tensor.double() * self.parts[module].scale
-        if torch.equal(folded.to(tensor.dtype).double(), folded):
-            return folded.to(tensor.dtype)
-        return folded.to(torch.float32 if tensor.dtype.itemsize < 4 else torch.float64)
+        """A tensor that is no LoRA factor. What a scale applies to has it folded in, like B in `factors`."""
+        return self.form.extra(key, self.tensor(key), self.parts)
 
     def tensor(self, key: str) -> Tensor:
         """Any tensor of the layout, by its name there, read into memory of its own."""
@@ -131,10 +109,6 @@ class Adapter:
     def _handle(self, weight: WeightFile) -> Any:
         return self._pool.get(weight.path, opener(self.name, weight.path))
 
-    def dtype(self, module: str) -> str:
-        """The dtype of a module's factors in the file, as safetensors writes it (``BF16``)."""
-        return self.layout.tensors[self.parts[module].key_b].dtype
-
     @property
     def size_bytes(self) -> int:
         """Bytes of all its files."""
@@ -147,29 +121,24 @@ class Alike:
     def __init__(self) -> None:
         self.pool = HandlePool()
         self.layouts = Layouts(self.pool)
-        self._configs: dict[bytes, LoraConfig] = {}
-        self._tensors: dict[Any, tuple[dict[str, Part], dict[str, TensorInfo], Layout]] = {}
+        self._configs: dict[bytes, tuple[Format, LoraConfig]] = {}
+        self._tensors: dict[Any, _Tensors] = {}
         self._cut: dict[Any, Layout] = {}
 
-    def config(self, adapter: str, text: bytes) -> LoraConfig:
-        """`parse_config`, once for equal texts."""
-        config = self._configs.get(text)
-        if config is None:
-            config = self._configs[text] = parse_config(adapter, text)
-        return config
+    def config(self, adapter: str, text: bytes) -> tuple[Format, LoraConfig]:
+        """The form of an adapter and what its configuration says, parsed once for equal texts."""
+        found = self._configs.get(text)
+        if found is None:
+            form, raw = recognise(adapter, text)
+            found = self._configs[text] = form, form.parse_config(adapter, raw)
+        return found
 
-    def tensors(
-        self, adapter: str, config: LoraConfig, layout: Layout
-    ) -> tuple[dict[str, Part], dict[str, TensorInfo], Layout]:
-        """Parts, extras and the layout with what tensors are cut into.
-
-        Once for each layout and whatever of the configuration decides ranks, scales and experts.
-        """
-        patterns = (tuple(config.rank_pattern.items()), tuple(config.alpha_pattern.items()))
-        key = (layout, config.r, config.lora_alpha, config.use_rslora, config.use_dora, patterns, _deciding(config))
+    def tensors(self, adapter: str, form: Format, config: LoraConfig, layout: Layout) -> _Tensors:
+        """Parts, extras and the layout with what tensors are cut into: once for each layout and what decides it."""
+        key = (layout, config.deciding)
         found = self._tensors.get(key)
         if found is None:
-            parts, extras, own = _sorted_out(adapter, config, layout)
+            parts, extras, own = _sorted_out(adapter, form, config, layout)
             # Adapters of one layout have the same modules, which tensors alone do not tell of parameters.
             own = self._cut.setdefault((layout, tuple(own.cuts.items()), tuple(parts)), own)
             found = self._tensors[key] = parts, extras, own
@@ -196,37 +165,29 @@ def open_adapter(
             refuse_foreign(name, folder)
             raise AdapterError(name, f"no {CONFIG_NAME}: not an adapter")
         config_text = config_file.read_bytes()
-        config = alike.config(name, config_text)
-        files = weight_files(name, folder, allow_pickle=allow_pickle, present=present)
-        layout, weights = alike.layouts.read(name, files)
-    parts, extras, layout = alike.tensors(name, config, layout)
-    return Adapter(name, folder, config, config_text, parts, extras, (config_file, *files), layout, weights, alike.pool)
+        form, config = alike.config(name, config_text)
+        paths = weight_paths(name, folder, form.weights, allow_pickle=allow_pickle, present=present)
+        layout, weights = alike.layouts.read(name, form, paths)
+    parts, extras, layout = alike.tensors(name, form, config, layout)
+    files = (config_file, *paths.tensors, *([paths.shard_index] if paths.shard_index else []))
+    return Adapter(name, folder, form, config, config_text, parts, extras, files, layout, weights, alike.pool)
 
 
-def _deciding(config: LoraConfig) -> object:
-    """What of a configuration with target parameters decides what is one, and whether it can be used."""
-    if not config.target_parameters:
-        return None
-    return config.target_parameters, str(config.raw.get("target_modules"))
+def distinct_parts(adapters: Iterable[Adapter]) -> list[tuple[dict[str, Part], int]]:
+    """The parts that adapters have, in order, and how many adapters share each."""
+    parts = {id(adapter.parts): adapter.parts for adapter in adapters}
+    counts = Counter(id(adapter.parts) for adapter in adapters)
+    return [(each, counts[key]) for key, each in parts.items()]
 
 
-def _sorted_out(
-    adapter: str, config: LoraConfig, layout: Layout
-) -> tuple[dict[str, Part], dict[str, TensorInfo], Layout]:
+def _sorted_out(adapter: str, form: Format, config: LoraConfig, layout: Layout) -> _Tensors:
     for key, info in layout.tensors.items():
         _refuse_empty(adapter, key, info)
-    parts, layout = _parts(adapter, config, layout)
+    parts, layout = form.find_parts(adapter, config, layout)
     taken = {key for part in parts.values() for key in (part.key_a, part.key_b)}
     taken |= {cut.source for cut in layout.cuts.values()}
     extras = {key: layout.tensors[key] for key in sorted(layout.tensors) if key not in taken}
-    for key in extras:
-        _check_extra(adapter, key, extras[key].dtype, parts)
-    check_magnitudes(
-        adapter,
-        config.use_dora,
-        {name: part.module for name, part in parts.items()},
-        {key: info.shape for key, info in extras.items()},
-    )
+    form.check_extras(adapter, config, parts, extras)
     return parts, extras, layout
 
 
@@ -238,86 +199,3 @@ def _refuse_empty(adapter: str, key: str, info: TensorInfo) -> None:
             f"tensor {key} is empty, of shape [0]: DeepSpeed ZeRO-3 saved it without gathering the parameters",
             "save it again with zero3_save_16bit_model (Accelerate) or stage3_gather_16bit_weights_on_model_save",
         )
-
-
-def _parts(adapter: str, config: LoraConfig, layout: Layout) -> tuple[dict[str, Part], Layout]:
-    """The parts by module, and the layout with the experts that tensors are cut into."""
-    tensors = layout.tensors
-    keys: dict[str, dict[str, str]] = {}
-    embeddings = set()
-    for key in tensors:
-        if split := split_key(key):
-            module, side, embedding = split
-            keys.setdefault(module, {})[side] = key
-            if embedding:
-                embeddings.add(module)
-    if not keys:
-        if form := format_of(tensors):
-            raise AdapterError(adapter, f"its tensors are those of {form.owner}, not of PEFT", form.hint)
-        some = next(iter(tensors), "none at all")
-        raise AdapterError(
-            adapter, f"no tensor is named base_model.model.….lora_A.weight (first: {some}): not a PEFT LoRA adapter"
-        )
-    wholes = {name: _whole(adapter, name, keys[name], name in embeddings, tensors) for name in sorted(keys)}
-    targets = find_targets(adapter, config, wholes)
-    parts: dict[str, Part] = {}
-    infos: dict[str, TensorInfo] = {}
-    cuts: dict[str, Cut] = {}
-    for name, whole in wholes.items():
-        key_b, key_a = keys[name]["B"], keys[name]["A"]
-        if (target := targets.get(name)) is None:
-            parts[name] = _part(adapter, config, whole, key_b, key_a, layout)
-            continue
-        experts, own_infos, own_cuts = cut_experts(target, key_b, key_a, tensors)
-        scale = config.scale(target.name, target.rank)
-        parts |= {expert.module.name: Part(expert.module, target.rank, scale, *expert[1:]) for expert in experts}
-        infos |= own_infos
-        cuts |= own_cuts
-    if targets:
-        parts = dict(sorted(parts.items()))
-    return parts, replace(layout, tensors=tensors | infos, cuts=cuts) if targets else layout
-
-
-def _whole(adapter: str, name: str, keys: dict[str, str], embedding: bool, tensors: dict[str, TensorInfo]) -> Whole:
-    for side in "AB":
-        if side not in keys:
-            raise AdapterError(adapter, f"module {name} has lora_{'AB'.replace(side, '')} but no lora_{side}")
-        if tensors[keys[side]].dtype not in FLOATS:
-            raise AdapterError(adapter, f"tensor {keys[side]} is {tensors[keys[side]].dtype}, not a float of 16+ bits")
-    a, b = tensors[keys["A"]], tensors[keys["B"]]
-    try:
-        return Whole(module_of(name, embedding, a.shape, b.shape), a.shape[0])
-    except ValueError as error:
-        raise AdapterError(adapter, f"module {name}: {error}") from None
-
-
-def _part(adapter: str, config: LoraConfig, whole: Whole, key_b: str, key_a: str, layout: Layout) -> Part:
-    module, rank = whole
-    # Patterns may be meant for the name within a training wrapper, or without it.
-    names = {module.name, module_name(layout.stored.get(key_a, key_a)) or module.name}
-    scales = {config.scale(each, rank) for each in names if config.rank(each) == rank}
-    if not scales:
-        raise AdapterError(
-            adapter,
-            f"module {module.name} has rank {rank} in the weights and {config.rank(module.name)} in {CONFIG_NAME}",
-        )
-    if len(scales) > 1:
-        both = " or ".join(sorted(names))
-        raise AdapterError(adapter, f"{CONFIG_NAME}: alpha_pattern does not tell the scale of {both}", "save it again")
-    return Part(module, rank, scales.pop(), key_b, key_a)
-
-
-def _check_extra(adapter: str, key: str, dtype: str, parts: dict[str, Part]) -> None:
-    """An extra must not be a LoRA factor in disguise: it would be carried along unused and the update lost."""
-    if dtype not in TORCH_DTYPES:
-        raise AdapterError(adapter, f"tensor {key} is {dtype}, which is not supported", "leave the adapter out")
-    if is_magnitude(key):
-        return
-    if key.endswith(".lora_B.bias"):
-        if dtype not in FLOATS:
-            raise AdapterError(adapter, f"tensor {key} is {dtype}, not a float of 16+ bits")
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
-        if module in parts:
-            return
-    if ".lora_" in key:
-        raise AdapterError(adapter, f"tensor {key} looks like a LoRA factor but is not named as PEFT names it")

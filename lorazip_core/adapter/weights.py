@@ -21,15 +21,10 @@ from torch import Tensor
 
 from ..base.errors import AdapterError
 from ..base.safetensors_header import SAFETENSORS_DTYPES, HeaderTensor, parse_header, read_header
-from .config import LFS_MAGIC
-from .foreign import refuse_foreign
+from .formats.foreign import refuse_foreign
+from .formats.format import Format, WeightNames
 from .layout import FileTensors, Layout, lay_out
-from .names import ordinary_names
-
-SAFETENSORS = "adapter_model.safetensors"
-INDEX = "adapter_model.safetensors.index.json"
-PICKLE = "adapter_model.bin"
-FLOATS = ("F32", "F16", "BF16", "F64")
+from .unreadable import refuse_pointer
 
 _MOST_OPEN = 256
 _NO_TENSOR = re.compile(r"GLOBAL (\S{1,100})")  # how torch names what it does not load with weights_only=True
@@ -47,6 +42,13 @@ class WeightFile(NamedTuple):
 
     path: Path
     header: Header | None
+
+
+class WeightPaths(NamedTuple):
+    """The files of an adapter that have tensors, and the index of these if they are shards."""
+
+    tensors: tuple[Path, ...]
+    shard_index: Path | None = None
 
 
 class Descriptor:
@@ -93,45 +95,41 @@ class Layouts:
     def __init__(self, pool: HandlePool) -> None:
         self.pool = pool
         self._files: dict[tuple[Header, int], FileTensors] = {}
-        self._by_headers: dict[tuple[Header | None, ...], Layout] = {}
+        self._by_headers: dict[Any, Layout] = {}
         self._by_content: dict[Any, Layout] = {}
         self._likely_size = 0
 
-    def read(self, adapter: str, files: Sequence[Path]) -> tuple[Layout, tuple[WeightFile, ...]]:
-        """Read the headers of an adapter's ``files`` (but for a pickle, which has none, no tensors).
+    def read(self, adapter: str, form: Format, paths: WeightPaths) -> tuple[Layout, tuple[WeightFile, ...]]:
+        """Read the headers of an adapter's files (but for a pickle, which has none, no tensors).
 
         Raises AdapterError for what is no weights file, or truncated, or not what the index says.
         """
         weights: list[WeightFile] = []
         tensors: list[FileTensors] = []
-        for path in files:
-            if path.name == INDEX:
-                continue
+        for path in paths.tensors:
             header, own = self._pickle(adapter, path) if is_pickle(path) else self._header(adapter, path)
             weights.append(WeightFile(path, header))
             tensors.append(own)
         headers = tuple(weight.header for weight in weights)
-        layout = None if None in headers else self._by_headers.get(headers)
+        layout = None if None in headers else self._by_headers.get((form, headers))
         if layout is None:
             _check_names(adapter, [weight.path.name for weight in weights], tensors)
-            content = tuple((size, tuple(own.items())) for size, own in tensors)
+            content = (form, *((size, tuple(own.items())) for size, own in tensors))
             layout = self._by_content.get(content)
             if layout is None:
-                names = ordinary_names(adapter, [key for _, own in tensors for key in own])
+                names = form.ordinary_names(adapter, [key for _, own in tensors for key in own])
                 layout = self._by_content[content] = lay_out(tensors, names)
             if None not in headers:
-                self._by_headers[headers] = layout
-        for path in files:
-            if path.name == INDEX:
-                _check_index(adapter, path, layout, weights)
+                self._by_headers[form, headers] = layout
+        if paths.shard_index is not None:
+            _check_index(adapter, paths.shard_index, layout, weights)
         return layout, tuple(weights)
 
     def _header(self, adapter: str, path: Path) -> tuple[Header, FileTensors]:
         descriptor = Descriptor(path)
         size = os.fstat(descriptor.number).st_size
         data = read_header(descriptor.number, self._likely_size)
-        if data.startswith(LFS_MAGIC):
-            raise AdapterError(adapter, f"{path.name} is a Git LFS pointer, not weights", "run 'git lfs pull'")
+        refuse_pointer(adapter, path.name, data, "weights")
         header = Header(len(data), hashlib.sha256(data).digest())
         known = self._files.get((header, size))
         if known is None:
@@ -164,23 +162,26 @@ def _checked(adapter: str, path: Path, header: bytes, size: int) -> FileTensors:
     return size - len(header), {name: tensors[name] for name in names}
 
 
-def weight_files(adapter: str, folder: Path, *, allow_pickle: bool, present: Callable[[Path], bool]) -> list[Path]:
-    """The files that hold the weights of the adapter in ``folder``: one, or the shards and their index (last)."""
-    if present(whole := folder / SAFETENSORS):
-        return [whole]
-    index, pickled = folder / INDEX, folder / PICKLE
+def weight_paths(
+    adapter: str, folder: Path, names: WeightNames, *, allow_pickle: bool, present: Callable[[Path], bool]
+) -> WeightPaths:
+    """The files that hold the weights of the adapter in ``folder``: one, or the shards and their index."""
+    whole, index, pickled = (folder / name for name in (names.whole, names.shard_index, names.pickle))
+    if present(whole):
+        return WeightPaths((whole,))
     if present(index):
-        return [*_shards(adapter, index, present), index]
+        return WeightPaths(_shards(adapter, index, present), index)
     if present(pickled):
         if allow_pickle:
-            return [pickled]
+            return WeightPaths((pickled,))
         raise AdapterError(
             adapter,
-            f"{PICKLE} is pickled, and a pickle can run code",
+            f"{names.pickle} is pickled, and a pickle can run code",
             "save it again as safetensors, or --allow-pickle to read it with weights_only=True",
         )
     refuse_foreign(adapter, folder)
-    raise AdapterError(adapter, f"no weights: neither {SAFETENSORS} nor {INDEX}", "is the download complete?")
+    reason = f"no weights: neither {names.whole} nor {names.shard_index}"
+    raise AdapterError(adapter, reason, "is the download complete?")
 
 
 def is_pickle(path: Path) -> bool:
@@ -219,7 +220,8 @@ def copy_tensor(tensor: Tensor, buffer: memoryview) -> None:
 
 
 def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
-    _refuse_pointer(adapter, path)
+    with path.open("rb") as file:
+        refuse_pointer(adapter, path.name, file.read(64), "weights")
     try:
         # Mapped, so that pooled files are not in memory; only what torch wrote before 1.6 has to be read whole.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -243,12 +245,6 @@ def _open_pickle(adapter: str, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _refuse_pointer(adapter: str, path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_MAGIC)) == LFS_MAGIC:
-            raise AdapterError(adapter, f"{path.name} is a Git LFS pointer, not weights", "run 'git lfs pull'")
-
-
 def _weight_map(adapter: str, index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
@@ -259,8 +255,8 @@ def _weight_map(adapter: str, index: Path) -> dict[str, str]:
     raise AdapterError(adapter, f"{index.name} has no weight_map of tensor names to file names in the same folder")
 
 
-def _shards(adapter: str, index: Path, present: Callable[[Path], bool]) -> list[Path]:
-    shards = [index.with_name(name) for name in sorted(set(_weight_map(adapter, index).values()))]
+def _shards(adapter: str, index: Path, present: Callable[[Path], bool]) -> tuple[Path, ...]:
+    shards = tuple(index.with_name(name) for name in sorted(set(_weight_map(adapter, index).values())))
     for shard in shards:
         if not present(shard):
             raise AdapterError(adapter, f"{shard.name} is missing, but {index.name} names it", "fetch it again")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter.reader import Part
+from ..adapter.module import Part
 from ..maths.factored import Factors
 from ..schemes.scheme import Scheme, Shape
 from .manifest import AdapterEntry

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.lock import LOCK_NAME
 from ..base.atomic import MARKER
 from ..base.errors import UsageError
@@ -22,7 +23,6 @@ MANIFEST_NAME = "manifest.json"
 EXPORT_NAME = "export.json"
 """The report that ``export`` leaves beside the adapters that it writes."""
 
-_CONFIG = "adapter_config.json"  # as in the module that reads it, which loads torch
 _BUNDLE_FOLDERS = ("bases", "cores", "individual", "extras", "configs")
 _VERBS = {"clusters": "cluster", "lock": "fetch", "plan": "compress"}  # of schemas that are not named for theirs
 _LOOKED_INTO = 10_000  # folders, of those that may hold adapters: whether they do only changes the message
@@ -86,7 +86,7 @@ def is_bundle(folder: Path) -> bool:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a directory is the folder of an adapter."""
-    return (folder / _CONFIG).exists()
+    return (folder / CONFIG_NAME).exists()
 
 
 def schema_of(path: Path) -> str | None:

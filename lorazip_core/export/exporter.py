@@ -15,10 +15,11 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..adapter.config import parse_config
-from ..adapter.experts import fuse
+from ..adapter.formats.lora_bias import biased_module, unfolded
+from ..adapter.formats.peft_config import folded_config, gives, own_config
+from ..adapter.formats.registry import parse_config
+from ..adapter.formats.writer import WRITTEN, write_adapter
 from ..adapter.module import Module, Parameter
-from ..adapter.writer import write_adapter
 from ..base.atomic import atomic_directory, check_output
 from ..base.digests import canonical_json, safe_name
 from ..base.errors import AdapterError, BundleDamaged, Unsupported, UsageError
@@ -33,11 +34,9 @@ from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
 from . import vllm
 from .factors import Written, folded_factors, own_factors
-from .peft_config import folded_config, gives, own_config
 from .readme import Changes, readme
 from .size import export_bytes
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _SILENT = Silent()
 
 Format = Literal["peft"]
@@ -148,7 +147,7 @@ def not_of_export(folder: Path) -> str | None:
         return f"it has no {EXPORT_NAME}"
     except (IsADirectoryError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return f"{EXPORT_NAME} is not that of an export"
-    ours = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in _ADAPTER_FILES}
+    ours = {(Path(adapter.path) / name).as_posix() for adapter in report.adapters for name in WRITTEN}
     for path in tree(folder):
         if path not in ours and path != EXPORT_NAME and not path.endswith("/"):
             return f"{EXPORT_NAME} does not name {path}"
@@ -204,7 +203,7 @@ def _folders(bundle: Bundle, names: Sequence[str]) -> list[str]:
         elif {"", ".", ".."}.intersection(parts) or "\0" in name:
             raise BundleDamaged(f"{bundle.path}: the adapter name {name!r} is no path below a folder")
         else:
-            reserved = {EXPORT_NAME, *_ADAPTER_FILES}.intersection(parts)
+            reserved = {EXPORT_NAME, *WRITTEN}.intersection(parts)
             folders.append(safe_name(name) if reserved else name)
     return folders
 
@@ -233,7 +232,7 @@ def _export_one(bundle: Bundle, adapter: AdapterEntry, root: Path, folder: str, 
     write_adapter(
         root / folder,
         own_config(original, list(updates)) if own else folded_config(original, ranks),
-        fuse({module: (update.b, update.a) for module, update in updates.items()}),
+        {module: (update.b, update.a) for module, update in updates.items()},
         _extras(bundle, adapter, updates),
         readme(bundle, adapter, changes),
     )
@@ -279,20 +278,14 @@ def _measured(adapter: AdapterEntry, folder: str, rank: int, moved: float) -> Ex
 
 
 def _extras(bundle: Bundle, adapter: AdapterEntry, updates: dict[Module, Written]) -> dict[str, Tensor]:
-    """The tensors that are no LoRA factors; of a bias of lora_B, the scale is taken that PEFT multiplies in again."""
+    """The tensors that are no LoRA factors, without the scales that are in those of the bundle."""
     extras = bundle.extras(adapter)
-    for module, update in updates.items():
-        key = f"{module.keys[0].removesuffix('.weight')}.bias"
-        if key in extras and update.scale not in (0, 1):
-            extras[key] = _unfolded(extras[key], update)
+    by_name = {module.name: update for module, update in updates.items()}
+    for key, tensor in extras.items():
+        update = by_name.get(biased_module(key) or "")
+        if update is not None and update.scale not in (0, 1):
+            extras[key] = unfolded(tensor, update.scale, update.b.dtype)
     return extras
-
-
-def _unfolded(bias: Tensor, update: Written) -> Tensor:
-    """A bias of lora_B without the scale of its module, in the dtype of B where that holds it, as it mostly does."""
-    exact = bias.double() / update.scale
-    own = exact.to(update.b.dtype)
-    return own if torch.allclose(own.double(), exact, rtol=1e-6, atol=0) else exact.to(torch.float32)
 
 
 def _module(entry: ModuleEntry) -> Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..adapter.config import parse_config
+from ..adapter.formats.registry import parse_config
 from ..base.errors import AdapterError
 from ..bundle.manifest import AdapterEntry
 from ..bundle.reader import Bundle
@@ -75,8 +75,5 @@ def _own_rank(bundle: Bundle, adapter: AdapterEntry) -> tuple[int | None, bool]:
         config = parse_config(adapter.name, bundle.config_text(adapter))
     except AdapterError:  # a configuration that did not make these factors
         return svd, False
-    patterns = bool(config.rank_pattern or config.alpha_pattern)
-    if config.use_dora:
-        return svd, patterns
-    largest = max(config.r, *config.rank_pattern.values(), 1)
-    return largest if svd is None else min(svd, largest), patterns
+    known = [rank for rank in (svd, config.largest_rank) if rank is not None]
+    return min(known, default=None), config.has_patterns

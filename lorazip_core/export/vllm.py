@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
+from ..adapter.formats.names import CONFIG_NAME
 from ..base.errors import Unsupported
 from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.reader import Bundle
@@ -65,9 +66,9 @@ def _reason(bundle: Bundle, adapter: AdapterEntry) -> str | None:
         return f"it has tensors besides its LoRA factors: {carried[0]}{more}"
     for field in _REFUSED_FIELDS:
         if config.get(field):
-            return f"{field} is set in its adapter_config.json"
+            return f"{field} is set in its {CONFIG_NAME}"
     if config.get("bias", "none") != "none":
-        return f"bias is {config['bias']!r} in its adapter_config.json"
+        return f"bias is {config['bias']!r} in its {CONFIG_NAME}"
     return next(filter(None, map(_module_reason, bundle.modules(adapter))), None)
 
 

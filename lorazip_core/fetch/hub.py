@@ -17,6 +17,7 @@ import tenacity
 from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load, try_to_load_from_cache
 from tenacity.nap import sleep_using_event
 
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.lock import Filters, LockedFile
 from ..base.errors import HubError
 from .http_client import HttpClient
@@ -87,7 +88,7 @@ class Hub:
             found = []
             for model in models:
                 names = [sibling.rfilename for sibling in model.siblings or ()]
-                found.append((model.id, any(name.rpartition("/")[2] == "adapter_config.json" for name in names)))
+                found.append((model.id, any(name.rpartition("/")[2] == CONFIG_NAME for name in names)))
             return found
 
         yield from self._call(author, pages)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..adapter.config import CONFIG_NAME, NotLora, parse_config
 from ..adapter.discovery import AdapterFolder, find_adapters, presence, weights_beside
+from ..adapter.formats.format import NotLora
+from ..adapter.formats.names import CONFIG_NAME, INDEX, PICKLE, SAFETENSORS, SHARD
+from ..adapter.formats.registry import parse_config
 from ..adapter.lock import LeftOut, Origin, is_inner_path
 from ..adapter.reader import open_adapter
-from ..adapter.weights import INDEX, PICKLE, SAFETENSORS
 from ..base.digests import sha256_file
 from ..base.errors import AdapterError, LorazipError, UsageError
 from ..base.text import count, megabytes, printable
@@ -25,7 +25,6 @@ from .requested import RequestedAdapter, RequestedFile, label_of
 from .sources import AuthorSource, CollectionSource, DirectorySource, RepositorySource, Source
 
 README = "README.md"
-_SHARD = re.compile(r"adapter_model-[A-Za-z0-9._-]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _chosen(label: str, files: Iterable[RequestedFile], allow_pickle: bool) -> t
     if SAFETENSORS in here:
         names.append(SAFETENSORS)
     elif INDEX in here:
-        names += [INDEX, *filter(_SHARD.fullmatch, here)]
+        names += [INDEX, *filter(SHARD.fullmatch, here)]
     elif PICKLE not in here:
         raise AdapterError(label, f"no weights: neither {SAFETENSORS} nor {INDEX}")
     elif allow_pickle:

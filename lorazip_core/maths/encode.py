@@ -132,7 +132,7 @@ def encode_diag_problems(
     for stack, owner, weight in zip(stacks, owners, weights, strict=True):
         for problem in torch.unique(owner[owner >= 0]).tolist():
             own = owner == problem
-            some = stack.select({stack.members[i] for i in own.nonzero()[:, 0].tolist()})
+            some = stack.select({stack.adapters[i] for i in own.nonzero()[:, 0].tolist()})
             with part_of(share, 1 / problems) as of_one:
                 found[problem] = encode_diag(some, weight[own], rank=rank, dtype=dtype, seed=seed, share=of_one)
     return [found[problem] for problem in range(problems)]

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapter.layout import Layout
-from ..adapter.module import Module
-from ..adapter.reader import Adapter, Part
+from ..adapter.module import Module, Part
+from ..adapter.reader import Adapter
 
 Integers = NDArray[np.int64]
 

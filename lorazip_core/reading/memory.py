@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..adapter.collection import Collection
-from ..adapter.reader import Part
+from ..adapter.reader import distinct_parts
 from ..base.device import free_bytes
 from ..base.errors import LocalError
 from ..base.threads import cores
@@ -153,7 +153,10 @@ def _whole_bytes(collection: Collection, task: Task) -> int:
 
 def _worker_bytes(collection: Collection, task: Task) -> int:
     """What a worker needs for the pack that takes most, or the adapter that it decomposes on its own."""
-    alone = max(sum(part.parameters for part in parts.values()) for parts, _ in _kinds(collection)) * _ALONE_BYTES
+    alone = (
+        max(sum(part.parameters for part in parts.values()) for parts, _ in distinct_parts(collection.adapters))
+        * _ALONE_BYTES
+    )
     if not SCHEMES[task.method].shared:
         return _WORKER_BYTES + alone
     elements, updates = _counts(collection)
@@ -198,18 +201,11 @@ def _wide(collection: Collection) -> set[str]:
     }
 
 
-def _kinds(collection: Collection) -> list[tuple[dict[str, Part], int]]:
-    """The parts that adapters have, and how many adapters share each."""
-    parts = {id(adapter.parts): adapter.parts for adapter in collection.adapters}
-    counts = Counter(id(adapter.parts) for adapter in collection.adapters)
-    return [(each, counts[key]) for key, each in parts.items()]
-
-
 def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
     """Elements in the factors of all adapters in every module, and its updates."""
     elements: Counter[str] = Counter()
     updates: Counter[str] = Counter()
-    for parts, count in _kinds(collection):
+    for parts, count in distinct_parts(collection.adapters):
         for name, part in parts.items():
             elements[name] += part.parameters * count
             updates[name] += count

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adapter.layout import view
-from ..adapter.reader import Adapter, Part
+from ..adapter.module import Part
+from ..adapter.reader import Adapter
 from ..base.errors import AdapterError
 from ..base.safetensors_header import TORCH_DTYPES
 from ..maths.factored import squared_norm

@@ -17,10 +17,12 @@ from ..adapter.layout import Layout
 from ..adapter.lock import LOCK_NAME, LockedAdapter, Origin, read_lock
 from ..adapter.reader import Adapter
 from ..base.device import CPU
+from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.progress import Advance
 from ..bundle.manifest import SourceEntry, Weights
 from ..maths.factored import TINY
+from .first_pass import FirstPass, read_all
 from .groups import Integers, by_layout
 from .packs import CPU_BUDGET, Budget
 from .placement import HOST, Placement
@@ -119,7 +121,7 @@ def scan(
             _check_locked(adapter, files, locked[adapter.name])
 
     stamps = [_stamps(adapter) for adapter in collection.adapters]
-    first = _read_all(collection, device, placement, verify, advance)
+    first = read_all(collection, device, placement, verify, advance)
     bad = [error for _, error in sorted(first.errors.items())]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
@@ -137,7 +139,7 @@ def scan(
     )
 
 
-def _still_resident(intake: Intake, before: Collection, left: Collection) -> Resident | None:
+def _still_resident(first: FirstPass, before: Collection, left: Collection) -> Resident | None:
     """The arrays on the device, and which of their rows are those of adapters that are left."""
     if first.resident is None:
         return None

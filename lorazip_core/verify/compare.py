@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ..adapter.collection import open_collection
+from ..adapter.formats.lora_bias import biased_module
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.reader import Adapter
 from ..base.device import free_bytes
 from ..base.errors import AdapterError, AdapterErrors
@@ -21,7 +23,7 @@ from ..bundle.kinds import EXPORT_NAME, MANIFEST_NAME
 from ..bundle.losses import Losses
 from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
-from ..reading.placement import pass_through
+from ..reading.placement import placement_of_one_pass
 from .measure import Pair, Seen, measure
 
 _CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def _read(
     """By adapter, what reading its original has told."""
     with progress.stage("reading originals", len(pairs)) as advance:
         sizes = [pair.original.layout.size for pair in pairs]
-        placement = pass_through(device, sum(sizes), max(sizes, default=0), free_bytes(device))
+        placement = placement_of_one_pass(device, sum(sizes), max(sizes, default=0), free_bytes(device))
         if placement.kind == "host":
             device = _CPU  # too little of a GPU is free
         return measure(bundle, pairs, advance, measurable=measurable, device=device, placement=placement)
@@ -181,7 +183,7 @@ def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[F
         message = f"base model {entry.base_model!r}, but the original has {original.config.base_model!r}"
         yield Finding("base-model-differs", None, message, damage=False, adapter=entry.name)
     if entry.config not in damaged and bundle.config_text(entry) != original.config_text:
-        message = "is not the original's adapter_config.json"
+        message = f"is not the original's {CONFIG_NAME}"
         yield Finding("config-differs", entry.config, message, damage=False, adapter=entry.name)
     if entry.extras in damaged:
         return
@@ -199,7 +201,7 @@ def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[F
 def _expected(bundle: Bundle, entry: AdapterEntry, original: Adapter, name: str) -> torch.Tensor:
     """What a bundle has of a tensor that is no factor; before 0.6, a bias with its scale was of its own dtype."""
     extra = original.extra(name)
-    if name.endswith(".lora_B.bias"):
+    if biased_module(name) is not None:
         return extra.to(bundle.tensor(str(entry.extras), name).dtype)
     return extra
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..adapter.reader import Adapter
+from ..adapter.reader import Adapter, distinct_parts
 from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.stopping import check_stop
@@ -76,8 +76,7 @@ def measure(
             for pair, files, errors in zip(own, block.files, measured, strict=True)
         ]
 
-    kinds = {id(original.parts): original.parts for original in originals}.values()
-    modules = {name: part.module for parts in kinds for name, part in parts.items()}
+    modules = {name: part.module for parts, _ in distinct_parts(originals) for name, part in parts.items()}
     groups = by_layout(originals, list(modules.values()))
     with closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
         return dict(chain.from_iterable(results))

@@ -36,6 +36,7 @@ from collection_model import seed_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorazip_core.adapter.formats.peft import factor_keys
 from lorazip_core.adapter.module import Module
 
 LATENT = 40  # directions of a group in a module
@@ -161,7 +162,7 @@ class Source:
             b = u * (module_energy.sqrt()[:, None] * s / (2 * NORM_A))[..., None]
             stored_b, stored_a = b.mT.to(torch.bfloat16).contiguous().cpu(), (NORM_A * v).to(torch.bfloat16).cpu()
             for module, one_b, one_a in zip(batch, stored_b, stored_a, strict=True):
-                key_b, key_a = module.keys
+                key_b, key_a = factor_keys(module)
                 tensors[key_b], tensors[key_a] = one_b, one_a
         return tensors
 

@@ -28,8 +28,8 @@ from real_adapters import DEFAULT, Svds, open_real, require, svds
 from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection
+from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.module import Module
-from lorazip_core.adapter.writer import write_adapter
 from lorazip_core.base.threads import in_order
 
 BATCH = 32  # adapters drawn at a time; each batch has random numbers of its own

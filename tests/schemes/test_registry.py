@@ -80,7 +80,7 @@ class Mean(SharedScheme):
         found: dict[int, Solution] = {}
         for stack, owner in zip(problems.stacks, problems.owners, strict=True):
             for problem in sorted(set(owner.tolist()) - {-1}):
-                members = [m for m, own in zip(stack.members, owner.tolist(), strict=True) if own == problem]
+                members = [m for m, own in zip(stack.adapters, owner.tolist(), strict=True) if own == problem]
                 updates = dict(self._updates(stack.select(set(members)).exact()))
                 dense = torch.stack([updates[member] for member in sorted(members)])
                 u, _, vh = torch.linalg.svd(dense.mean(0))
@@ -95,7 +95,7 @@ class Mean(SharedScheme):
 
     def _updates(self, stack: object) -> Iterable[tuple[int, Tensor]]:
         for b, a, positions in stack.factors():  # type: ignore[attr-defined]
-            yield from zip(stack.members[positions], b @ a, strict=True)  # type: ignore[attr-defined]
+            yield from zip(stack.adapters[positions], b @ a, strict=True)  # type: ignore[attr-defined]
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["left"].to(dtype) * tensors["amount"].to(dtype)[..., None], tensors["right"].to(dtype)

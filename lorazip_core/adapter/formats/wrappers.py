@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from ..base.errors import AdapterError
-
-PREFIX = "base_model.model."
+from ...base.errors import AdapterError
+from ..layout import Names
+from .names import PREFIX
 
 # No layer of a model has one of these names, so that they can be left out wherever they are.
 _WRAPPERS = {
@@ -39,13 +38,6 @@ _WITHOUT_ADAPTER = re.compile(
 )
 _MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
 _SAVED = re.compile(r"(?P<head>.*)\.modules_to_save\.(?P<own>[^.]+)(?P<end>\..+)")
-
-
-class Names(NamedTuple):
-    """``ordinary`` maps names in the file to PEFT's, as far as they differ; ``removed`` tells what was left out."""
-
-    ordinary: dict[str, str]
-    removed: tuple[str, ...]
 
 
 def ordinary_names(adapter: str, stored: Sequence[str]) -> Names:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..base.errors import AdapterError
-from ..maths.factored import Factors
-from .config import CONFIG_NAME, LoraConfig
-from .layout import Cut, TensorInfo
-from .module import Module, Parameter
+from ...base.errors import AdapterError
+from ...maths.factored import Factors
+from ..layout import Cut, TensorInfo
+from ..module import Module, Parameter, Part
+from .format import LoraConfig
+from .names import CONFIG_NAME
+from .target_modules import matches
 
 _BASE_LAYER = ".base_layer"
 _ONE_OF_EXPERTS = re.compile(r"(.+)\.\d+\.[^.]+")
@@ -52,16 +54,10 @@ class Target(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """What tensors are named after, with its ``.base_layer``: the shape of its factors, and how many rows A has."""
+    """A pair of factors in a file: what they are named after, with its ``.base_layer``, and the rows of A."""
 
     module: Module
     rows: int
-
-
-class Expert(NamedTuple):
-    """One expert of a parameter, or all of a matrix: its module, and the names of its factors in the layout."""
-
-    module: Module
     key_b: str
     key_a: str
 
@@ -111,26 +107,26 @@ def nested(parameters: Iterable[str]) -> list[str]:
 
 
 def cut_experts(
-    target: Target, key_b: str, key_a: str, tensors: Mapping[str, TensorInfo]
-) -> tuple[list[Expert], dict[str, TensorInfo], dict[str, Cut]]:
-    """The experts of a parameter, and for each of their factors where it is and what it is cut from."""
-    d_out, d_in = target.d_out, target.d_in
-    parameter = target.name.rpartition(".")[2]
+    target: Target, scale: float, whole: Whole, tensors: Mapping[str, TensorInfo]
+) -> tuple[list[Part], dict[str, TensorInfo], dict[str, Cut]]:
+    """The experts of a parameter, or all of a matrix, and for each factor of an expert where it is and its source."""
+    _, _, key_b, key_a = whole
+    name, _, rank, d_out, d_in = target
+    parameter = name.rpartition(".")[2]
     if target.experts == 1:
-        module = Module(target.name, "linear", d_out, d_in, parameter=Parameter(parameter))
-        return [Expert(module, key_b, key_a)], {}, {}
-    experts: list[Expert] = []
+        module = Module(name, "linear", d_out, d_in, parameter=Parameter(parameter))
+        return [Part(module, rank, scale, key_b, key_a)], {}, {}
+    experts: list[Part] = []
     infos: dict[str, TensorInfo] = {}
     cuts: dict[str, Cut] = {}
     for number in range(target.experts):
-        for key, shape in ((key_b, (d_out, target.rank)), (key_a, (target.rank, d_in))):
+        for key, shape in ((key_b, (d_out, rank)), (key_a, (rank, d_in))):
             own = tensors[key]._replace(shape=shape)
-            name = f"{key}[{number}]"
-            infos[name] = own._replace(begin=own.begin + number * own.size_bytes)
-            cuts[name] = Cut(key, number, target.experts, interleaved=key == key_b)
+            infos[f"{key}[{number}]"] = own._replace(begin=own.begin + number * own.size_bytes)
+            cuts[f"{key}[{number}]"] = Cut(key, number, target.experts, interleaved=key == key_b)
         of = Parameter(parameter, number, target.experts)
-        module = Module(f"{target.name}.{number}", "linear", d_out, d_in, parameter=of)
-        experts.append(Expert(module, f"{key_b}[{number}]", f"{key_a}[{number}]"))
+        module = Module(f"{name}.{number}", "linear", d_out, d_in, parameter=of)
+        experts.append(Part(module, rank, scale, f"{key_b}[{number}]", f"{key_a}[{number}]"))
     return experts, infos, cuts
 
 
@@ -154,18 +150,17 @@ def fuse(factors: Mapping[Module, Factors]) -> dict[Module, Factors]:
     return fused
 
 
-def apart(modules: Iterable[Module]) -> str | None:
+def apart(modules: Sequence[Module]) -> Iterator[str]:
     """A note on experts that some adapters have as parameters and others as modules of their own, if there are any."""
-    modules = list(modules)
     holders = {module.target.rpartition(".")[0]: module for module in modules if module.parameter is not None}
     for module in modules:
         match = _ONE_OF_EXPERTS.fullmatch(module.name)
         if match and module.parameter is None and match[1] in holders:
-            return (
+            yield (
                 f"some adapters have a LoRA for each expert ({module.name}), others have target_parameters "
                 f"({holders[match[1]].target}): these share no modules"
             )
-    return None
+            return
 
 
 def _unwrapped(name: str) -> tuple[str, int]:
@@ -195,18 +190,14 @@ def _parameters(config: LoraConfig, holder: str, count: int) -> list[str]:
 def _is_module(config: LoraConfig, whole: Whole, parameters: list[str]) -> bool:
     """Whether factors are those of a target module, as far as the configuration tells.
 
-    PEFT's rule for ``target_modules``: a pattern for the whole name, or names of which one is its end, at a dot. What
-    it does not select, and what can be no single parameter either, is one if its rank is right.
+    What ``target_modules`` does not select, and what can be no single parameter either, is one if its rank is right.
     """
     targets = config.raw.get("target_modules")
     name = whole.module.name
-    if isinstance(targets, str):
-        try:
-            selected = targets == "all-linear" or re.fullmatch(targets, name) is not None
-        except re.error:
-            selected = False
-    else:
-        selected = any(f".{name}".endswith(f".{target}") for target in targets or ())
+    try:
+        selected = targets == "all-linear" or matches(targets or (), name)
+    except re.error:
+        selected = False
     uncertain = len(parameters) != 1 and whole.rows == config.rank(name)
     return selected or uncertain or not parameters or whole.module.kind != "linear"
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..adapter.module import Module
+from ..module import Module
 
 _DECIDE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -47,10 +47,8 @@ def _targeted(config: dict[str, Any], module: Module) -> bool:
     if isinstance(targets, str):
         if targets.lower() == "all-linear":  # all but the output layer, which is at the top
             return module.kind == "linear" and "." in name
-        return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    return _ends_with(name, targets) and _in_layers(config, name)
+        return matches(targets, name)
+    return name in targets or (matches(targets, name) and _in_layers(config, name))
 
 
 def _in_layers(config: dict[str, Any], name: str) -> bool:
@@ -69,12 +67,11 @@ def _excluded(config: dict[str, Any], name: str) -> bool:
     excluded, saved = config.get("exclude_modules"), config.get("modules_to_save")
     if saved and any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved):
         return True
-    if not excluded:
-        return False
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
-    return name in excluded or _ends_with(name, excluded)
+    return matches(excluded or (), name)
 
 
-def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
-    return any(name.endswith(f".{suffix}") for suffix in suffixes)
+def matches(targets: str | Iterable[str], name: str) -> bool:
+    """Whether ``name`` is among ``targets``: a pattern for all of it, or names of which one is its end, at a dot."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
