@@ -26,6 +26,7 @@ import lorazip_core.compress.individual
 import lorazip_core.export.exporter
 import lorazip_core.maths.chunks
 import lorazip_core.maths.cp
+import lorazip_core.maths.part
 import lorazip_core.maths.tucker
 import lorazip_core.reading.contents
 import lorazip_core.verify.measure
@@ -117,6 +118,7 @@ def at_check(number: int) -> Callable[[], None]:
 WORK: dict[str, tuple[ModuleType, list[str]]] = {
     "search for bases": (lorazip_core.maths.tucker, ["--rank", "4"]),
     "sums over adapters": (lorazip_core.maths.chunks, ["--rank", "4"]),
+    "cores of adapters": (lorazip_core.maths.part, ["--rank", "4"]),
     "alternating least squares": (lorazip_core.maths.cp, ["--method", "diag", "--rank", "4"]),
     "truncated SVDs": (lorazip_core.compress.individual, ["--method", "svd"]),
     "similarities": (lorazip_core.clustering.similarity, ["--rank", "4", "--clusters", "2"]),
@@ -130,8 +132,9 @@ def test_compress_stops_within_it(
     what: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, options = WORK[what]
-    if what == "sums over adapters":
+    if what in ("sums over adapters", "cores of adapters"):
         # Piece by piece, as those of many adapters.
+        monkeypatch.setattr(lorazip_core.maths.chunks, "_MOST_IN_CHUNK", 1)
         monkeypatch.setitem(lorazip_core.maths.chunks.ELEMENTS_AT_ONCE, "cpu", 1)
     monkeypatch.setattr(module, "check_stop", at_check(2))
     command = ["compress", str(adapters), "-o", str(tmp_path / "out"), *options, "-q"]
