@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-from recorder import Recorder
+from testing.recorder import Recorder
 
 from lorazip_cli.main import main
 from lorazip_core.base import team

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import random_adapters as ra
 import torch
 from safetensors.torch import load_file, save_file
+from testing import random_adapters as ra
 
 from lorazip_cli.main import main
 from lorazip_core.base import team
