@@ -114,6 +114,7 @@ def test_the_generator_writes_the_same_valid_adapters_again(real: Path, tmp_path
     assert [module.name for module in open_collection(part).modules] == [LINEAR[0].name]
 
 
+@pytest.mark.slow
 def test_the_generator_compares(real: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert matched_collection.main(["--data", str(real), "--show", "--batches", "1"]) == 0
     assert "joint, R=16, 4 clusters, mean, worst" in capsys.readouterr().out
@@ -166,12 +167,14 @@ def test_the_least_cost_is_marked_and_rows_are_not_computed_twice(
     assert computed == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_compress_is_run_for_a_row(real: Path) -> None:
     row = number_of_clusters.measure(real, "joint", 4, 2, device="cpu", verify=True)
     assert sum(row["sizes"]) == 8
     assert row["cost"] == row["mean_squared_error"] + row["bytes_bundle"] / row["bytes_original"]
 
 
+@pytest.mark.slow
 def test_fetch_is_timed_beside_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--count", "10", "--delay", "0.005", "--repeat", "1", "--work", str(tmp_path)]
     assert fetch.main([*words, "--faster", "0", "--json", str(tmp_path / "figures.json")]) == 0
@@ -278,6 +281,7 @@ def test_a_process_meets_its_limit_or_is_killed() -> None:
     assert killed.stdout in ("", "there\n")  # whether it had come so far
 
 
+@pytest.mark.slow
 def test_every_way_to_read_reads_every_byte(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scale.main(["read", str(grouped), "--json", str(tmp_path / "read.json")]) == 0
     table = capsys.readouterr().out
@@ -290,6 +294,7 @@ def test_every_way_to_read_reads_every_byte(grouped: Path, tmp_path: Path, capsy
     assert readers.warm(grouped) == size
 
 
+@pytest.mark.slow
 def test_compressing_is_timed_beside_reading(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--clusters", "2", "--rank", "4", "--device", "cpu", "--rounds", "2", "--at-most", "1000"]
     more = ["--scaling", "6", "--hard-limit", "50000000", "--json", str(tmp_path / "run.json")]
@@ -314,6 +319,7 @@ def test_compressing_is_timed_beside_reading(grouped: Path, tmp_path: Path, caps
     assert [path.name for path in grouped.parent.iterdir()] == ["grouped"]  # nothing stays beside it
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_done_again_with_the_same_bytes(grouped: Path, tmp_path: Path) -> None:
     settings = compressing.Settings(clusters=2, rank=4, device="cpu")
     compressing.compress(grouped, tmp_path / "bundle", settings, adapters=12)
@@ -414,6 +420,7 @@ def test_joint_is_compared_with_the_iteration(
     assert sum(x for part in parts for _, x in part) == pytest.approx(12, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_and_many_on_a_cpu(grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, place = tmp_path / "figures.json", ["--work", str(tmp_path)]
     sizes = ["--clusters", "2", "--rank", "4"]

@@ -63,16 +63,20 @@ def process(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestStart:
-    @pytest.mark.parametrize("argv", [[], ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
-    def test_version_and_help_load_neither_torch_nor_rich(self, argv: list[str]) -> None:
+    def test_version_and_help_load_neither_torch_nor_rich(self) -> None:
+        """In one process, since a module that is loaded stays so."""
+        calls = [[], ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
         code = (
-            "import sys; from lorazip_cli.main import main; assert main(sys.argv[1:]) == 0;"
-            "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', 'safetensors',"
-            " 'huggingface_hub', 'rich'}))"
+            "import json, sys; from lorazip_cli.main import main\n"
+            "for argv in json.loads(sys.argv[1]):\n"
+            "    code, loaded = main(argv), {name.partition('.')[0] for name in sys.modules}\n"
+            "    unwanted = {'torch', 'numpy', 'safetensors', 'huggingface_hub', 'rich'} & loaded\n"
+            "    print('exit', code, sorted(unwanted), argv, file=sys.stderr)"
         )
-        result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
-        assert result.stdout.splitlines()[-1] == "[]"
-        assert ANSI not in result.stdout + result.stderr
+        argv = [sys.executable, "-c", code, json.dumps(calls)]
+        result = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert result.stderr.splitlines() == [f"exit 0 [] {call}" for call in calls]
+        assert ANSI not in result.stdout
 
     def test_what_needs_no_tensor_is_answered_without_torch(self, bundle: Path, adapters: Path, tmp_path: Path) -> None:
         """By name and not by seconds; in one process, since a module that is loaded stays so."""
@@ -570,7 +574,7 @@ class TestStreams:
         assert ANSI not in result.stdout + result.stderr
         assert "\r" not in result.stderr
 
-    @pytest.mark.parametrize(("no_color", "moves"), [("", True), ("1", False)])
+    @pytest.mark.parametrize(("no_color", "moves"), [("", True), pytest.param("1", False, marks=pytest.mark.slow)])
     def test_a_bar_on_a_terminal_unless_no_color(
         self, no_color: str, moves: bool, adapters: Path, tmp_path: Path
     ) -> None:
@@ -648,7 +652,7 @@ class TestStreams:
 
 
 class TestInterrupt:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_leaves_nothing_half_written(self, number: signal.Signals, tmp_path: Path) -> None:
         target = tmp_path / "bundle"
         child = subprocess.Popen(

@@ -185,31 +185,29 @@ compress(adapters, out, CompressOptions(rank=4, clusters=2, max_error=0.02), for
 """
 
 
-def test_killed_anywhere_the_next_run_goes_on(adapters: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("needle", "step", "left"),
+    [
+        pytest.param("/.labels", 1, None, marks=pytest.mark.slow),  # nothing was finished
+        ("/.pack-0-2", 2, "3 of 6"),  # as it is renamed
+        pytest.param("/.pack-1-1", 2, "6 of 6", marks=pytest.mark.slow),
+        pytest.param("/.individual-", 3, "6 of 6", marks=pytest.mark.slow),
+        pytest.param("/cores/", 2, "6 of 6", marks=pytest.mark.slow),
+        ("/manifest.json", 1, "6 of 6"),
+    ],
+)
+def test_killed_anywhere_the_next_run_goes_on(
+    needle: str, step: int, left: str | None, adapters: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     """Killed while a piece is written or renamed, while the bundle is put together, and as it is complete."""
-    moments = {
-        ("/.labels", 1): None,  # nothing was finished
-        ("/.pack-0-2", 2): "3 of 6",  # as it is renamed
-        ("/.pack-1-1", 2): "6 of 6",
-        ("/.individual-", 3): "6 of 6",
-        ("/cores/", 2): "6 of 6",
-        ("/manifest.json", 1): "6 of 6",
-    }
-    children = {}
-    for (needle, step), left in moments.items():
-        out = tmp_path / f"{len(children)}" / "out"
-        out.parent.mkdir()
-        command = [sys.executable, "-c", DYING, str(adapters), str(out), needle, str(step)]
-        children[out] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}), left
-        if len(children) % 3 == 0:
-            for child, _ in children.values():
-                child.wait()
-    for out, (child, left) in children.items():
-        assert child.wait() == -signal.SIGKILL, out
-        assert os.listdir(out.parent) == [PARTIAL]
-        told = go_on(adapters, out)
-        assert told == (left and f"going on from {left} pieces of an interrupted run")
-        assert contents(out) == whole
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", DYING, str(adapters), str(out), needle, str(step)]
+    child = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == [PARTIAL]
+    told = go_on(adapters, out)
+    assert told == (left and f"going on from {left} pieces of an interrupted run")
+    assert contents(out) == whole
 
 
 def spoil(piece: Path, how: str) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from lorazip_cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,11 +47,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_tutorial_gives_what_it_says(walked: Path) -> None:
     assert (walked / "served" / "fv_capitalize" / "adapter_model.safetensors").is_file()
     assert [path.name for path in (walked / "one").iterdir() if path.is_dir()] == ["fv_capitalize"]
 
 
+@pytest.mark.slow
 def test_its_makefile_builds_once(walked: Path) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text()
     makefile = re.search(r"^```make\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -60,6 +66,7 @@ def test_its_makefile_builds_once(walked: Path) -> None:
     assert again.returncode == 0
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows_is_printed(tmp_path: Path) -> None:
     use = re.search(r"^## Use\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert use is not None
@@ -74,6 +81,24 @@ def test_what_the_readme_shows_is_printed(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}"
         check_shown(shown, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 4), ("docs/tutorial.md", 25), ("docs/ci.md", 7), ("docs/pipeline.md", 9)]
+)
+def test_commands_of_a_page_can_be_called(page: str, least: int) -> None:
+    """Quicker than to follow the page: what it shows is parsed, with every variable of a shell or of make as 0.3."""
+    fenced = "".join(
+        re.findall(r"^```(?:sh|console|make|yaml).*?\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    )
+    lines = re.sub(r"\\\n\s*", " ", fenced).splitlines()
+    found = [match[1] for line in lines if (match := re.match(r"[\s$-]*(?:run: )?(lorazip [a-z]+ .*)", line))]
+    assert len(found) >= least
+    for line in found:
+        plain = re.sub(r"\$(?:\(\w+\)|\w+|@|<)", "0.3", re.split(r" (?:[|;&>]|2>)", line)[0])
+        _, name, *arguments = shlex.split(plain, comments=True)
+        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments)
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

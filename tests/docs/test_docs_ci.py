@@ -75,6 +75,7 @@ def check_reports(folder: Path, *, ok: bool) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [(None, 0), ("0.01", 1)])
+@pytest.mark.slow
 def test_github(limit: str | None, code: int, folder: Path) -> None:
     summary = folder / "step_summary"
     summary.touch()
@@ -86,6 +87,7 @@ def test_github(limit: str | None, code: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [(None, 0), ("0.01", 1)])
+@pytest.mark.slow
 def test_gitlab(limit: str | None, code: int, folder: Path) -> None:
     done = run(folder, GITLAB["script"][2], **{**GITLAB["variables"], **({"MAX_ERROR": limit} if limit else {})})
     assert done.returncode == code, done.stderr
@@ -93,6 +95,7 @@ def test_gitlab(limit: str | None, code: int, folder: Path) -> None:
     assert (folder / "build" / "verify.md").read_text().startswith("### ✅" if code == 0 else "### ❌")
 
 
+@pytest.mark.slow
 def test_what_is_uploaded_is_what_is_written(folder: Path) -> None:
     assert run(folder, GITLAB["script"][2], **GITLAB["variables"]).returncode == 0
     upload, reporter = [step for step in GITHUB["steps"] if step.get("if") == "always()"]
@@ -102,6 +105,7 @@ def test_what_is_uploaded_is_what_is_written(folder: Path) -> None:
     assert (folder / GITLAB["artifacts"]["reports"]["junit"]).is_file()
 
 
+@pytest.mark.slow
 def test_two_summaries_of_one_step_are_appended(folder: Path) -> None:
     (hint,) = re.findall(r"`(--summary [^`]*)`\.", TEXT.replace("\n", " "))
     summary = folder / "step_summary"
@@ -111,6 +115,7 @@ def test_two_summaries_of_one_step_are_appended(folder: Path) -> None:
     assert summary.read_text().count("### ✅") == 2
 
 
+@pytest.mark.slow
 def test_makefile(folder: Path) -> None:
     (makefile,) = blocks("make")
     (folder / "Makefile").write_text(makefile)
@@ -130,6 +135,7 @@ def test_makefile(folder: Path) -> None:
     assert run(folder, "make -q").returncode == 1, "a check that failed is not done"
 
 
+@pytest.mark.slow
 def test_a_limit_that_does_not_hold_can_be_let_pass_and_damage_cannot(folder: Path) -> None:
     (command,) = blocks("sh")
     done = run(folder, command)

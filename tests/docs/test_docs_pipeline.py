@@ -101,6 +101,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
         yield project
 
 
+@pytest.mark.slow
 def test_the_makefile(project: Project) -> None:
     first = [f"org/{path.name}" for path in SAMPLES[:2]]
     assert project.make() == CHAIN
@@ -144,6 +145,7 @@ def test_the_makefile(project: Project) -> None:
     assert project.make() == ["fetch"]
 
 
+@pytest.mark.slow
 def test_update_and_what_it_changes(project: Project) -> None:
     assert project.make("adapters/lorazip.lock") == ["fetch"]
     assert project.run("mkdir -p build/bundle && touch build/clusters.json").returncode == 0
@@ -193,6 +195,7 @@ class TestGithub:
         with tarfile.open(project.folder / "cache.tar") as tar:
             tar.extractall(project.folder, filter="fully_trusted")
 
+    @pytest.mark.slow
     def test_with_the_cache_it_needs_no_network(self, project: Project) -> None:
         assert project.run("lorazip fetch @adapters.txt -o adapters").returncode == 0
         self.clone(project)

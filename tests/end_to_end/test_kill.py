@@ -38,7 +38,7 @@ sys.addaudithook(watch)
 
 REPLACE = """
 from pathlib import Path
-from lorazip_core.files import atomic_directory
+from lorazip_core.base.files import atomic_directory
 
 with atomic_directory(Path(folder) / "bundle", force=True, not_ours=lambda path: None) as partial:
     for name in names:

@@ -37,7 +37,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_adapters.write_collection(tmp_path_factory.mktemp("adapters"), random_adapters.MIXED)
 
 
-@pytest.mark.parametrize("method", ["joint", "diag", "svd"])
+@pytest.mark.parametrize(
+    "method", ["joint", *(pytest.param(other, marks=pytest.mark.slow) for other in ("diag", "svd"))]
+)
 def test_compress_verify_export_info(adapters: Path, tmp_path: Path, method: str) -> None:
     bundle, out = tmp_path / "bundle", tmp_path / "out"
     planned = report("compress", adapters, "--method", method, "--rank", "3", "--dry-run")
@@ -59,6 +61,7 @@ def test_compress_verify_export_info(adapters: Path, tmp_path: Path, method: str
     assert again.modules == open_collection(adapters).modules
 
 
+@pytest.mark.slow
 def test_a_gate_that_does_not_hold_exits_with_1(adapters: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     lorazip("compress", adapters, "-o", bundle, "--rank", "1")
@@ -67,6 +70,7 @@ def test_a_gate_that_does_not_hold_exits_with_1(adapters: Path, tmp_path: Path) 
     assert {finding["kind"] for finding in found["findings"]} == {"max-error"}
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_exits_with_4(adapters: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     lorazip("compress", adapters, "-o", bundle)
@@ -78,6 +82,7 @@ def test_a_flipped_bit_exits_with_4(adapters: Path, tmp_path: Path) -> None:
     assert [finding["path"] for finding in found["findings"]] == ["bases/0.safetensors"]
 
 
+@pytest.mark.slow
 def test_bad_adapters_are_all_named_and_exit_with_3(tmp_path: Path) -> None:
     root = random_adapters.write_collection(tmp_path / "in", random_adapters.plain(3))
     for name in ("t00", "t01"):

@@ -339,9 +339,10 @@ def test_few_open_files_are_enough(tmp_path: Path) -> None:
     code = """
         import sys, torch
         from pathlib import Path
-        from lorazip_core.adapter import open_collection
-        from lorazip_core.reading import Files, Placement, Stacks
-        from lorazip_core.scan import scan
+        from lorazip_core.adapter.collection import open_collection
+        from lorazip_core.reading.placement import Placement
+        from lorazip_core.reading.scan import scan
+        from lorazip_core.reading.stacks import Files, Stacks
         cpu = torch.device("cpu")
         for kind in ("host", "streamed", "resident"):
             collection = open_collection(Path(sys.argv[1]))
