@@ -146,12 +146,6 @@ def test_near_duplicates_are_listed(tmp_path: Path) -> None:
     assert 0 <= duplicate["squared_distance"] < 1e-9
 
 
-def test_two_runs_give_the_same_bytes(adapters: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        assert main(["cluster", str(adapters), "-o", str(tmp_path / name), "--rank", "5", "-q"]) == 0
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
 @pytest.fixture(scope="module")
 def auto(adapters: Path) -> dict[str, Any]:
     """The file with the number of clusters left to lorazip."""
@@ -179,6 +173,7 @@ class TestAuto:
         assert {1, 2, 3, 4} <= {each["clusters"] for each in joint}
         assert [each["rank"] for each in candidates if each["method"] == "svd"] == [1, 2, 4]
 
+    @pytest.mark.slow
     def test_planned_bytes_of_the_choice_come_true(self, auto: dict[str, Any], adapters: Path, tmp_path: Path) -> None:
         argv = ["compress", str(adapters), "-o", str(tmp_path / "b"), "--clusters", "auto", "--rank", str(RANK), "-q"]
         assert main(argv) == 0
@@ -188,6 +183,7 @@ class TestAuto:
         (chosen,) = (each for each in auto["candidates"] if each["chosen"])
         assert chosen["bytes_bundle"] == pytest.approx(size, rel=0.05)
 
+    @pytest.mark.slow
     def test_no_other_number_costs_less(self, auto: dict[str, Any], adapters: Path) -> None:
         (chosen,) = (each for each in auto["candidates"] if each["chosen"])
         kept = {each["clusters"]: 1 - each["saved_ratio"] for each in auto["candidates"] if each["method"] == "joint"}
@@ -291,7 +287,9 @@ class TestCommand:
         assert report["max_squared_error"] == max(adapter.squared_error for adapter in written.adapters)
         assert report["adapters"] == len(written.adapters)
 
-    def test_what_it_says(self, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_it_says_and_two_runs_give_the_same_bytes(
+        self, adapters: Path, auto: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         file = tmp_path / "c.json"
         assert main(["cluster", str(adapters), "-o", str(file), "--rank", "5"]) == 0
         captured = capsys.readouterr()
@@ -303,6 +301,7 @@ class TestCommand:
             f"go on with: lorazip compress DIR -o BUNDLE --rank 5 --clusters {file}",
         ):
             assert text in captured.err
+        assert file.read_bytes() == adapters.with_name("adapters-auto.json").read_bytes()
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -376,7 +375,7 @@ class TestCommand:
         assert "38 adapters in 2 clusters" in text
 
 
-@pytest.mark.parametrize("clusters", [2, "auto"])
+@pytest.mark.parametrize("clusters", [2, pytest.param("auto", marks=pytest.mark.slow)])
 def test_progress_arrives_where_it_said_it_would(adapters: Path, clusters: Any) -> None:
     progress = Recorder()
     cluster(adapters, Path("unused.json"), ClusterOptions(clusters=clusters, rank=RANK), progress=progress)

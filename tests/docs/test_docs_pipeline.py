@@ -213,6 +213,7 @@ class TestGithub:
         assert summary.read_text().startswith("### ✅")
         assert len(list(project.folder.glob(self.STEPS["steps"][-1]["with"]["path"]))) == 3
 
+    @pytest.mark.slow
     def test_a_line_without_its_lock_fails(self, project: Project) -> None:
         assert project.run("lorazip fetch @adapters.txt -o adapters").returncode == 0
         with (project.folder / "adapters.txt").open("a") as file:

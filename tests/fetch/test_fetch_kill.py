@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from testing.fetch_process import TOKEN, Killer, contents, environment, left, repositories, sent_in_vain, start, there
 from testing.hub import SIGNATURE, Drip, HubServer, Repository
 from testing.random_adapters import plain, write_collection
@@ -145,7 +146,8 @@ def test_killed_again_and_again_it_arrives_in_the_end(tmp_path: Path) -> None:
     assert 0 < arrived[2] <= arrived[3] < 12
 
 
-def test_killed_at_any_step_an_update_has_been_made_or_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stride", "least"), [(25, 1), pytest.param(5, 4, marks=pytest.mark.slow)])
+def test_killed_at_any_step_an_update_has_been_made_or_not(stride: int, least: int, tmp_path: Path) -> None:
     """An adapter that stays, one that changes, one that goes and one that is new; killed in the middle of each step."""
     root = write_collection(tmp_path / "adapters", plain(5))
     stays, changes, goes, comes = org = repositories(root, "org")[:4]
@@ -171,14 +173,13 @@ def test_killed_at_any_step_an_update_has_been_made_or_not(tmp_path: Path) -> No
                 if code != 0:
                     assert code == -signal.SIGKILL
                     states[state := state_of(target, old, new, old_lock, new_lock)] += 1
-                    step += 1 if finishing and state != "new" else 5  # the other steps are much alike
+                    step += stride // 5 if finishing and state != "new" else stride  # the other steps are much alike
                     assert processes.run(target, *second) == 0, (finishing, step)
                 assert all_bytes(target) == all_bytes(updated), (finishing, step)
                 assert left(target) == []
                 shutil.rmtree(target)
     assert states.keys() == {"old", "finishing", "new"}
-    assert min(states.values()) > 3, states
-    print(states)
+    assert min(states.values()) >= least, states
 
 
 def state_of(target: Path, old: dict, new: dict, old_lock: bytes, new_lock: bytes) -> str:

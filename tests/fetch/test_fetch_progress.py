@@ -72,7 +72,7 @@ def test_a_bar_counts_from_many_threads() -> None:
         assert (task.completed, task.fields["done"]) == (40_000, 40)
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_terminal_gets_a_bar_unless_it_is_told_not_to(hub: HubServer, tmp_path: Path, plain: bool) -> None:
     hub.catalogue.add(*(repository(f"ann/x{number}", number) for number in range(3)))
     hub.faults.add(Drip(200, 0.05), origin="cdn", method="GET")
