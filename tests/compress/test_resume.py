@@ -224,10 +224,10 @@ FIRST = ("labels", "pack-0-0", "pack-1-", "individual-", "kept-")
 @pytest.mark.parametrize(
     "other",
     [
-        replace(OPTIONS, rank=3),
+        pytest.param(replace(OPTIONS, rank=3), marks=pytest.mark.slow),
         replace(OPTIONS, seed=1),
-        replace(OPTIONS, dtype="f32"),
-        replace(OPTIONS, weights="module"),
+        pytest.param(replace(OPTIONS, dtype="f32"), marks=pytest.mark.slow),
+        pytest.param(replace(OPTIONS, weights="module"), marks=pytest.mark.slow),
         replace(OPTIONS, max_error=0.5),
         replace(OPTIONS, clusters=1),
         replace(OPTIONS, method="diag"),
