@@ -5,16 +5,19 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-all lint types clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
 
 demo: .venv/run  ## Compress, verify and export 16 small adapters that are included
 	@.venv/bin/python -m lorazip_cli demo --force -o build/demo
 
 test: .venv/dev  ## Run the tests (ARGS="-k verify" for some of them)
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: .venv/dev  ## Run the slow tests, too
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not acceptance and not network" $(ARGS)
 
 lint: .venv/dev  ## Check style and formatting
 	.venv/bin/python -m ruff check .

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fetching import Fetching
-from hub import HubServer
 from huggingface_hub import close_session, constants
+from testing.fetching import Fetching
+from testing.hub import HubServer
 
 import lorazip_core.fetch.options
 from lorazip_core.fetch.options import FetchOptions, RetryPolicy

@@ -84,7 +84,7 @@ def keep_individually(
         for ranks in scheme.attempts(groups, rank if name == method else None, limit):
             check_stop()
             encoding = scheme.encode(groups, ranks, dtype)
-            if is_adapter_within(encoding.squared_errors.values(), [squared_norm], max_error):
+            if name == EXACT or is_adapter_within(encoding.squared_errors.values(), [squared_norm], max_error):
                 return Individual(name, max(ranks.values()) if ranks else None, encoding)
     raise AssertionError("the last fallback loses nothing")
 

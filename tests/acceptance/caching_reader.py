@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from reference_reader import ReferenceReader
+from testing.reference_reader import ReferenceReader
 
 
 class CachingReader(ReferenceReader):

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_data import SHARED, Compressed, Process, Say
+from acceptance.real_data import SHARED, Compressed, Process, Say
 from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection, open_collection
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # reference_reader
 
 
 @pytest.fixture(scope="session")

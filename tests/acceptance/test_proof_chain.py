@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from acceptance.real_data import Say
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from real_data import Say
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 from lorazip_cli.main import main

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_data import Process, Say
+from acceptance.real_data import Process, Say
 
 pytestmark = pytest.mark.acceptance
 

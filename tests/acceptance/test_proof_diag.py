@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from real_data import Say
+from acceptance.real_data import Say
 from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection

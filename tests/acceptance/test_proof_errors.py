@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from caching_reader import CachingReader
-from real_data import Compressed, Say
-from reference_reader import ReferenceReader
+from acceptance.caching_reader import CachingReader
+from acceptance.real_data import Compressed, Say
+from testing.reference_reader import ReferenceReader
 from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection

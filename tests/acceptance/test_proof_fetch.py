@@ -1,6 +1,6 @@
 """Fetching 300 adapters from a Hub that fails, cuts and limits: all arrive, none twice; and so after kill -9.
 
-The Hub is the one of tests/hub on loopback, with 5% answers 500, 2% cut connections and a rate limit; a tenth of the
+The Hub is the one of testing/hub on loopback, with 5% answers 500, 2% cut connections and a rate limit; a tenth of the
 repositories is private. The adapters are made up, with the shapes of an attention layer of SmolLM2-135M.
 """
 
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fetch_process import TOKEN, Contents, Killer, contents, left, repositories, sent_in_vain, start, there
-from hub import SIGNATURE, Cut, HubServer, RateLimit, Repository, Status
-from random_adapters import Recipe, write_collection
-from real_data import Say
+from acceptance.real_data import Say
+from testing.fetch_process import TOKEN, Contents, Killer, contents, left, repositories, sent_in_vain, start, there
+from testing.hub import SIGNATURE, Cut, HubServer, RateLimit, Repository, Status
+from testing.random_adapters import Recipe, write_collection
 
 from lorazip_core.adapter.lock import LOCK_NAME, read_lock
 from lorazip_core.adapter.module import Module

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from old_peft import make_environment
-from real_data import SHARED, Say
+from acceptance.old_peft import make_environment
+from acceptance.real_data import SHARED, Say
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

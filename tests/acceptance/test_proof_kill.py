@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from real_data import Say
+from acceptance.real_data import Say
 
 from lorazip_cli.main import main
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching_reader import CachingReader
+from acceptance.caching_reader import CachingReader
+from acceptance.real_data import SHARED, Compressed, Say
 from peft import PeftModel
-from real_data import SHARED, Compressed, Say
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/fetch.py [--count 300] [--delay 0.05] [--repeat 3] [--json FILE] [--work DIR]
 
-A Hub on loopback (tests/hub, a process of its own) serves made-up adapters with the shapes of q and v of the 30 layers
+A Hub on loopback (testing/hub, in its own process) serves made-up adapters with the shapes of q and v of the 30 layers
 of SmolLM2-135M, rank 4 (0.5 MB each), and waits --delay seconds before every answer, which stands for the way to the
 real one. It is asked by three, each a process with its default options and a cache of its own, which is empty:
 
@@ -32,9 +32,9 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from hub import HubProcess, hub_process
 from process import run
-from random_adapters import Recipe, write_collection
+from testing.hub import HubProcess, hub_process
+from testing.random_adapters import Recipe, write_collection
 
 from lorazip_core.adapter.module import Module
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import random_adapters as ra
 import torch
 from safetensors.torch import load_file
+from testing import random_adapters as ra
 from torch import Tensor
 
 from lorazip_cli.main import main
