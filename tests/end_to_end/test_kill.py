@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from testing.forked import forked
 
-from lorazip_core.base.files import atomic_directory
+from lorazip_core.base.atomic import atomic_directory
 from lorazip_core.compress.run import compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
