@@ -8,15 +8,15 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help demo test test-all lint types clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: .venv/run  ## Compress, verify and export 16 small adapters that are included
 	@.venv/bin/python -m lorazip_cli demo --force -o build/demo
 
-test: .venv/dev  ## Run the tests (ARGS="-k verify" for some of them)
+test: .venv/dev  ## Run the quick tests (ARGS="-k verify" for some of them)
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-all: .venv/dev  ## Run the slow tests, too
+test-all: .venv/dev  ## Run all tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not acceptance and not network" $(ARGS)
 
 lint: .venv/dev  ## Check style and formatting

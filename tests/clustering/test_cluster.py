@@ -260,12 +260,12 @@ class TestCompressByFile:
         assert "it was made for other adapters: 't03' is not in the collection" in capsys.readouterr().err
 
     def test_a_file_for_another_rank_is_taken_and_mentioned(
-        self, adapters: Path, tmp_path: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        file = tmp_path / "clusters.json"
-        file.write_text(json.dumps(found))
+        root, file = ra.write_collection(tmp_path / "in", ra.plain(4)), tmp_path / "in-2.json"
+        clusters_of(root, "2")
         for rank, said in ((RANK, False), (3, True)):
-            argv = ["compress", str(adapters), "-o", str(tmp_path / "b"), "--clusters", str(file), "--force"]
+            argv = ["compress", str(root), "-o", str(tmp_path / "b"), "--clusters", str(file), "--force"]
             assert main([*argv, "--rank", str(rank)]) == 0
             assert ("were chosen for rank 5, not 3" in capsys.readouterr().err) == said
 
