@@ -205,6 +205,32 @@ def test_no_format_is_named_outside_of_the_registry(name: str) -> None:
         ]
 
 
+def test_the_maths_knows_no_paths_threads_or_processes() -> None:
+    foreign = {"concurrent", "io", "multiprocessing", "os", "pathlib", "shutil", "subprocess", "tempfile", "threading"}
+    for name, path in MODULES.items():
+        if name.startswith("maths."):
+            found = {imported.split(".")[0] for imported, _ in imports(path, CORE)} & foreign
+            assert not found, f"{name} imports {found}"
+
+
+def test_the_page_on_the_architecture_lists_the_floors_and_their_modules() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [listed] = re.findall(r"^```text\n(base/ .*?)^```", page, re.MULTILINE | re.DOTALL)
+    floors: dict[str, set[str]] = {}
+    for line in listed.splitlines():
+        if not line.startswith(" "):
+            here = line.split()[0].rstrip("/")
+            floors[here] = set()
+        else:
+            words = line.split()
+            within = words.pop(0) if words[0].endswith("/") else ""
+            floors[here].update((within + word).replace("/", ".") for word in words)
+    assert tuple(floors) == FLOORS
+    for name, modules in floors.items():
+        inside = {path.relative_to(CORE / name).with_suffix("").as_posix() for path in sources(CORE / name)}
+        assert modules == {each.replace("/", ".") for each in inside if not each.endswith("__init__")}, name
+
+
 def test_only_the_command_line_prints_or_exits() -> None:
     calls = []
     for path in sources(CORE):

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from ..adapter.collection import open_collection
 from ..adapter.notes import notes
-from ..base.device import find_device, limit_memory
+from ..base.device import find_device
 from ..base.errors import UsageError
 from ..base.progress import Progress, Silent
-from ..base.threads import at_most, one_thread
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Dtype, SkippedEntry, Weights
-from ..reading.memory import Bounds, Task, fit_into_memory
-from ..reading.scan import Scan, scan
+from ..reading.memory import Bounds, Task, working_within
+from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from .alternation import Clustering, Probes, alternate
 from .choose import choose_clusters
@@ -106,13 +105,8 @@ def cluster(
         progress.note(note)
     check_clusters(options.clusters, len(collection.adapters))
     task = Task.of("joint", options.rank, options.clusters, len(collection.adapters))
-    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
-    limit_memory(device, options.device_memory)
-    with at_most(within.workers), one_thread():
-        with progress.stage("reading adapters", len(collection.adapters)) as advance:
-            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
-        for skipped in scanned.collection.skipped:
-            progress.note(f"left out {skipped.name}: {skipped.reason}")
+    with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
+        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
         check_clusters(options.clusters, len(scanned.collection.adapters))
         updates = scanned.updates(options.weights, device, within.budget)
         assignment, similarity = _assign(scanned, updates, options, progress)

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import find_device, limit_memory
+from ..base.device import find_device
 from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
-from ..base.threads import at_most, in_order, one_thread
+from ..base.threads import in_order
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Manifest, Parameters, SkippedEntry
 from ..bundle.output_path import check_output_path
@@ -35,9 +35,9 @@ from ..clustering.alternation import Probes, alternate
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import read_clusters
 from ..planning.options import CompressOptions
-from ..reading.memory import Bounds, Task, fit_into_memory
+from ..reading.memory import Bounds, Task, working_within
 from ..reading.packs import Budget
-from ..reading.scan import Scan, scan
+from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
 from .assemble import Assembly
@@ -114,18 +114,12 @@ def compress(
         read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
-    within = fit_into_memory(device, collection, task, Bounds(options.memory, options.device_memory))
-    limit_memory(device, options.device_memory)
     with (
-        at_most(within.workers),
-        one_thread(),
+        working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within,
         resumable_directory(output, force=force, not_ours=not_of_bundle) as building,
         stop_unmasked(),
     ):
-        with progress.stage("reading adapters", len(collection.adapters)) as advance:
-            scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=within.placement)
-        for skipped in scanned.collection.skipped:
-            progress.note(f"left out {skipped.name}: {skipped.reason}")
+        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
         options.check(len(scanned.collection.adapters))
         pieces = Pieces(building.work(work_key(scanned, options, device, within.budget)))
         pieces.check()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +13,9 @@ import torch
 
 from ..adapter.collection import Collection
 from ..adapter.reader import distinct_parts
-from ..base.device import free_bytes
+from ..base.device import free_bytes, limit_memory
 from ..base.errors import LocalError
-from ..base.threads import cores
+from ..base.threads import at_most, cores, one_thread
 from ..schemes.registry import SCHEMES, shared_scheme
 from ..schemes.scheme import PackSize, SharedScheme, Size
 from .packs import CPU_BUDGET, Budget, Problem, cut_into_packs
@@ -110,6 +112,15 @@ def fit_into_memory(device: torch.device, collection: Collection, task: Task, bo
     most = 2 ** ((left // each_element).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.elements, most), _MOST_ON_GPU.modules)
     return WorkPlan(cores(), budget, choose_placement(device, sum(sizes), max(sizes), bound))
+
+
+@contextmanager
+def working_within(device: torch.device, collection: Collection, task: Task, bounds: Bounds) -> Iterator[WorkPlan]:
+    """Work in the block as `fit_into_memory` says, on threads of one core each, and with what a GPU may give."""
+    plan = fit_into_memory(device, collection, task, bounds)
+    limit_memory(device, bounds.device)
+    with at_most(plan.workers), one_thread():
+        yield plan
 
 
 def _of_update(task: Task) -> int:

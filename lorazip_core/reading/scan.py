@@ -19,11 +19,12 @@ from ..adapter.reader import Adapter
 from ..base.device import CPU
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import AdapterError, AdapterErrors
-from ..base.progress import Advance
+from ..base.progress import Advance, Progress
 from ..bundle.manifest import SourceEntry, Weights
 from ..maths.factored import TINY
 from .first_pass import FirstPass, read_all
 from .groups import Integers, by_layout
+from .memory import WorkPlan
 from .packs import CPU_BUDGET, Budget
 from .placement import HOST, Placement
 from .sources import Files, Resident
@@ -137,6 +138,17 @@ def scan(
         _still_resident(first, collection, left),
         [stamps[number] for number in kept],
     )
+
+
+def scan_for(
+    collection: Collection, plan: WorkPlan, *, skip_bad: bool, device: torch.device, progress: Progress
+) -> Scan:
+    """`scan` as a stage of ``progress``, which is also told what was left out."""
+    with progress.stage("reading adapters", len(collection.adapters)) as advance:
+        scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=plan.placement)
+    for skipped in scanned.collection.skipped:
+        progress.note(f"left out {skipped.name}: {skipped.reason}")
+    return scanned
 
 
 def _still_resident(first: FirstPass, before: Collection, left: Collection) -> Resident | None:

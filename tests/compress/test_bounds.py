@@ -83,7 +83,7 @@ def test_auto_may_find_many_clusters_and_a_file_looks_for_none() -> None:
 def test_too_little_is_refused_at_once_with_one_line(
     adapters: Path, tmp_path: Path, clusters: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorazip_core.compress.run.scan", None)  # no weight is read
+    monkeypatch.setattr("lorazip_core.compress.run.scan_for", None)  # no weight is read
     words = ["compress", str(adapters), "-o", str(tmp_path / "out"), "--clusters", clusters, "--memory", "100MiB"]
     assert main([*words, "--device", "cpu", "-q"]) == 8
     (line,) = capsys.readouterr().err.splitlines()
