@@ -82,7 +82,7 @@ class Scheme(ABC):
     is_method: ClassVar[bool] = True
     """Whether ``--method`` can ask for it; else it is only what some adapters end with."""
     keeps_factors: ClassVar[bool] = False
-    """Whether it stores B, A and their scale as they are in the source, so that export can give them back."""
+    """Whether its own tensors are B, A and scale as they are in the source, so that export can give them back."""
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
