@@ -13,7 +13,7 @@ from .discovery import AdapterFolder, Skipped, find_adapters, presence
 from .formats.foreign import foreign_adapters, refuse_foreign_file
 from .formats.names import CONFIG_NAME
 from .module import Module, Part
-from .reader import Adapter, Alike, distinct_parts, open_adapter
+from .reader import Adapter, Known, distinct_parts, open_adapter
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def open_collection(
 
 def _open_all(folders: Sequence[AdapterFolder], allow_pickle: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """Those of the adapters that can be used, and for each other one why it cannot."""
-    alike = Alike()
+    known = Known()
     adapters: list[Adapter] = []
     bad: list[AdapterError] = []
     for name, folder, _, _ in folders:
         try:
             _refuse_unprintable(name)
             present = presence(name)
-            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, alike=alike, present=present))
+            adapters.append(open_adapter(name, folder, allow_pickle=allow_pickle, known=known, present=present))
         except AdapterError as error:
             bad.append(error)
     return adapters, bad

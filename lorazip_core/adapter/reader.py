@@ -115,8 +115,11 @@ class Adapter:
         return sum(path.stat().st_size for path in self.files)
 
 
-class Alike:
-    """What opening adapters has brought to light so far, for those to come that are alike; the open files besides."""
+class Known:
+    """What is known of the adapters that were opened so far, for the next ones of the same layout and configuration.
+
+    With it goes the pool of open files.
+    """
 
     def __init__(self) -> None:
         self.pool = HandlePool()
@@ -150,27 +153,27 @@ def open_adapter(
     folder: Path,
     *,
     allow_pickle: bool = False,
-    alike: Alike | None = None,
+    known: Known | None = None,
     present: Callable[[Path], bool] = Path.is_file,
 ) -> Adapter:
     """Open the adapter in ``folder``. Raises AdapterError with all that can be known from the headers.
 
     ``present`` decides which files count as being there: links are followed, and a collection refuses one that leads to
-    nothing (`presence`). With ``alike``, what adapters have in common is shared between them.
+    nothing (`presence`). With ``known``, what adapters have in common is parsed once and shared.
     """
-    alike = alike or Alike()
+    known = known or Known()
     config_file = folder / CONFIG_NAME
     with unreadable(name):
         if not present(config_file):
             refuse_foreign(name, folder)
             raise AdapterError(name, f"no {CONFIG_NAME}: not an adapter")
         config_text = config_file.read_bytes()
-        form, config = alike.config(name, config_text)
+        form, config = known.config(name, config_text)
         paths = weight_paths(name, folder, form.weights, allow_pickle=allow_pickle, present=present)
-        layout, weights = alike.layouts.read(name, form, paths)
-    parts, extras, layout = alike.tensors(name, form, config, layout)
+        layout, weights = known.layouts.read(name, form, paths)
+    parts, extras, layout = known.tensors(name, form, config, layout)
     files = (config_file, *paths.tensors, *([paths.shard_index] if paths.shard_index else []))
-    return Adapter(name, folder, form, config, config_text, parts, extras, files, layout, weights, alike.pool)
+    return Adapter(name, folder, form, config, config_text, parts, extras, files, layout, weights, known.pool)
 
 
 def distinct_parts(adapters: Iterable[Adapter]) -> list[tuple[dict[str, Part], int]]:

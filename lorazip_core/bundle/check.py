@@ -147,12 +147,10 @@ class _Check:
         """The modules that have all tensors of these ``suffixes``, which fit each other."""
         consistent = {}
         for module, shapes in found.items():
-            if not set(suffixes) <= shapes.keys():
-                continue
             if contradiction := scheme.contradiction(shapes):
                 self._found("wrong-shape", path, f"module {module}: {contradiction}")
-                continue
-            consistent[module] = shapes
+            elif shapes.keys() >= set(suffixes):
+                consistent[module] = shapes
         return consistent
 
     def _shard(self, cluster: ClusterEntry, shard: ShardEntry, shared: dict[str, dict[str, Shape]]) -> None:

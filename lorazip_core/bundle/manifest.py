@@ -234,6 +234,8 @@ def _refuse_unknown(path: Path, fields: dict[str, Any], operations: tuple[str, .
 
 def _check_references(path: Path, manifest: Manifest) -> None:
     """Indices and paths that point at nothing would surface later as a crash; they are damage."""
+    if manifest.parameters.method not in methods():
+        raise BundleDamaged(f"{path}: parameters: {_no_scheme(manifest.parameters.method)} that can be asked for")
     listed = {entry.path for entry in manifest.files}
     shards = [shard for cluster in manifest.clusters for shard in cluster.shards]
     named = {cluster.basis for cluster in manifest.clusters} | {shard.path for shard in shards}
@@ -241,7 +243,7 @@ def _check_references(path: Path, manifest: Manifest) -> None:
     in_clusters = []
     for index, adapter in enumerate(manifest.adapters):
         if adapter.scheme not in SCHEMES:
-            raise BundleDamaged(f"{path}: adapter {adapter.name!r} has the scheme {adapter.scheme!r}, which is none")
+            raise BundleDamaged(f"{path}: adapter {adapter.name!r}: {_no_scheme(adapter.scheme)}")
         shared = bool(SCHEMES[adapter.scheme].shared)
         if shared:
             in_clusters.append(index)
@@ -253,7 +255,7 @@ def _check_references(path: Path, manifest: Manifest) -> None:
         named |= {adapter.config, *filter(None, (adapter.individual, adapter.extras))}
     for number, cluster in enumerate(manifest.clusters):
         if cluster.method not in SCHEMES or not SCHEMES[cluster.method].shared:
-            raise BundleDamaged(f"{path}: cluster {number} has the method {cluster.method!r}, which shares nothing")
+            raise BundleDamaged(f"{path}: cluster {number}: {_no_scheme(cluster.method)} of clusters")
         for shard in cluster.shards:
             for index in shard.adapters:
                 if index >= len(manifest.adapters) or manifest.adapters[index].cluster != number:
@@ -264,3 +266,7 @@ def _check_references(path: Path, manifest: Manifest) -> None:
         raise BundleDamaged(f"{path}: a module set points at nothing")
     if len({adapter.name for adapter in manifest.adapters}) != len(manifest.adapters):
         raise BundleDamaged(f"{path}: two adapters have one name")
+
+
+def _no_scheme(name: str) -> str:
+    return f"{name!r} is no scheme"

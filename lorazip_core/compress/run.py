@@ -137,7 +137,8 @@ def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
     """
     count = len(collection.adapters)
     if not options.scheme.shared:
-        return bundle_bytes(collection, options.method, options.kept_rank or 1, [], options.dtype)
+        rank = options.kept_rank or (1 if options.scheme.default_rank else None)
+        return bundle_bytes(collection, options.method, rank, [], options.dtype)
     groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
     return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
 

@@ -35,7 +35,6 @@ class ClusterFiles:
     pieces: Pieces
     modules: list[str]
     has: Tensor
-
     scheme: SharedScheme
 
     def write(self) -> list[ClusterEntry]:

@@ -70,7 +70,7 @@ class Scan:
     def too_small(self, dtype: torch.dtype) -> Tensor:
         """Which adapters [n] are not zero, but have no value that is a normal number in ``dtype``.
 
-        No number of a core is larger than ‖ΔW‖_F, up to rounding, so all of them would lose digits.
+        No element of a core is larger than ‖ΔW‖_F, up to rounding, so all of them would lose digits.
         """
         largest = self.norms.amax(1).sqrt()
         return (largest > 0) & (largest < torch.finfo(dtype).smallest_normal)

@@ -17,7 +17,7 @@ from ..maths.stack import ScaledStack, Stack
 from .groups import Integers, LayoutGroup, by_layout
 from .sources import Pick, Source
 
-# The largest number in A or B, as an exponent of two: outside of it, products of a few factors would leave float32.
+# The largest element of A or B, as an exponent of two: outside of it, products of a few factors would leave float32.
 _ORDINARY_EXPONENT = 32
 
 

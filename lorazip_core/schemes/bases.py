@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # What the encoder's own QR, computed in float32, may be off from orthonormal: a few 1e-6 at d = 10^5 and R = 128.
 _ENCODER_SLACK = 5e-5
 
+CORE_BYTES = 2 * 4
+"""Per element in the core of an update on which a search runs: with its transpose."""
+
 
 class BasesScheme(SharedScheme):
     """What schemes with a basis for each side have in common; an adapter's own is its ``core``."""
@@ -25,6 +28,12 @@ class BasesScheme(SharedScheme):
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("V")[1]
+
+    def working_bytes_of_update(self, rank: int) -> int:
+        """That of its core, which the search for full cores and for clusters needs."""
+        from ..maths.tucker import search_size
+
+        return CORE_BYTES * search_size(rank)[0] ** 2
 
     def stored_rank(self, shared: Mapping[str, Shape]) -> int:
         return max(shared["U"][1], shared["V"][1])

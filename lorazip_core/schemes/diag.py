@@ -46,8 +46,8 @@ class Diag(BasesScheme):
         return {"core": TensorSpec((range(1, rank + 1) if shared is None else shared["U"][1],))}
 
     def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
-        u, v = shapes["U"][1], shapes["V"][1]
-        return f"U has {u} columns and V has {v}" if u != v else None
+        u, v = shapes.get("U"), shapes.get("V")
+        return f"U has {u[1]} columns and V has {v[1]}" if u and v and u[1] != v[1] else None
 
     def fault(self, suffix: str, tensor: Tensor) -> Fault | None:
         off = tensor.double().square().sum(0) - 1
@@ -56,6 +56,3 @@ class Diag(BasesScheme):
     def working_bytes(self, pack: PackSize, rank: int) -> int:
         products = _ROW_BYTES * min(rank, _MOST_COLUMNS) // sum(pack.size)
         return pack.elements * (_ELEMENT_BYTES + products)
-
-    def working_bytes_of_update(self, rank: int) -> int:
-        return 0

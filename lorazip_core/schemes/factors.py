@@ -17,5 +17,5 @@ class FactorsScheme(IndividualScheme):
         return shape_of("A")[0]
 
     def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
-        b, a = shapes["B"], shapes["A"]
-        return f"B is {list(b)} but A is {list(a)}" if b[1] != a[0] else None
+        b, a = shapes.get("B"), shapes.get("A")
+        return f"B is {list(b)} but A is {list(a)}" if b and a and b[1] != a[0] else None

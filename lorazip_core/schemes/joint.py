@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from .bases import BasesScheme, solution, too_far
+from .bases import CORE_BYTES, BasesScheme, solution, too_far
 from .scheme import Fault, PackSize, Problems, Shape, Size, Solution, TensorSpec
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Bytes, measured, each an upper bound.
 _ELEMENT_BYTES = 16  # per element in a factor: as it was read and in the order of the problems, partly in float64
-_CORE_BYTES = 2 * 4  # per element in the core of an update on which the search runs: with its transpose
 _COLUMN_BYTES = 32  # per element in a basis: in float32, and on its way to be orthonormal in float64
 _GRAM_BYTES = 5 * 4  # per element in a Gram matrix of cores
 _OVERLAP_BYTES = 3 * 4  # per element in the products of all bases that are compared
@@ -72,9 +71,4 @@ class Joint(BasesScheme):
         searched = max(1, min(problems, searched_together(rank, longest, torch.device("cpu"))))
         compared = (starts * rank) ** 2 * _OVERLAP_BYTES
         search = searched * (longest * wide * _COLUMN_BYTES + starts * wide**2 * _GRAM_BYTES + compared)
-        return pack.elements * _ELEMENT_BYTES + pack.updates * wide**2 * _CORE_BYTES + search
-
-    def working_bytes_of_update(self, rank: int) -> int:
-        from ..maths.tucker import search_size
-
-        return _CORE_BYTES * search_size(rank)[0] ** 2
+        return pack.elements * _ELEMENT_BYTES + pack.updates * wide**2 * CORE_BYTES + search

@@ -105,7 +105,7 @@ class Scheme(ABC):
         return {}
 
     def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
-        """Why tensors of a module, each of them right, do not belong together; None if they do."""
+        """Why the tensors of a module that are there, each of them right, do not fit each other; None if they do."""
         return None
 
     def fault(self, suffix: str, tensor: Tensor) -> Fault | None:

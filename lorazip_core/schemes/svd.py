@@ -42,7 +42,9 @@ class Svd(FactorsScheme):
             for rank, modules in _by_rank(group, ranks):
                 check_stop()
                 b, a = group.exact
-                (stored_b, stored_a), lost = encode_individual(b[modules], a[modules], rank, dtype)
+                if len(modules) < len(group.names):
+                    b, a = b[modules], a[modules]
+                (stored_b, stored_a), lost = encode_individual(b, a, rank, dtype)
                 names = [group.names[module] for module in modules]
                 for name, own_b, own_a, error in zip(names, stored_b.cpu(), stored_a.cpu(), lost.tolist(), strict=True):
                     encoding.tensors[f"{name}.B"], encoding.tensors[f"{name}.A"] = own_b, own_a

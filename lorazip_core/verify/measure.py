@@ -23,8 +23,8 @@ from ..reading.groups import by_layout
 from ..reading.placement import HOST, Placement
 
 _CPU = torch.device("cpu")
-# Numbers in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.
-_BATCH_NUMBERS = {"cpu": 2**22, "cuda": 2**25}
+# Elements in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.
+_BATCH_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
 
 class Pair(NamedTuple):
@@ -63,7 +63,7 @@ def measure(
         return {}
     ordered = sorted(pairs, key=lambda pair: _home(bundle, pair.entry))  # those that share bases next to each other
     originals = [pair.original for pair in ordered]
-    decoder = Decoder(bundle, device, _BATCH_NUMBERS[device.type])
+    decoder = Decoder(bundle, device, _BATCH_ELEMENTS[device.type])
 
     def look(block: Block) -> list[tuple[str, Seen]]:
         own = [ordered[number] for number in block.adapters]

@@ -33,7 +33,7 @@ class AdapterReport(Struct, frozen=True, kw_only=True):
     cluster: int | None
     claimed_squared_error: float
     squared_error: float | None
-    """Losses against the originals; null without them, or where they or the bundle do not allow it."""
+    """Measured against the originals; null without them, or where they or the bundle do not allow it."""
     mean_module_squared_error: float | None
     worst_module: ModuleError | None
     """These two are claims or measured, as ``errors_are`` of the report says."""

@@ -59,7 +59,7 @@ def log_in_page(answer: Answer, request: object, chance: object) -> Answer:
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch, retries: RetryPolicy) -> list[float]:
-    """A `fetch` of this retries that does not wait; the seconds that it would have waited, as they come."""
+    """A `fetch` that retries without waiting; the seconds that it would have waited, as they come."""
     waits: list[float] = []
     monkeypatch.setattr(hub_module, "sleep_using_event", lambda stopped: waits.append)
     monkeypatch.setattr(lorazip_core.fetch.options, "FetchOptions", partial(FetchOptions, retries=retries))

@@ -59,7 +59,7 @@ class Sign(IndividualScheme):
         return shape_of("signs_a")[0]
 
     def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
-        most = range(1, max(size) + 1)
+        most = range(1, (rank or max(size)) + 1)
         return {
             "signs_b": TensorSpec((size.d_out, most), ("I8",)),
             "signs_a": TensorSpec((most, size.d_in), ("I8",)),
@@ -139,6 +139,8 @@ def test_a_new_scheme_goes_through_every_command(
     assert (chosen["method"], chosen["chosen"]) == (scheme.name, True)
     made = run(capsys, "compress", adapters, "-o", bundle, "--method", scheme.name)
     assert made["method"] == scheme.name
+    real = made["summary"]["bytes_bundle"]  # type: ignore[index]
+    assert chosen["bytes_bundle"] == pytest.approx(real, rel=0.2)
     told = run(capsys, "info", bundle)
     assert {adapter["scheme"] for adapter in told["adapters"]} == {scheme.name}  # type: ignore[attr-defined]
     assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True

@@ -5,6 +5,7 @@ A new Python would first import torch, for seconds.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -36,13 +37,10 @@ def forked(work: Callable[[], object], *, dies_at: int, of: Callable[[str, str],
 
 
 def _killer(step: int, of: Callable[[str, str], bool]) -> Callable[[str, tuple[object, ...]], None]:
-    seen = 0
+    events = itertools.count(1)  # of any thread, each counted once
 
     def watch(event: str, args: tuple[object, ...]) -> None:
-        nonlocal seen
-        if event in EVENTS and of(event, str(args)):
-            seen += 1
-            if seen == step:
-                os.kill(os.getpid(), 9)
+        if event in EVENTS and of(event, str(args)) and next(events) == step:
+            os.kill(os.getpid(), 9)
 
     return watch

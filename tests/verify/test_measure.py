@@ -80,7 +80,7 @@ def test_neither_batches_nor_order_show_in_the_errors(
     bundle = Bundle(sound)
     pairs = pairs_of(bundle)
     usual = measured(bundle, pairs)
-    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": most})
+    monkeypatch.setattr(measuring, "_BATCH_ELEMENTS", {"cpu": most})
     found = measured(bundle, pairs[::-1], PLACEMENTS[kind])
     assert found.keys() == usual.keys() == set(NAMES)
     for pair in pairs:
@@ -126,7 +126,7 @@ def test_an_original_too_large_for_the_buffers(sound: Path, monkeypatch: pytest.
     found = measured(bundle, pairs_of(bundle))
     assert all(same(found[name], usual[name]) for name in NAMES)
     assert verify(sound, against=originals).findings == []
-    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": 1})
+    monkeypatch.setattr(measuring, "_BATCH_ELEMENTS", {"cpu": 1})
     stacked: list[int] = []
     stack = torch.stack
     monkeypatch.setattr(torch, "stack", lambda tensors, *rest: stacked.append(len(tensors)) or stack(tensors, *rest))
@@ -183,7 +183,7 @@ def test_a_batch_has_no_more_numbers_than_it_may(twins: Path, most: int, monkeyp
         sizes.append((updates * modules, sum(side.numel() for side in (*x, y[0]))))
         return compared(x, y)
 
-    monkeypatch.setattr(measuring, "_BATCH_NUMBERS", {"cpu": most})
+    monkeypatch.setattr(measuring, "_BATCH_ELEMENTS", {"cpu": most})
     monkeypatch.setattr(measuring, "squared_norm_and_distance", noted)
     bundle = Bundle(twins)
     names = {entry.name for entry in bundle.manifest.adapters}
