@@ -33,6 +33,7 @@ from .options import (
 from .progress import progress
 from .report_file import check_report_files, write_report_files
 from .table import count, error, megabytes, saved, table
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.clustering.clusters_file import Candidate, ClusterFigures
@@ -110,7 +111,7 @@ def cluster(
             "--report": lambda: cluster_page(found.assignment, found.similarity).encode(),
         },
     )
-    console.show(found.report, _render, as_json=json, quiet=quiet)
+    console.show(report_in_options(found.report), _render, as_json=json, quiet=quiet)
     return 0
 
 

@@ -35,6 +35,7 @@ from .options import (
 from .options import clusters as parse_clusters
 from .progress import progress
 from .table import by_file, count, error, megabytes, saved, saving, table, times
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.compress.run import CompressReport
@@ -118,13 +119,14 @@ def compress(
     if output is None or dry_run:
         from lorazip_core.planning.plan import plan
 
-        planned = plan(directory, options, output=output, **reading)
+        planned = report_in_options(plan(directory, options, output=output, **reading))
         console.show(planned, lambda report: _render_plan(report, output), as_json=json, quiet=False)
         return 0
     check_new(output, force=force)
     from lorazip_core.compress.run import compress as compress_adapters
 
-    report = compress_adapters(directory, output, options, force=force, progress=progress(quiet), **reading)
+    made = compress_adapters(directory, output, options, force=force, progress=progress(quiet), **reading)
+    report = report_in_options(made)
     console.show(report, _render, as_json=json, quiet=quiet)
     if not quiet:
         console.warn_of(report.warnings)

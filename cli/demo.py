@@ -19,6 +19,7 @@ from .options import Force, Quiet
 from .progress import progress
 from .report_file import write_data
 from .table import error, megabytes
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.verify.run import VerifyReport
@@ -51,7 +52,7 @@ def demo(
     show.note("compress: sixteen adapters onto one shared basis")
     compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
     show.note("verify: every error again, from the originals")
-    report = verify(bundle, against=sample_path(), progress=show)
+    report = report_in_options(verify(bundle, against=sample_path(), progress=show))
     write_data(report_file, console.json_bytes(report))
     show.note("export: back to ordinary PEFT adapters")
     export(bundle, adapters, force=force, progress=show)

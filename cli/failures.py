@@ -17,6 +17,7 @@ from lorazip_core.base.text import megabytes
 
 from .table import count
 from .usage import explain_usage
+from .wording import in_options
 
 _HINTS = {
     errno.ENOSPC: "free some space, or choose another -o",
@@ -41,10 +42,10 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
         case AdapterErrors(errors=errors):
             escape = arguments[:1] in (["cluster"], ["compress"]) and "--skip-bad" not in arguments
             hint = " (--skip-bad goes on without)" if escape else ""
-            lines = [*map(str, errors), f"{count(len(errors), 'adapter')} cannot be used{hint}"]
-            return Failure(lines, error.exit_code)
+            lines = [in_options(str(each)) for each in errors]
+            return Failure([*lines, f"{count(len(errors), 'adapter')} cannot be used{hint}"], error.exit_code)
         case LorazipError():
-            return Failure([str(error)], error.exit_code)
+            return Failure([in_options(str(error))], error.exit_code)
         case typer.TyperException():
             return Failure([explain_usage(error)], error.exit_code)
         case OSError() if error.errno != errno.ENOMEM:

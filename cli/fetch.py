@@ -16,6 +16,7 @@ from . import console
 from .options import AllowPickle, Json, Quiet, between, size
 from .progress import progress
 from .table import count, megabytes, table
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.fetch.report import FetchedAdapter, FetchReport
@@ -105,7 +106,7 @@ def fetch(
         options.check(sources or [], read_strictly(output), output)
     from lorazip_core.fetch.run import fetch as fetch_adapters
 
-    report = fetch_adapters(sources or [], output, options, progress=progress(quiet))
+    report = report_in_options(fetch_adapters(sources or [], output, options, progress=progress(quiet)))
     if json:
         console.json(report)
     elif dry_run:

@@ -10,6 +10,7 @@ from lorazip_core.base.text import plain
 from . import console
 from .options import Bundle, Json, Quiet
 from .table import by_file, count, error, megabytes, table, times
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.adapter.lock import Origin
@@ -22,7 +23,7 @@ def info(bundle: Bundle, json: Json = False, quiet: Quiet = False) -> int:
     """List what is inside a bundle, as its manifest claims it."""
     from lorazip_core.info import info as describe
 
-    console.show(describe(bundle), _render, as_json=json, quiet=False)
+    console.show(report_in_options(describe(bundle)), _render, as_json=json, quiet=False)
     return 0
 
 

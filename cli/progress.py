@@ -15,6 +15,7 @@ from lorazip_core.base.text import count, megabytes, plain
 
 from . import console
 from .interrupt import announce_with
+from .wording import in_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +88,7 @@ class Lines:
         console.say(f"{lines.state()} in {_duration(self._clock() - start)}")
 
     def note(self, text: str) -> None:
-        console.say(plain(text))
+        console.say(plain(in_options(text)))
 
     def stopping(self) -> None:
         """Say that the command is about to stop; from the handler of a signal."""
@@ -155,9 +156,9 @@ class Bars:
 
     def note(self, text: str) -> None:
         if self._live is None:
-            console.say(plain(text))
+            console.say(plain(in_options(text)))
         else:
-            self._live.console.print(plain(text))
+            self._live.console.print(plain(in_options(text)))
 
     def stopping(self) -> None:
         """As `Lines.stopping`. A second signal leaves the terminal as it then is: with a cursor."""

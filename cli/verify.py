@@ -15,6 +15,7 @@ from .options import AllowPickle, Bundle, Device, ForceFiles, Json, MaxMeanError
 from .progress import progress
 from .report_file import check_report_files, write_report_files
 from .table import count, error, megabytes, saving, table, times
+from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.verify.run import AdapterReport, VerifyReport
@@ -70,12 +71,12 @@ def verify(
         device=device,
         progress=progress(quiet),
     )
-    report = result.report
+    report = report_in_options(result.report)
     write_report_files(
         files,
         {
             "-o": lambda: console.json_bytes(report),
-            "--report": lambda: verify_page(result).encode(),
+            "--report": lambda: verify_page(result._replace(report=report)).encode(),
             "--junit": lambda: junit([report]),
             "--summary": lambda: markdown(report).encode(),
         },

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lorazip_cli.wording import OPTIONS
+
 ROOT = Path(__file__).parent.parent
 CORE, CLI = ROOT / "lorazip_core", ROOT / "cli"
 
@@ -264,6 +266,41 @@ def test_who_imports_what_from_outside(module: str, allowed: set[str]) -> None:
 def test_the_core_does_not_know_the_command_line() -> None:
     for path in sources(CORE):
         assert not [name for name, _ in imports(path, CORE) if name.split(".")[0] in {"cli", "lorazip_cli"}]
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The texts in a file, but for its docstrings; those with fields as a whole, with {} for each field."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    within = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):  # from the outside in
+        if isinstance(node, ast.JoinedStr):
+            within.update(map(id, node.values))
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in within:
+            yield node.value
+
+
+COMMAND = re.compile(r"'lorazip [^']*'")  # in quotes, to be typed as it is
+OPTION = re.compile(r"(?<![\w-])--[a-z]| -o\b")
+# The pages are about a run of a command, and so have its options.
+SPEAKS_OF_PARAMETERS = sorted(name for name in MODULES if name and not name.startswith("report"))
+
+
+@pytest.mark.parametrize("name", SPEAKS_OF_PARAMETERS)
+def test_the_core_names_no_option(name: str) -> None:
+    assert not [text for text in texts(MODULES[name]) if OPTION.search(COMMAND.sub("", text)) or text == "-o"]
+
+
+def test_every_parameter_that_the_core_names_has_an_option() -> None:
+    """And the table has no other."""
+    markdown = {"export.readme"}
+    named = {
+        match
+        for name in set(SPEAKS_OF_PARAMETERS) - markdown
+        for text in texts(MODULES[name])
+        for match in re.findall("`([^`{}]+)`", text)
+    }
+    assert named == OPTIONS.keys()
 
 
 def test_the_command_line_imports_itself_relatively() -> None:

@@ -105,12 +105,12 @@ def raise_error(error: OSError) -> None:
     raise error
 
 
-def check_parent(target: Path, option: str = "-o") -> None:
+def check_parent(target: Path, called: str = "`output`") -> None:
     """Raise UsageError if ``target`` would be below a file, OSError if its folder can be neither made nor written."""
     real = Path(os.path.realpath(target))
     folder = nearest_existing(real.parent)
     if not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a directory", f"choose another {option}")
+        raise UsageError(f"{folder} is a file, not a directory", f"choose another {called}")
     if not os.access(folder, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(folder))
@@ -132,7 +132,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed > free:
         raise LocalError(
             f"{folder}: about {megabytes(needed)} are needed, {megabytes(free)} are free",
-            "free some space, or choose another -o",
+            "free some space, or choose another `output`",
         )
 
 

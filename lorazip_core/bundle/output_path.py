@@ -11,12 +11,12 @@ from ..base.errors import UsageError
 from .kinds import is_adapter, is_bundle
 
 
-def check_output_path(output: Path, inputs: Iterable[Path] = (), option: str = "-o") -> None:
+def check_output_path(output: Path, inputs: Iterable[Path] = (), called: str = "`output`") -> None:
     """Raise UsageError for an output in an adapter or a bundle, or that is, is in or has in it one of ``inputs``.
 
     An adapter or a bundle at ``output`` itself is no error here: `check_output` says whether it may be replaced.
     """
-    real, hint = Path(os.path.realpath(output)), f"choose another {option}"
+    real, hint = Path(os.path.realpath(output)), f"choose another {called}"
     for folder in real.parents:
         with suppress(PermissionError):  # what may not be read is none of ours
             if is_bundle(folder):

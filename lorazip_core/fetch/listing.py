@@ -36,7 +36,7 @@ class Failure:
 
     @property
     def can_be_skipped(self) -> bool:
-        """Whether --skip-bad goes on without it: a bad adapter, or what the Hub refuses, but not an outage."""
+        """Whether ``skip_bad`` goes on without it: a bad adapter, or what the Hub refuses, but not an outage."""
         return isinstance(self.error, AdapterError | HubRefused)
 
     def left_out(self, because: Literal["listing", "max-size", "skip-bad"]) -> LeftOut:
@@ -207,7 +207,7 @@ def _chosen(label: str, files: Iterable[RequestedFile], allow_pickle: bool) -> t
         names.append(PICKLE)
     else:
         raise AdapterError(
-            label, f"{PICKLE} is pickled, and a pickle can run code", "--allow-pickle fetches and reads it safely"
+            label, f"{PICKLE} is pickled, and a pickle can run code", "`allow_pickle` fetches and reads it safely"
         )
     return tuple(here[name] for name in sorted(names))
 
@@ -218,7 +218,7 @@ def _within_limits(requested: RequestedAdapter, base_model: str | None, named: b
         failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("listing")
     if limits.max_bytes is not None and requested.size_bytes > limits.max_bytes:
-        reason = f"it has {megabytes(requested.size_bytes)}, more than --max-size {megabytes(limits.max_bytes)}"
+        reason = f"it has {megabytes(requested.size_bytes)}, more than `max_bytes` {megabytes(limits.max_bytes)}"
         failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("max-size")
     return requested
@@ -248,7 +248,8 @@ def local_adapters(
     for name, below in _outermost(folders).items():
         folder = folders[name]
         if Path(folder.real).is_relative_to(real_target):
-            raise UsageError(f"{label(name)!r} is in -o {str(target)!r}", "choose another -o, or remove the link")
+            where = f"{label(name)!r} is in `output` {str(target)!r}"
+            raise UsageError(where, "choose another `output`, or remove the link")
         try:
             found += _local_adapter(source, name, folder, limits, license_of)
         except NotLora as error:

@@ -79,7 +79,7 @@ class Planner:
             if (source.text, source.filters) not in known:
                 raise CheckFailed(
                     f"{self._directory / LOCK_NAME} was made without {source.text!r}, or with other filters",
-                    "fetch without --locked to add it",
+                    "fetch without `locked` to add it",
                 )
             names.update(known[source.text, source.filters].adapters)
         left_out = [each for source in self._lock.sources for each in source.left_out]
@@ -133,7 +133,7 @@ class Planner:
         return list((before | new).values())
 
     def _kept(self, source: Source, out: list[LeftOut]) -> set[str]:
-        """Adapters of a source in the lock that could not be looked up this time: --skip-bad keeps them."""
+        """Adapters of a source in the lock that could not be looked up this time: ``skip_bad`` keeps them."""
         skipped = {each.what for each in out if each.because == "skip-bad"}
         before = [known for known in self._lock.sources if known.source == source.text]
         names = {name for known in before for name in known.adapters}

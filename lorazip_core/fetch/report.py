@@ -33,7 +33,7 @@ class FetchFailure(Struct, frozen=True, kw_only=True):
     exit_code: int
     message: str
     skippable: bool
-    """Whether ``--skip-bad`` goes on without it."""
+    """Whether ``skip_bad`` goes on without it."""
 
 
 class FetchSummary(Struct, frozen=True, kw_only=True):

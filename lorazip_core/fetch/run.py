@@ -36,35 +36,33 @@ from .workspace import Workspace, adapter_folder, read_journal
 _SILENT = Silent()
 
 
-def fetch(
-    sources: Sequence[str], directory: Path, options: FetchOptions, *, progress: Progress = _SILENT
-) -> FetchReport:
-    """Fetch the adapters that ``sources`` name into ``directory``, and write its lock when all of them are there.
+def fetch(sources: Sequence[str], output: Path, options: FetchOptions, *, progress: Progress = _SILENT) -> FetchReport:
+    """Fetch the adapters that ``sources`` name into ``output``, and write its lock when all of them are there.
 
     Failures of single adapters are in the report's ``failures``; what has arrived stays, and the next run goes on from
-    there. Raises UsageError, also for a ``directory`` in a bundle or an adapter, CheckFailed for sources that the lock
+    there. Raises UsageError, also for an ``output`` in a bundle or an adapter, CheckFailed for sources that the lock
     lacks under ``locked``, HubError when the Hub cannot be reached at all, LocalError for a full disk or another run at
     work, and with ``fail_fast`` the first failure.
     """
     started = time.monotonic()
-    if os.path.lexists(directory) and not directory.is_dir():
-        what = "a file, not a directory" if directory.exists() else "a link to nothing"
-        raise UsageError(f"{directory} is {what}", "choose another -o")
-    check_output_path(directory)
-    if is_bundle(directory) or is_adapter(directory):
-        what = "a bundle" if is_bundle(directory) else "the folder of an adapter"
-        raise UsageError(f"{directory} is {what}, and adapters would go into it", "choose another -o")
-    if is_within(Path(constants.HF_HUB_CACHE), directory):
-        raise UsageError(f"the cache of the Hub is inside {directory}", "choose another -o, or another HF_HOME")
+    if os.path.lexists(output) and not output.is_dir():
+        what = "a file, not a directory" if output.exists() else "a link to nothing"
+        raise UsageError(f"{output} is {what}", "choose another `output`")
+    check_output_path(output)
+    if is_bundle(output) or is_adapter(output):
+        what = "a bundle" if is_bundle(output) else "the folder of an adapter"
+        raise UsageError(f"{output} is {what}, and adapters would go into it", "choose another `output`")
+    if is_within(Path(constants.HF_HUB_CACHE), output):
+        raise UsageError(f"the cache of the Hub is inside {output}", "choose another `output`, or another HF_HOME")
     with HttpClient(progress.note) as client:
-        run = _Run(directory, options, Hub(client, options.retries), progress)
+        run = _Run(output, options, Hub(client, options.retries), progress)
         if options.dry_run or options.locked:
             with client.executor(options.jobs) as executor:
                 run.look(sources, executor)
         if not (options.dry_run or (options.locked and run.has_all)):
             with (
-                # What a killed run has left to finish belongs to another lock than that of --locked.
-                Workspace(directory, recover=not options.locked) as workspace,
+                # What a killed run has left to finish belongs to another lock than that of ``locked``.
+                Workspace(output, recover=not options.locked) as workspace,
                 client.executor(options.jobs) as executor,
             ):
                 if not options.locked:
@@ -229,7 +227,7 @@ class _Run:
         if lost is None or self.options.force:
             return False
         where = f"{self.directory / name}: {'this' if lost == '.' else lost} is not as lorazip wrote it"
-        error = OutputExists(where, "move it away, or --force to replace it")
+        error = OutputExists(where, "move it away, or `force` to replace it")
         self.plan.failures.append(Failure(label, error))
         return True
 
@@ -265,7 +263,7 @@ class _Run:
         if orphans:
             names = f"{min(orphans)!r}{f' and {len(orphans) - 1} more' if len(orphans) > 1 else ''}"
             self.progress.note(
-                f"no source names {names} any more; --prune with the sources removes what they do not name"
+                f"no source names {names} any more; `prune` with the sources removes what they do not name"
             )
         workspace.finish(lock)
         self.complete = True

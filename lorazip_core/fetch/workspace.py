@@ -49,7 +49,8 @@ class Workspace:
     def __enter__(self) -> Self:
         self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
         _refuse_link(self._folder)
-        busy = LocalError(f"{self.directory}: another lorazip is fetching into it", "wait for it, or choose another -o")
+        what = f"{self.directory}: another lorazip is fetching into it"
+        busy = LocalError(what, "wait for it, or choose another `output`")
         self._lock = lock_directory(self._folder, busy)
         try:
             for path in self._folder.iterdir():

@@ -45,11 +45,11 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     problems: int = 0
     """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
     memory_bytes: int | None = None
-    """An upper bound on main memory on this machine, without ``--memory``; null if the device is not there."""
+    """An upper bound on main memory on this machine, without ``memory``; null if the device is not there."""
     least_memory_bytes: int | None = None
-    """The least that ``--memory`` may be."""
+    """The least that ``memory`` may be."""
     output_exists: bool | None = None
-    """Whether something is where the bundle would go, which takes ``--force``; null if no place was named."""
+    """Whether something is where the bundle would go, which takes ``force``; null if no place was named."""
     left_out: dict[str, list[str]] = {}
     """By adapter, files in its folder with weights that are not its own: they will not be in the bundle."""
 
@@ -72,7 +72,7 @@ def plan(
     options.check(len(collection.adapters))
     if options.clusters == "auto":
         raise UsageError(
-            "--clusters auto cannot be planned: it depends on the weights", "plan with a number, or a file"
+            "`clusters` auto cannot be planned: it depends on the weights", "plan with a number, or a file"
         )
     groups: Sequence[Sequence[int]]
     if isinstance(options.clusters, Path):

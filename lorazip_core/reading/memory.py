@@ -65,7 +65,7 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, method: str, rank: int, clusters: object, adapters: int) -> Task:
-        """For what `--clusters` says: a number, ``auto``, or a file."""
+        """For what ``clusters`` says: a number, ``auto``, or a file."""
         if isinstance(clusters, int):
             return cls(method, rank, clusters, clusters > 1)
         sought = clusters == "auto"
@@ -93,10 +93,10 @@ def fit_into_memory(device: torch.device, collection: Collection, task: Task, bo
     if device.type == "cpu":
         workers = cores() if bounds.host is None else min(cores(), (bounds.host - base) // each)
         if workers < 1:
-            raise _too_little("--memory", bounds.host, base + each)
+            raise _too_little("`memory`", bounds.host, base + each)
         return WorkPlan(workers, CPU_BUDGET, HOST)
     if bounds.host is not None and bounds.host < base + each:
-        raise _too_little("--memory", bounds.host, base + each)
+        raise _too_little("`memory`", bounds.host, base + each)
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
     resident = fits_to_stay(sum(sizes), bound)
@@ -108,7 +108,7 @@ def fit_into_memory(device: torch.device, collection: Collection, task: Task, bo
     elements, updates = _counts(collection)
     least = max(elements.values()) * each_element + max(updates.values()) * _of_update(task)
     if left < least:
-        raise _too_little("--device-memory", bound, least + bound - left)
+        raise _too_little("`device_memory`", bound, least + bound - left)
     most = 2 ** ((left // each_element).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.elements, most), _MOST_ON_GPU.modules)
     return WorkPlan(cores(), budget, choose_placement(device, sum(sizes), max(sizes), bound))
@@ -136,7 +136,7 @@ def host_bytes(device: torch.device, collection: Collection, task: Task) -> Host
 
 
 def planned_bytes(device: torch.device, collection: Collection, task: Task) -> tuple[int, int]:
-    """The main memory that a run takes here at the most without ``--memory``, and the least that ``--memory`` may be.
+    """The main memory that a run takes here at the most without ``memory``, and the least that ``memory`` may be.
 
     Rounded up to MiB, as people would give them, with some MiB more for what another process holds of its libraries.
     """
@@ -223,9 +223,9 @@ def _counts(collection: Collection) -> tuple[Counter[str], Counter[str]]:
     return elements, updates
 
 
-def _too_little(option: str, bound: int | None, least: int) -> LocalError:
+def _too_little(name: str, bound: int | None, least: int) -> LocalError:
     return LocalError(
-        f"{option}: {_size(bound or 0)} is too little, {_size(least)} is the least that this takes",
+        f"{name}: {_size(bound or 0)} is too little, {_size(least)} is the least that this takes",
         "allow more, or compress fewer adapters at a time",
     )
 

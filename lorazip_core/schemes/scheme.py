@@ -78,9 +78,9 @@ class Scheme(ABC):
     own: ClassVar[tuple[str, ...]]
     """The suffixes of an adapter's own tensors, for every module."""
     default_rank: ClassVar[int | None] = None
-    """The rank without ``--rank``; None for a scheme that has no rank."""
+    """The rank where none is asked for; None for a scheme that has no rank."""
     is_method: ClassVar[bool] = True
-    """Whether ``--method`` can ask for it; else it is only what some adapters end with."""
+    """Whether it can be asked for; else it is only what some adapters end with."""
     keeps_factors: ClassVar[bool] = False
     """Whether its own tensors are B, A and scale as they are in the source, so that export can give them back."""
 
