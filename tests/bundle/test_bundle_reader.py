@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from testing.broken import flip
+from testing.broken import edit_manifest, flip
 from testing.random_bundle import make_bundle
 
 from lorazip_cli.main import main
@@ -126,3 +128,22 @@ def test_a_file_that_may_not_be_read_is_no_damage(bundle: Path, monkeypatch: pyt
     monkeypatch.setattr(reader.os, "open", refused)
     with pytest.raises(PermissionError, match=r"Permission denied.*bases/"):
         opened.names(opened.manifest.clusters[0].basis)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (lambda fields: fields["adapters"][0], "scheme"),
+        (lambda fields: fields["clusters"][0], "method"),
+        (lambda fields: fields["parameters"], "method"),
+    ],
+    ids=["adapter", "cluster", "parameters"],
+)
+@pytest.mark.parametrize("unknown", ["nope", "original"])
+def test_a_name_that_is_no_scheme_there_is_damage(
+    bundle: Path, place: Callable[[dict[str, Any]], dict[str, str]], name: str, unknown: str
+) -> None:
+    """`original` can be neither asked for nor shared; an adapter of a cluster cannot have it."""
+    edit_manifest(bundle, lambda fields: place(fields).update({name: unknown}))
+    for command in (["info", str(bundle)], ["verify", str(bundle)], ["export", str(bundle), "-o", f"{bundle}-out"]):
+        assert main([*command, "-q"]) == BundleDamaged.exit_code
