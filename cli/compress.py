@@ -60,6 +60,7 @@ def compress(
             "--method",
             metavar="|".join(_methods()),
             callback=one_of(_methods),
+            autocompletion=lambda incomplete: [name for name in _methods() if name.startswith(incomplete)],
             help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
         ),
     ] = DEFAULT,

@@ -218,7 +218,7 @@ def _within_limits(requested: RequestedAdapter, base_model: str | None, named: b
         failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("listing")
     if limits.max_bytes is not None and requested.size_bytes > limits.max_bytes:
-        reason = f"it has {megabytes(requested.size_bytes)}, more than `max_bytes` {megabytes(limits.max_bytes)}"
+        reason = f"it has {megabytes(requested.size_bytes)}, more than the {megabytes(limits.max_bytes)} allowed"
         failure = Failure(requested.label, AdapterError(requested.label, reason))
         return failure if named else failure.left_out("max-size")
     return requested

@@ -146,22 +146,28 @@ class TestStart:
             command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
             command.make_context(name, arguments)
 
-    def test_completion_is_there_and_needs_no_torch(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_completion_can_be_installed(self) -> None:
         assert main(["--show-completion", "bash"]) in (0, 1)  # 1 where Typer cannot tell the shell
-        capsys.readouterr()
+
+    @pytest.mark.parametrize(
+        ("words", "completed"),
+        [("lorazip compress --max", "--max-error\n"), ("lorazip compress --method ", "svd\njoint\ndiag\n")],
+        ids=["option", "method"],
+    )
+    def test_completion_needs_no_torch(self, words: str, completed: str) -> None:
         code = "import sys; sys.modules['torch'] = None; from lorazip_cli.main import run; run()"
         result = subprocess.run(
             [sys.executable, "-c", code],
             env={
                 **os.environ,
                 "_LORAZIP_COMPLETE": "complete_bash",
-                "COMP_WORDS": "lorazip compress --max",
-                "COMP_CWORD": "2",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(words.count(" ")),
             },
             capture_output=True,
             text=True,
         )
-        assert (result.returncode, result.stdout, result.stderr) == (0, "--max-error\n", "")
+        assert (result.returncode, result.stdout, result.stderr) == (0, completed, "")
 
     def test_every_command_has_a_help_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0

@@ -389,7 +389,7 @@ class TestAdapters:
         assert good("collection:ann/c-1", "--max-size", "2KB") == 0
         assert good.names == ["ann/a"]
         size = sum(len(adapter_files(1)[name]) for name in ("adapter_config.json", "adapter_model.safetensors")) + 2000
-        reason = f"it has {size:,} bytes, more than --max-size 2,000 bytes"
+        reason = f"it has {size:,} bytes, more than the 2,000 bytes allowed"
         assert f"  ann/large: {reason}" in good.err
         shutil.rmtree(good.directory)
         good("ann/a", "ann/large", "--max-size", "2KB")
