@@ -55,8 +55,8 @@ class _Corner(NamedTuple):
 
 
 # How far the search goes. Bases that drop out on the way make room for rounds of those that are left. On 32 real
-# adapters a third corner, more starts, rounds and finalists took five times as long, for at most 0.02% of the mean error; fewer
-# starts than these have cost the worst adapter 5%.
+# adapters a third corner, more starts, rounds and finalists took five times as long, for at most 0.02% of the mean
+# error; fewer starts than these have cost the worst adapter 5%.
 _CORNERS = _Corner(1.5, 8, 48, 24), _Corner(2.5, 16, 64, 12)  # at a small rank; a large one has the first alone
 _ROUNDS, _SURVIVORS = 9, 5  # of all starts, and those that go on
 _SURVIVOR_ROUNDS, _CORNER_FINALISTS = 6, 2
