@@ -21,7 +21,6 @@ OPTIONS = {
     "jobs": "--jobs",
     "limit": "--limit",
     "locked": "--locked",
-    "max_bytes": "--max-size",
     "max_error": "--max-error",
     "memory": "--memory",
     "method": "--method",
