@@ -38,7 +38,6 @@ def test_every_option_in_the_table_is_one() -> None:
     [
         ("choose another `output`, or `force` to replace it", "choose another -o, or --force to replace it"),
         ("x exists (choose another `output`)", "x exists (choose another -o)"),
-        ("`max_bytes` 1 MB", "--max-size 1 MB"),
         ("`seed` and `no_such_thing` 1", "`seed` and `no_such_thing` 1"),
         ("adapter '`force`': bad", "adapter '`force`': bad"),
         ("adapter 'a `force`': bad", "adapter 'a `force`': bad"),
