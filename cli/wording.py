@@ -1,4 +1,4 @@
-"""What the core says of its parameters, as the command line has it: `max_error` is --max-error here."""
+"""What the core says of its parameters, as the command line has it: «max_error» is --max-error here."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ OPTIONS = {
 }
 """The option of every parameter that the core's messages name."""
 
-# Not within a longer word, a path or quotes: that is a name which somebody gave to a file.
-_PARAMETER = re.compile(r"""(?<![\w/'"])`([a-z_]+)`(?![\w/'"])""")
+# No text of another library has these marks. Not within a longer word, a path or quotes: that is the name of a file.
+_PARAMETER = re.compile(r"""(?<![\w/'"])«([a-z_]+)»(?![\w/'"])""")
 # The lists of a report whose items have texts, and those texts; all else in it are names, paths, figures and kinds.
 _LISTS = ("warnings", "findings", "skipped", "left_out", "failures")
 _TEXTS = ("message", "hint", "reason")

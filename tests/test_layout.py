@@ -298,7 +298,7 @@ def test_every_parameter_that_the_core_names_has_an_option() -> None:
         match
         for name in set(SPEAKS_OF_PARAMETERS) - markdown
         for text in texts(MODULES[name])
-        for match in re.findall("`([^`{}]+)`", text)
+        for match in re.findall("«([^«»{}]+)»", text)
     }
     assert named == OPTIONS.keys()
 

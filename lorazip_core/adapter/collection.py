@@ -136,7 +136,7 @@ def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[Adapter
         AdapterError(
             adapter.name,
             f"base model {adapter.config.base_model!r}, but {count} of {len(adapters)} adapters here have {usual!r}",
-            "one collection, one base model; `allow_mixed_base` if these are the same weights under two names",
+            "one collection, one base model; «allow_mixed_base» if these are the same weights under two names",
         )
         for adapter in adapters
         if adapter.config.base_model != usual

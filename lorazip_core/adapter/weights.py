@@ -177,7 +177,7 @@ def weight_paths(
         raise AdapterError(
             adapter,
             f"{names.pickle} is pickled, and a pickle can run code",
-            "save it again as safetensors, or `allow_pickle` to read it with weights_only=True",
+            "save it again as safetensors, or «allow_pickle» to read it with weights_only=True",
         )
     refuse_foreign(adapter, folder)
     reason = f"no weights: neither {names.whole} nor {names.shard_index}"

@@ -154,7 +154,7 @@ def resumable_directory(target: Path, *, force: bool, not_ours: NotOurs, resumab
 
 def _take_over(partial: Path, target: Path, not_ours: NotOurs, keep_work: bool) -> int:
     """Lock ``partial``, made or left by a run that has ended, and clear it; the descriptor that holds the lock."""
-    busy = LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another `output`")
+    busy = LocalError(f"{target}: another lorazip is writing it", "wait for it, or choose another «output»")
     try:
         lock = lock_directory(partial, busy)
     except OSError as error:
@@ -203,7 +203,7 @@ def check_output(target: Path, *, force: bool, not_ours: NotOurs) -> None:
         check_parent(target)
         return
     if not force:
-        raise OutputExists(f"{target} exists", "choose another `output`, or `force` to replace it")
+        raise OutputExists(f"{target} exists", "choose another «output», or «force» to replace it")
     why = _objection(target, not_ours) if target.is_dir() else "it is not a directory"
     if why is not None:
         raise OutputExists(
@@ -212,7 +212,7 @@ def check_output(target: Path, *, force: bool, not_ours: NotOurs) -> None:
     check_parent(target)
     for folder, _, _ in os.walk(target, onerror=raise_error):
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            hint = "chmod -R u+w, or choose another `output`"
+            hint = "chmod -R u+w, or choose another «output»"
             raise LocalError(f"{folder} is read-only and cannot be replaced", hint)
 
 

@@ -17,9 +17,9 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
     if wanted is None:
-        raise UsageError(f"`device` {name}: choose auto, cpu, cuda or cuda:N")
+        raise UsageError(f"«device» {name}: choose auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(wanted[1] or 0) >= torch.cuda.device_count():
-        raise LocalError(f"`device` {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use `device` cpu")
+        raise LocalError(f"«device» {name}: not there ({torch.cuda.device_count()} CUDA devices)", "use «device» cpu")
     return torch.device("cuda:0" if name == "cuda" else name)
 
 

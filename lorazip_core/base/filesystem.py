@@ -105,7 +105,7 @@ def raise_error(error: OSError) -> None:
     raise error
 
 
-def check_parent(target: Path, called: str = "`output`") -> None:
+def check_parent(target: Path, called: str = "«output»") -> None:
     """Raise UsageError if ``target`` would be below a file, OSError if its folder can be neither made nor written."""
     real = Path(os.path.realpath(target))
     folder = nearest_existing(real.parent)
@@ -132,7 +132,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed > free:
         raise LocalError(
             f"{folder}: about {megabytes(needed)} are needed, {megabytes(free)} are free",
-            "free some space, or choose another `output`",
+            "free some space, or choose another «output»",
         )
 
 

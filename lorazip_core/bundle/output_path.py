@@ -11,7 +11,7 @@ from ..base.errors import UsageError
 from .kinds import is_adapter, is_bundle
 
 
-def check_output_path(output: Path, inputs: Iterable[Path] = (), called: str = "`output`") -> None:
+def check_output_path(output: Path, inputs: Iterable[Path] = (), called: str = "«output»") -> None:
     """Raise UsageError for an output in an adapter or a bundle, or that is, is in or has in it one of ``inputs``.
 
     An adapter or a bundle at ``output`` itself is no error here: `check_output` says whether it may be replaced.

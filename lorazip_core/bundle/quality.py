@@ -36,13 +36,13 @@ def quality_warnings(
     large = above(squared_errors)
     alone = not SCHEMES[method].shared
     if large and max_error is None:
-        hint = "a higher `rank`" if alone else "a higher `rank`, more `clusters` or `method` svd"
+        hint = "a higher «rank»" if alone else "a higher «rank», more «clusters» or «method» svd"
         warnings.append(
             QualityWarning(
                 "large-errors",
                 f"{large:,} of {count(len(squared_errors), 'adapter')} lose more than {LARGE_ERROR} of their update"
                 f" (squared error, worst {error(max(squared_errors))}), which tasks may show",
-                f"compress with `max_error` {LARGE_ERROR}, {hint}",
+                f"compress with «max_error» {LARGE_ERROR}, {hint}",
             )
         )
     if summary.bytes_bundle > summary.bytes_original:
@@ -51,8 +51,8 @@ def quality_warnings(
                 "larger-than-originals",
                 f"the bundle is larger than the adapters that it was made from: {megabytes(summary.bytes_bundle)},"
                 f" which were {megabytes(summary.bytes_original)}",
-                f"compress with a lower `rank`{'' if alone else ', or `method` svd at a low rank'}"
-                f"{'' if max_error is None else ', or a larger `max_error`'}",
+                f"compress with a lower «rank»{'' if alone else ', or «method» svd at a low rank'}"
+                f"{'' if max_error is None else ', or a larger «max_error»'}",
             )
         )
     return warnings

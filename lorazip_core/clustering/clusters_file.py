@@ -125,7 +125,7 @@ class Assignment(Struct, frozen=True, kw_only=True):
 def check_clusters(clusters: int | str | Path, adapters: int | None) -> None:
     """Raise UsageError for a number of clusters that this many adapters, if it is known, do not fill."""
     if isinstance(clusters, int) and adapters is not None and not 1 <= clusters <= adapters:
-        raise UsageError(f"`clusters` {clusters}: must be between 1 and the number of adapters, {adapters}")
+        raise UsageError(f"«clusters» {clusters}: must be between 1 and the number of adapters, {adapters}")
 
 
 def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack: bool = False) -> Assignment:
@@ -136,18 +136,18 @@ def read_assignment(path: Path, names: set[str], left_out: set[str], *, may_lack
     """
     schema = schema_of(path)
     if schema is not None and schema.startswith("lorazip.") and not schema.startswith("lorazip.clusters/"):
-        raise UsageError(f"`clusters` {path}: a file of {wrote(schema)}", "name the one that 'lorazip cluster' wrote")
+        raise UsageError(f"«clusters» {path}: a file of {wrote(schema)}", "name the one that 'lorazip cluster' wrote")
     try:
         read = msgspec.json.decode(path.read_bytes(), type=Assignment)
     except FileNotFoundError:
-        raise UsageError(f"`clusters` {path}: neither a number nor a file") from None
+        raise UsageError(f"«clusters» {path}: neither a number nor a file") from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"`clusters` {path}: not an assignment of adapters to numbers: {error}") from None
+        raise UsageError(f"«clusters» {path}: not an assignment of adapters to numbers: {error}") from None
     for name in sorted(names.symmetric_difference(read.assignment) - left_out):
         if may_lack and name in names:
             continue
         where = "is not in it" if name in names else "is not in the collection"
-        raise UsageError(f"`clusters` {path}: it was made for other adapters: {name!r} {where}")
+        raise UsageError(f"«clusters» {path}: it was made for other adapters: {name!r} {where}")
     return read
 
 

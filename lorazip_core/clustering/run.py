@@ -98,7 +98,7 @@ def cluster(
     started = time.monotonic()
     device = find_device(options.device)
     if options.rank < 1:
-        raise UsageError(f"`rank` {options.rank}: must be at least 1")
+        raise UsageError(f"«rank» {options.rank}: must be at least 1")
     check_adapters_path(root)
     collection = open_collection(root, allow_pickle=allow_pickle, allow_mixed_base=allow_mixed_base, skip_bad=skip_bad)
     for note in notes(collection):

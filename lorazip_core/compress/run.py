@@ -257,7 +257,7 @@ class _Run:
         how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
         if self.options.max_error is None or self._too_small[number]:
             return f"{how}: its values do not fit in {self.options.dtype}"
-        return f"{how}: it would exceed `max_error` {self.options.max_error}"
+        return f"{how}: it would exceed «max_error» {self.options.max_error}"
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:
@@ -268,7 +268,7 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
         read = read_clusters(options.clusters, collection)
         if changed := read.differences(dict(zip(names, scanned.digests(), strict=True))):
             raise UsageError(
-                f"`clusters` {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
+                f"«clusters» {options.clusters}: it was made for other weights of {changed[0]!r}", "cluster again"
             )
         if read.rank not in (None, rank):
             progress.note(f"the clusters of {options.clusters} were chosen for rank {read.rank}, not {rank}")

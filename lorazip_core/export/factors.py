@@ -94,6 +94,6 @@ def _rounded(
             dtype_name = str(factor.dtype).removeprefix("torch.")
             raise Unsupported(
                 f"{bundle.path}: adapter {adapter.name!r}: the factors of {module.name} do not fit into {dtype_name}",
-                "choose another `dtype`",
+                "choose another «dtype»",
             )
     return b, a

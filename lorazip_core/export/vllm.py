@@ -42,7 +42,7 @@ def check_adapters(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> None:
         count = f"{len(refused)} of {len(reasons)} adapters"
         raise Unsupported(
             f"vLLM does not take {count} ({'; '.join(refused)})",
-            "export them without `target` vllm, or name the others with `adapters`",
+            "export them without «target» vllm, or name the others with «adapters»",
         )
 
 
@@ -52,7 +52,7 @@ def max_lora_rank(ranks: Sequence[int]) -> int:
     for allowed in RANKS:
         if largest <= allowed:
             return allowed
-    raise Unsupported(f"vLLM takes ranks up to {RANKS[-1]}, and one adapter here has {largest}", "use `rank`")
+    raise Unsupported(f"vLLM takes ranks up to {RANKS[-1]}, and one adapter here has {largest}", "use «rank»")
 
 
 def _reason(bundle: Bundle, adapter: AdapterEntry) -> str | None:

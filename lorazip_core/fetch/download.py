@@ -80,12 +80,12 @@ def _local_file(
 ) -> LockedFile:
     """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
     if not source.is_file():
-        raise NotAsLocked(requested.label, f"{source} is not there", "`update` takes what is there now")
+        raise NotAsLocked(requested.label, f"{source} is not there", "«update» takes what is there now")
     shutil.copyfile(source, target)
     fsync(target)
     identified = file.identify(target)
     if identified is None:
-        raise NotAsLocked(requested.label, f"{source} is not what it was", "`update` takes what is there now")
+        raise NotAsLocked(requested.label, f"{source} is not what it was", "«update» takes what is there now")
     received(identified.size_bytes)
     return identified
 
@@ -115,11 +115,11 @@ def check_space(todo: Iterable[RequestedAdapter], directory: Path, hub: Hub) -> 
         if size > free:
             raise LocalError(
                 f"{folder}: {megabytes(size)} are needed, {megabytes(free)} are free",
-                "free some space, choose another `output`, or move the cache with HF_HOME",
+                "free some space, choose another «output», or move the cache with HF_HOME",
             )
 
 
 def _local(error: OSError) -> LocalError:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    hint = "free some space, or choose another `output`" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    hint = "free some space, or choose another «output»" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
     return LocalError(f"{where}{error.strerror or error}", hint)

@@ -29,7 +29,7 @@ from ..base.text import count, plain
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _KEPT = "what has arrived is kept: run again later"
-_KEPT_429 = f"{_KEPT}, with fewer `jobs`, or with HF_TOKEN set"
+_KEPT_429 = f"{_KEPT}, with fewer «jobs», or with HF_TOKEN set"
 
 
 class HubRefused(HubError):

@@ -207,7 +207,7 @@ def _chosen(label: str, files: Iterable[RequestedFile], allow_pickle: bool) -> t
         names.append(PICKLE)
     else:
         raise AdapterError(
-            label, f"{PICKLE} is pickled, and a pickle can run code", "`allow_pickle` fetches and reads it safely"
+            label, f"{PICKLE} is pickled, and a pickle can run code", "«allow_pickle» fetches and reads it safely"
         )
     return tuple(here[name] for name in sorted(names))
 
@@ -248,8 +248,8 @@ def local_adapters(
     for name, below in _outermost(folders).items():
         folder = folders[name]
         if Path(folder.real).is_relative_to(real_target):
-            where = f"{label(name)!r} is in `output` {str(target)!r}"
-            raise UsageError(where, "choose another `output`, or remove the link")
+            where = f"{label(name)!r} is in «output» {str(target)!r}"
+            raise UsageError(where, "choose another «output», or remove the link")
         try:
             found += _local_adapter(source, name, folder, limits, license_of)
         except NotLora as error:

@@ -49,9 +49,9 @@ class FetchOptions:
     def check(self, sources: Sequence[str], lock: Lock | None, directory: Path) -> None:
         """Raise UsageError for options that contradict each other."""
         if self.locked and (self.update or self.prune or self.skip_bad):
-            raise UsageError("`locked` has just what the lock says, so no `update`, `prune` or `skip_bad` goes with it")
+            raise UsageError("«locked» has just what the lock says, so no «update», «prune» or «skip_bad» goes with it")
         if self.prune and not sources:
-            raise UsageError("`prune` removes what the given sources do not name, and none is given")
+            raise UsageError("«prune» removes what the given sources do not name, and none is given")
         if lock is None and (self.locked or not sources):
-            hint = "name a SOURCE, or choose another `output`" if not self.locked else "fetch once without `locked`"
+            hint = "name a SOURCE, or choose another «output»" if not self.locked else "fetch once without «locked»"
             raise UsageError(f"{directory} has no {LOCK_NAME}", hint)

@@ -79,7 +79,7 @@ class Planner:
             if (source.text, source.filters) not in known:
                 raise CheckFailed(
                     f"{self._directory / LOCK_NAME} was made without {source.text!r}, or with other filters",
-                    "fetch without `locked` to add it",
+                    "fetch without «locked» to add it",
                 )
             names.update(known[source.text, source.filters].adapters)
         left_out = [each for source in self._lock.sources for each in source.left_out]

@@ -47,13 +47,13 @@ def fetch(sources: Sequence[str], output: Path, options: FetchOptions, *, progre
     started = time.monotonic()
     if os.path.lexists(output) and not output.is_dir():
         what = "a file, not a directory" if output.exists() else "a link to nothing"
-        raise UsageError(f"{output} is {what}", "choose another `output`")
+        raise UsageError(f"{output} is {what}", "choose another «output»")
     check_output_path(output)
     if is_bundle(output) or is_adapter(output):
         what = "a bundle" if is_bundle(output) else "the folder of an adapter"
-        raise UsageError(f"{output} is {what}, and adapters would go into it", "choose another `output`")
+        raise UsageError(f"{output} is {what}, and adapters would go into it", "choose another «output»")
     if is_within(Path(constants.HF_HUB_CACHE), output):
-        raise UsageError(f"the cache of the Hub is inside {output}", "choose another `output`, or another HF_HOME")
+        raise UsageError(f"the cache of the Hub is inside {output}", "choose another «output», or another HF_HOME")
     with HttpClient(progress.note) as client:
         run = _Run(output, options, Hub(client, options.retries), progress)
         if options.dry_run or options.locked:
@@ -227,7 +227,7 @@ class _Run:
         if lost is None or self.options.force:
             return False
         where = f"{self.directory / name}: {'this' if lost == '.' else lost} is not as lorazip wrote it"
-        error = OutputExists(where, "move it away, or `force` to replace it")
+        error = OutputExists(where, "move it away, or «force» to replace it")
         self.plan.failures.append(Failure(label, error))
         return True
 
@@ -263,7 +263,7 @@ class _Run:
         if orphans:
             names = f"{min(orphans)!r}{f' and {len(orphans) - 1} more' if len(orphans) > 1 else ''}"
             self.progress.note(
-                f"no source names {names} any more; `prune` with the sources removes what they do not name"
+                f"no source names {names} any more; «prune» with the sources removes what they do not name"
             )
         workspace.finish(lock)
         self.complete = True

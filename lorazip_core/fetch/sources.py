@@ -79,7 +79,7 @@ def read_sources(words: Iterable[str], target: Path, filters: Filters) -> list[S
                 raise UsageError(f"{line}{error.message}", error.hint) from None
     narrows = filters.search is not None or filters.tags or filters.limit is not None
     if narrows and not any(isinstance(source, AuthorSource) for source in found):
-        raise UsageError("`search`, `tags` and `limit` narrow down org:NAME and user:NAME, and there is none")
+        raise UsageError("«search», «tags» and «limit» narrow down org:NAME and user:NAME, and there is none")
     return list(found)
 
 
@@ -140,7 +140,7 @@ def _directory(text: str, base: Path, target: Path, filters: Filters | None) -> 
         raise UsageError(f"{text!r} is not a directory")
     check_adapters_path(path, may_be_empty=True, typed=repr(text))
     if is_within(path, target) or is_within(target, path):
-        raise UsageError(f"{text!r} and `output` {str(target)!r} lie in each other", "choose another `output`")
+        raise UsageError(f"{text!r} and «output» {str(target)!r} lie in each other", "choose another «output»")
     recorded = given if given.is_absolute() else Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target)))
     return DirectorySource(recorded.as_posix(), path, filters)
 

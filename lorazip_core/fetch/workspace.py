@@ -50,7 +50,7 @@ class Workspace:
         self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
         _refuse_link(self._folder)
         what = f"{self.directory}: another lorazip is fetching into it"
-        busy = LocalError(what, "wait for it, or choose another `output`")
+        busy = LocalError(what, "wait for it, or choose another «output»")
         self._lock = lock_directory(self._folder, busy)
         try:
             for path in self._folder.iterdir():

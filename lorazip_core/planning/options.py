@@ -46,16 +46,16 @@ class CompressOptions(Struct, frozen=True):
     def check(self, adapters: int | None = None) -> None:
         """Raise UsageError for options that make no sense, alone or for this many adapters."""
         if self.method not in methods():
-            raise UsageError(f"`method` {self.method}: choose one of {', '.join(methods())}")
+            raise UsageError(f"«method» {self.method}: choose one of {', '.join(methods())}")
         if self.rank is not None and self.scheme.default_rank is None:
-            raise UsageError(f"`rank` {self.rank}: {self.method} has no rank")
+            raise UsageError(f"«rank» {self.rank}: {self.method} has no rank")
         if self.rank is not None and self.rank < 1:
-            raise UsageError(f"`rank` {self.rank}: must be at least 1")
+            raise UsageError(f"«rank» {self.rank}: must be at least 1")
         if self.max_error is not None and not 0 <= self.max_error <= 1:
-            raise UsageError(f"`max_error` {self.max_error}: a squared error is between 0 and 1")
+            raise UsageError(f"«max_error» {self.max_error}: a squared error is between 0 and 1")
         if self.dtype not in get_args(Dtype):
-            raise UsageError(f"`dtype` {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
+            raise UsageError(f"«dtype» {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
         if not self.scheme.shared and self.clusters != 1:
             shared = " or ".join(name for name in methods() if SCHEMES[name].shared)
-            raise UsageError(f"`clusters`: {self.method} keeps every adapter on its own", f"use `method` {shared}")
+            raise UsageError(f"«clusters»: {self.method} keeps every adapter on its own", f"use «method» {shared}")
         check_clusters(self.clusters, adapters)

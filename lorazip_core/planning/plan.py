@@ -72,7 +72,7 @@ def plan(
     options.check(len(collection.adapters))
     if options.clusters == "auto":
         raise UsageError(
-            "`clusters` auto cannot be planned: it depends on the weights", "plan with a number, or a file"
+            "«clusters» auto cannot be planned: it depends on the weights", "plan with a number, or a file"
         )
     groups: Sequence[Sequence[int]]
     if isinstance(options.clusters, Path):

@@ -93,10 +93,10 @@ def fit_into_memory(device: torch.device, collection: Collection, task: Task, bo
     if device.type == "cpu":
         workers = cores() if bounds.host is None else min(cores(), (bounds.host - base) // each)
         if workers < 1:
-            raise _too_little("`memory`", bounds.host, base + each)
+            raise _too_little("«memory»", bounds.host, base + each)
         return WorkPlan(workers, CPU_BUDGET, HOST)
     if bounds.host is not None and bounds.host < base + each:
-        raise _too_little("`memory`", bounds.host, base + each)
+        raise _too_little("«memory»", bounds.host, base + each)
     bound = min(free_bytes(device), bounds.device or free_bytes(device))
     sizes = [adapter.layout.size for adapter in collection.adapters]
     resident = fits_to_stay(sum(sizes), bound)
@@ -108,7 +108,7 @@ def fit_into_memory(device: torch.device, collection: Collection, task: Task, bo
     elements, updates = _counts(collection)
     least = max(elements.values()) * each_element + max(updates.values()) * _of_update(task)
     if left < least:
-        raise _too_little("`device_memory`", bound, least + bound - left)
+        raise _too_little("«device_memory»", bound, least + bound - left)
     most = 2 ** ((left // each_element).bit_length() - 1)
     budget = Budget(min(_MOST_ON_GPU.elements, most), _MOST_ON_GPU.modules)
     return WorkPlan(cores(), budget, choose_placement(device, sum(sizes), max(sizes), bound))

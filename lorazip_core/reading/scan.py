@@ -178,5 +178,5 @@ def _check_locked(adapter: Adapter, files: list[SourceEntry], locked: LockedAdap
     for file in files:
         if digests.get(file.path) != file.sha256:
             what = f"not what {LOCK_NAME} has" if file.path in digests else f"not in {LOCK_NAME}"
-            hint = f"fetch again with `force`, or remove {LOCK_NAME}"
+            hint = f"fetch again with «force», or remove {LOCK_NAME}"
             raise AdapterError(adapter.name, f"{file.path} is {what}", hint)

@@ -125,7 +125,7 @@ def test_shards(linear: tuple[Path, Any]) -> None:
 def test_pickle_only_when_allowed(linear: tuple[Path, Any]) -> None:
     folder, model = linear
     fixtures.to_pickle(folder)
-    refused(folder, "pickled", "`allow_pickle`")
+    refused(folder, "pickled", "«allow_pickle»")
     check_updates(folder, model, allow_pickle=True)
 
 

@@ -270,7 +270,7 @@ def test_every_bad_adapter_is_named(root: Path, made: Path) -> None:
     reasons = errors(root)
     assert sorted(reasons) == ["cut", "dora", "pickle"]
     assert "DoRA" in reasons["dora"]
-    assert "`allow_pickle`" in reasons["pickle"]
+    assert "«allow_pickle»" in reasons["pickle"]
     collection = open_collection(root, skip_bad=True)
     assert names(collection) == ["good"]
     assert {skipped.name: skipped.reason for skipped in collection.skipped} == reasons
@@ -292,7 +292,7 @@ def test_mixed_base_models(root: Path, made: Path) -> None:
     assert list(reasons) == ["b"]
     assert "'org/two'" in reasons["b"]
     assert "2 of 3" in reasons["b"]
-    assert "`allow_mixed_base`" in reasons["b"]
+    assert "«allow_mixed_base»" in reasons["b"]
     assert names(open_collection(root, allow_mixed_base=True)) == ["a", "b", "c"]
     skipping = open_collection(root, skip_bad=True)
     assert (names(skipping), skipping.base_model) == (["a", "c"], "org/one")

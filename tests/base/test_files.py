@@ -77,7 +77,7 @@ def test_a_failure_with_force_leaves_the_old(tmp_path: Path, failure: type[BaseE
 
 def test_an_existing_output_is_refused_without_force(tmp_path: Path) -> None:
     put(tmp_path / "out", "old")
-    with pytest.raises(OutputExists, match="`force`") as error, build(tmp_path / "out"):
+    with pytest.raises(OutputExists, match="«force»") as error, build(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert error.value.exit_code == 6
     (tmp_path / "file").write_text("")

@@ -36,13 +36,13 @@ def test_every_option_in_the_table_is_one() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("choose another `output`, or `force` to replace it", "choose another -o, or --force to replace it"),
-        ("x exists (choose another `output`)", "x exists (choose another -o)"),
-        ("`seed` and `no_such_thing` 1", "`seed` and `no_such_thing` 1"),
-        ("adapter '`force`': bad", "adapter '`force`': bad"),
-        ("adapter 'a `force`': bad", "adapter 'a `force`': bad"),
-        ("/tmp/`force`/`output` exists", "/tmp/`force`/`output` exists"),
-        ("a`force`b, `force", "a`force`b, `force"),
+        ("choose another «output», or «force» to replace it", "choose another -o, or --force to replace it"),
+        ("x exists (choose another «output»)", "x exists (choose another -o)"),
+        ("«no_such_thing» 1, missing field `rank`", "«no_such_thing» 1, missing field `rank`"),
+        ("adapter '«force»': bad", "adapter '«force»': bad"),
+        ("adapter 'a «force»': bad", "adapter 'a «force»': bad"),
+        ("/tmp/«force»/«output» exists", "/tmp/«force»/«output» exists"),
+        ("a«force»b, «force", "a«force»b, «force"),
     ],
 )
 def test_known_parameters_become_options(text: str, expected: str) -> None:
@@ -60,29 +60,29 @@ class Report(msgspec.Struct, frozen=True):
 def test_of_a_report_only_the_texts_are_changed() -> None:
     def made(option: str) -> Report:
         return Report(
-            "`force`",
+            "«force»",
             [QualityWarning("large-errors", f"a {option}", f"b {option}")],
-            [Finding("`force`", "`force`", f"c {option}", False, "`force`")],
-            [SkippedEntry("`force`", f"d {option}")],
-            {"`force`": ["`force`"]},
+            [Finding("«force»", "«force»", f"c {option}", False, "«force»")],
+            [SkippedEntry("«force»", f"d {option}")],
+            {"«force»": ["«force»"]},
         )
 
-    assert report_in_options(made("`force`")) == made("--force")
+    assert report_in_options(made("«force»")) == made("--force")
 
 
 def test_errors_name_options() -> None:
-    errors = [AdapterError("`rank`", "bad", "`allow_pickle`"), AdapterError("b", "bad")]
+    errors = [AdapterError("«rank»", "bad", "«allow_pickle»"), AdapterError("b", "bad")]
     failure = explain(AdapterErrors(errors), ["compress"])
     assert failure is not None
-    assert failure.lines[:2] == ["adapter '`rank`': bad (--allow-pickle)", "adapter 'b': bad"]
-    failure = explain(UsageError("`rank` 0", "or `method` svd"), [])
+    assert failure.lines[:2] == ["adapter '«rank»': bad (--allow-pickle)", "adapter 'b': bad"]
+    failure = explain(UsageError("«rank» 0", "or «method» svd"), [])
     assert failure is not None
     assert failure.lines == ["--rank 0 (or --method svd)"]
 
 
 @pytest.mark.parametrize("shown", [Lines(), Bars()])
 def test_notes_name_options(shown: Lines | Bars, capsys: pytest.CaptureFixture[str]) -> None:
-    shown.note("kept a as it was: it would exceed `max_error` 0.1")
+    shown.note("kept a as it was: it would exceed «max_error» 0.1")
     assert capsys.readouterr().err == "kept a as it was: it would exceed --max-error 0.1\n"
 
 
@@ -91,7 +91,7 @@ def test_what_a_bundle_has_left_out_is_said_in_options(tmp_path: Path, capsys: p
     adapters, bundle, clusters = tmp_path / "adapters", tmp_path / "bundle", tmp_path / "clusters.json"
     for folder in sorted(sample_path().iterdir())[:3]:
         shutil.copytree(folder, adapters / folder.name)
-    pickled = adapters / "`force`"
+    pickled = adapters / "«force»"
     pickled.mkdir()
     shutil.copy(folder / "adapter_config.json", pickled)
     (pickled / "adapter_model.bin").write_bytes(b"")
@@ -101,7 +101,7 @@ def test_what_a_bundle_has_left_out_is_said_in_options(tmp_path: Path, capsys: p
         assert main([*arguments, "--json"]) == 0
         output = capsys.readouterr()
         [found] = json.loads(output.out)["skipped"]
-        assert found["name"] == "`force`"
+        assert found["name"] == "«force»"
         assert found["reason"].endswith(reason)
         assert "allow_pickle" not in output.out + output.err
 
@@ -109,10 +109,10 @@ def test_what_a_bundle_has_left_out_is_said_in_options(tmp_path: Path, capsys: p
     skipped("compress", str(adapters), "-o", str(bundle), "--rank", "4", "--skip-bad")
     skipped("cluster", str(adapters), "-o", str(clusters), "--clusters", "2", "--rank", "4", "--skip-bad")
     skipped("info", str(bundle))
-    assert "`allow_pickle`" in json.loads((bundle / "manifest.json").read_text())["skipped"][0]["reason"]
+    assert "«allow_pickle»" in json.loads((bundle / "manifest.json").read_text())["skipped"][0]["reason"]
     assert main(["info", str(bundle)]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "pickled" in line]
-    assert line.startswith("  `force`: ")
+    assert line.startswith("  «force»: ")
     assert line.endswith(reason)
 
 
@@ -128,4 +128,4 @@ def test_every_file_of_verify_names_options(tmp_path: Path, capsys: pytest.Captu
     for text in (output.out, *((tmp_path / files[option]).read_text() for option in ("-o", "--report", "--summary"))):
         assert hint in text
     for text in (output.out, output.err, *((tmp_path / name).read_text() for name in files.values())):
-        assert "`rank`" not in text
+        assert "«rank»" not in text

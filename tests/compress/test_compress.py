@@ -325,7 +325,7 @@ def test_clusters_of_no_such_file_or_schema_are_refused(alike: Path, tmp_path: P
     other = cluster_file(tmp_path, {f"t{i:02}": 0 for i in range(8)}, "lorazip.clusters/2")
     (tmp_path / "text").write_text("{")
     for path in (other, tmp_path / "text", tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UsageError, match=r"`clusters` .*"):
+        with pytest.raises(UsageError, match=r"«clusters» .*"):
             compress(alike, tmp_path / "out", CompressOptions(clusters=path))
 
 
@@ -441,7 +441,7 @@ def test_an_adapter_that_float16_cannot_hold_is_kept_as_it_is(tmp_path: Path, me
 def test_an_existing_output_is_refused_and_kept(alike: Path, tmp_path: Path) -> None:
     compress(alike, tmp_path / "out", CompressOptions(rank=2))
     before = contents(tmp_path / "out")
-    with pytest.raises(OutputExists, match="`force`") as error:
+    with pytest.raises(OutputExists, match="«force»") as error:
         compress(alike, tmp_path / "out", CompressOptions(rank=3))
     assert error.value.exit_code == 6
     assert contents(tmp_path / "out") == before
@@ -549,7 +549,7 @@ def test_inputs_are_never_changed(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there(alike: Path, tmp_path: Path) -> None:
     for device, failure in [("tpu", UsageError), ("cuda:999", LocalError), ("meta", UsageError), ("", UsageError)]:
-        with pytest.raises(failure, match="`device`"):
+        with pytest.raises(failure, match="«device»"):
             compress(alike, tmp_path / "out", CompressOptions(device=device))
     assert list(tmp_path.iterdir()) == []
 

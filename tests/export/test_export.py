@@ -673,7 +673,7 @@ def test_adapters_are_written_by_threads_of_one_core(simple: Path, tmp_path: Pat
 def test_overflow_is_refused(tmp_path: Path) -> None:
     fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), **Q_UP | {"lora_alpha": 4e6})
     bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "joint", 4)
-    with pytest.raises(Unsupported, match=r"'a'.*layers\.0\.q.*float16.*`dtype`"):
+    with pytest.raises(Unsupported, match=r"'a'.*layers\.0\.q.*float16.*«dtype»"):
         export(bundle, tmp_path / "out", dtype="f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "in"]
 

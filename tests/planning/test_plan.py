@@ -132,16 +132,16 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (CompressOptions(rank=0), "`rank` 0"),
-        (CompressOptions(rank=-3), "`rank` -3"),
-        (CompressOptions(clusters=0), "`clusters` 0"),
+        (CompressOptions(rank=0), "«rank» 0"),
+        (CompressOptions(rank=-3), "«rank» -3"),
+        (CompressOptions(clusters=0), "«clusters» 0"),
         (CompressOptions(clusters=10), "number of adapters, 9"),
         (CompressOptions(method="svd", clusters=2), "svd keeps every adapter on its own"),
         (CompressOptions(method="svd", clusters=Path("clusters.json")), "svd keeps every adapter on its own"),
-        (CompressOptions(max_error=-0.1), "`max_error` -0.1"),
-        (CompressOptions(max_error=1.5), "`max_error` 1.5"),
-        (CompressOptions(max_error=float("nan")), "`max_error` nan"),
-        (CompressOptions(dtype="f8"), "`dtype` f8"),  # type: ignore[arg-type]
+        (CompressOptions(max_error=-0.1), "«max_error» -0.1"),
+        (CompressOptions(max_error=1.5), "«max_error» 1.5"),
+        (CompressOptions(max_error=float("nan")), "«max_error» nan"),
+        (CompressOptions(dtype="f8"), "«dtype» f8"),  # type: ignore[arg-type]
         (CompressOptions(clusters=Path("/nowhere/clusters.json")), "neither a number nor a file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

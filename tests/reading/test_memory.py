@@ -115,7 +115,7 @@ class TestOnTheCpu:
 
     def test_what_does_not_fit_is_refused_with_what_it_needs(self) -> None:
         collection = a_collection([100_000])
-        with pytest.raises(LocalError, match="`memory`: 1024 MiB is too little, ") as refused:
+        with pytest.raises(LocalError, match="«memory»: 1024 MiB is too little, ") as refused:
             plan(CPU, collection, Bounds(1 * GIB))
         needed = int(str(refused.value).split("too little, ")[1].split()[0])
         assert needed > 1024
@@ -185,9 +185,9 @@ class TestOnAGpu:
 
     def test_what_does_not_fit_is_refused(self) -> None:
         collection = a_collection([100_000])
-        with pytest.raises(LocalError, match=r"`device_memory`: 1024 MiB is too little, \d+ MiB is the least"):
+        with pytest.raises(LocalError, match=r"«device_memory»: 1024 MiB is too little, \d+ MiB is the least"):
             plan(GPU, collection, Bounds(None, 1 * GIB))
-        with pytest.raises(LocalError, match=r"`memory`: 2048 MiB is too little, \d+ MiB is the least"):
+        with pytest.raises(LocalError, match=r"«memory»: 2048 MiB is too little, \d+ MiB is the least"):
             plan(GPU, collection, Bounds(2 * GIB))
         plan(GPU, collection, Bounds(3 * GIB))
 
@@ -199,7 +199,7 @@ class TestOnAGpu:
             assert resident + found.budget.elements * (memory._GPU_BYTES + memory._WIDE_BYTES) <= bound * GIB
         least = 1000 * 100_000 * (memory._GPU_BYTES + memory._WIDE_BYTES)
         plan(GPU, a_collection([100_000]), Bounds(None, least))
-        with pytest.raises(LocalError, match="`device_memory`"):
+        with pytest.raises(LocalError, match="«device_memory»"):
             plan(GPU, wide, Bounds(None, least))
 
 

@@ -350,9 +350,9 @@ def test_what_is_refused(root: Path) -> None:
         verify(root / "bundle", against=root / "nowhere")
     with pytest.raises(UsageError, match="not a directory"):
         verify(root / "nowhere")
-    with pytest.raises(UsageError, match="`device` tpu"):
+    with pytest.raises(UsageError, match="«device» tpu"):
         verify(root / "bundle", device="tpu")
-    with pytest.raises(LocalError, match="`device` cuda:99: not there"):
+    with pytest.raises(LocalError, match="«device» cuda:99: not there"):
         verify(root / "bundle", device="cuda:99")
     edit_manifest(root / "bundle", lambda m: m["requires"]["read"].append("quaternions"))
     with pytest.raises(Unsupported, match="quaternions"):
