@@ -78,8 +78,9 @@ def test_an_interruption_that_became_another_failure_is_one_all_the_same() -> No
         raise ValueError("shape")
 
 
-def test_work_that_nobody_waits_for_any_more_ends() -> None:
+def test_work_that_nobody_waits_for_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a request, too: whoever catches KeyboardInterrupt in a notebook goes on."""
+    monkeypatch.setattr(lorazip_core.base.threads, "cores", lambda: 2)  # so that both are at work, also on one core
     started = Event()
 
     def work(number: int) -> int:
