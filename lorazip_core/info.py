@@ -79,7 +79,9 @@ def info(path: Path) -> InfoReport:
     bundle = Bundle(path)
     manifest = bundle.manifest
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
-    owners = Counter(adapter.extras for adapter in manifest.adapters)
+    owners = Counter(
+        path for adapter in manifest.adapters for path in (adapter.individual, adapter.config, adapter.extras) if path
+    )
     shares = {index: share for shard in _shards(bundle) for index, share in _shares(bundle, shard, sizes).items()}
     shapes = Counter((module.kind, module.d_out, module.d_in, tuple(module.kernel)) for module in manifest.modules)
     return InfoReport(
@@ -115,8 +117,11 @@ def info(path: Path) -> InfoReport:
                 squared_error=adapter.squared_error,
                 bytes_original=_original(adapter),
                 bytes_own=shares.get(index, 0)
-                + sum(sizes[own] for own in (adapter.individual, adapter.config) if own is not None)
-                + (0 if adapter.extras is None else sizes[adapter.extras] // owners[adapter.extras]),
+                + sum(
+                    sizes[own] // owners[own]
+                    for own in (adapter.individual, adapter.config, adapter.extras)
+                    if own is not None
+                ),
                 origin=adapter.origin,
                 left_out=adapter.left_out,
             )

@@ -23,8 +23,8 @@ from ..base.progress import Advance
 from ..base.safetensors_header import TORCH_DTYPES
 from ..base.text import printable
 from ..base.threads import in_order
-from ..schemes.registry import SCHEMES
-from ..schemes.scheme import ANY, Scheme, Shape, Size, TensorSpec
+from ..schemes.registry import SCHEMES, packed_scheme
+from ..schemes.scheme import ANY, PackedScheme, Scheme, Shape, Size, TensorSpec
 from .finding import Finding
 from .kinds import MANIFEST_NAME
 from .manifest import (
@@ -120,8 +120,17 @@ class _Check:
             for shard in cluster.shards:
                 if shard.path in self._sound:
                     self._shard(cluster, shard, shared)
+        packed: dict[str, PackedScheme] = {}
         for adapter in self.bundle.manifest.adapters:
-            self._adapter(adapter)
+            scheme = packed_scheme(adapter.scheme)
+            if scheme is None:
+                self._individual(adapter)
+            elif adapter.individual is not None:
+                packed[adapter.individual] = scheme
+        for path, scheme in packed.items():
+            self._packed(path, scheme)
+        for adapter in {adapter.config: adapter for adapter in self.bundle.manifest.adapters}.values():
+            self._config(adapter)
         for extras in dict.fromkeys(adapter.extras for adapter in self.bundle.manifest.adapters):
             if extras in self._sound:
                 self._extras(extras)
@@ -177,10 +186,7 @@ class _Check:
         sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
         return [manifest.modules[index] for index in sorted({i for each in sets for i in manifest.module_sets[each]})]
 
-    def _adapter(self, adapter: AdapterEntry) -> None:
-        """The files of one adapter alone: its factors if it is kept individually, its configuration."""
-        if adapter.individual in self._sound:
-            self._individual(adapter, adapter.individual)
+    def _config(self, adapter: AdapterEntry) -> None:
         if adapter.config in self._sound:
             try:
                 self.bundle.config(adapter)
@@ -194,7 +200,11 @@ class _Check:
         except BundleDamaged as error:
             self._unreadable(path, error)
 
-    def _individual(self, adapter: AdapterEntry, path: str) -> None:
+    def _individual(self, adapter: AdapterEntry) -> None:
+        """The file of an adapter that has one of its own."""
+        path = adapter.individual
+        if path is None or path not in self._sound:
+            return
         scheme = self.bundle.scheme(adapter)
         expected = self._expected(
             self.bundle.modules(adapter), lambda module: scheme.own_tensors(_size(module), adapter.rank or 0)
@@ -203,6 +213,25 @@ class _Check:
         for (module, suffix), tensor in self._tensors(path, expected):
             found[module][suffix] = tuple(tensor.shape)
         self._consistent(path, scheme, scheme.own, found)
+
+    def _packed(self, path: str, scheme: PackedScheme) -> None:
+        """A file in which several adapters are packed."""
+        if path not in self._sound:
+            return
+        members = self.bundle.packed_in(path)
+        expected = {("", suffix): spec for suffix, spec in scheme.file_tensors(len(members)).items()}
+        if len(list(self._tensors(path, expected))) < len(expected):
+            return
+        try:
+            unpacked = [(adapter, self.bundle.unpacked(adapter)) for adapter in members]
+        except BundleDamaged as error:
+            self._unreadable(path, error)
+            return
+        for adapter, of_modules in unpacked:
+            largest = max(scheme.stored_rank(own) for own in of_modules.values())
+            if largest != adapter.rank:
+                message = f"adapter {adapter.name!r} has rank {largest}, but the manifest says {adapter.rank}"
+                self._found("wrong-rank", path, message)
 
     def _expected(
         self, modules: Iterable[ModuleEntry], specs: Callable[[ModuleEntry], dict[str, TensorSpec]]
@@ -219,10 +248,10 @@ class _Check:
         except BundleDamaged as error:
             self._unreadable(path, error)
             return
-        for name in sorted(names - set(map(".".join, expected))):
+        for name in sorted(names - set(map(_name, expected))):
             self._found("unexpected-tensor", path, f"tensor {name} belongs to nothing in the manifest")
         for key, spec in expected.items():
-            name = ".".join(key)
+            name = _name(key)
             if name not in names:
                 self._found("missing-tensor", path, f"tensor {name} is not there")
                 continue
@@ -263,13 +292,19 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
             if shard.basis_sha256 != digests[cluster.basis]:
                 yield f"{shard.path} belongs to the basis {shard.basis_sha256}, not to {cluster.basis}"
     extras = [adapter.extras for adapter in manifest.adapters if adapter.extras is not None]
-    paths.update(set(extras) if SHARED_EXTRAS in manifest.requires.get("read", []) else extras)
+    shared_extras = manifest.format_version > 1 or SHARED_EXTRAS in manifest.requires.get("read", [])
+    paths.update(set(extras) if shared_extras else extras)
+    configs = [adapter.config for adapter in manifest.adapters]
+    paths.update(set(configs) if manifest.format_version > 1 else configs)
+    packed = {adapter.individual for adapter in manifest.adapters if packed_scheme(adapter.scheme)}
+    paths.update(filter(None, packed))
     for adapter in manifest.adapters:
-        paths.update(filter(None, (adapter.config, adapter.individual)))
+        if adapter.individual is not None and not packed_scheme(adapter.scheme):
+            paths.update([adapter.individual])
         if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
             yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
         scheme = SCHEMES[adapter.scheme]
-        if (not scheme.shared and scheme.default_rank is not None) != (adapter.rank is not None):
+        if scheme.has_own_rank != (adapter.rank is not None):
             yield f"adapter {adapter.name!r}: scheme {adapter.scheme} with rank {adapter.rank}"
         names = {manifest.modules[index].name for index in manifest.module_sets[adapter.module_set]}
         if adapter.worst_module is not None and adapter.worst_module.name not in names:
@@ -297,6 +332,11 @@ def finite(tensor: Tensor) -> bool:
     """No NaN or Inf: one pass, and only if the sum is neither a second one, as it can overflow."""
     total = tensor.sum(dtype=torch.float64)
     return bool(total.isfinite() or tensor.isfinite().all())
+
+
+def _name(key: tuple[str, str]) -> str:
+    """Of a tensor, from its module, which may be none, and its suffix."""
+    return ".".join(filter(None, key))
 
 
 def _size(module: ModuleEntry) -> Size:

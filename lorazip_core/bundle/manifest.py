@@ -18,7 +18,9 @@ from ..base.errors import BundleDamaged, Unsupported
 from ..schemes.registry import SCHEMES, methods
 from .kinds import FORMAT, MANIFEST_NAME, check_bundle_path
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+"""What is written. Format 1 differs in what may be left out and shared, and is read as well."""
+_READABLE = (1, 2)
 
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
@@ -33,9 +35,8 @@ Weights = Literal["adapter", "module"]
 Dtype = Literal["bf16", "f16", "f32"]
 
 SHARED_EXTRAS = "shared-extras"
-"""The feature of a bundle in which adapters with equal extras name one file."""
-# Per operation, the features of format 1, to read besides the schemes. A manifest that requires another one is refused,
-# by its name.
+"""The feature of a bundle of format 1 in which adapters with equal extras name one file. In format 2 all may."""
+# Per operation, the features, to read besides the schemes. A manifest that requires another one is refused, by its name.
 KNOWN_FEATURES: dict[str, set[str]] = {
     "read": {SHARED_EXTRAS},
     "export": {"linear", "conv", "embedding", "extras", "target_parameters"},
@@ -67,11 +68,11 @@ class ParameterEntry(Struct, frozen=True, omit_defaults=True):
     experts: Size = 1
 
 
-class ModuleEntry(Struct, frozen=True):
+class ModuleEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A target module; its update is [d_out, d_in], a convolution's d_in being channels · ∏kernel."""
 
     name: str
-    kind: Literal["linear", "conv", "embedding"]
+    kind: Literal["linear", "conv", "embedding"] = "linear"
     d_out: Size
     d_in: Size
     kernel: list[Size] = []
@@ -103,21 +104,23 @@ class ModuleError(Struct, frozen=True):
     squared_error: SquaredError
 
 
-class AdapterEntry(Struct, frozen=True, omit_defaults=True):
+class AdapterEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An adapter: where it came from, how it is kept, and what that costs."""
 
     name: str
     scheme: Scheme
-    cluster: Count | None
+    cluster: Count | None = None
     """Index into ``clusters``, or null for an adapter that is kept individually."""
-    module_set: Count
+    module_set: Count = 0
     """Index into ``module_sets``."""
-    rank: Size | None
-    """The rank of an individual truncated SVD; null for a shared basis and for the original factors."""
-    individual: InnerPath | None
-    extras: InnerPath | None
+    rank: Count | None = None
+    """The largest rank of a module of its own; null for a shared basis and for the original factors."""
+    individual: InnerPath | None = None
+    """The file of its own tensors, which several adapters share if their scheme packs them."""
+    extras: InnerPath | None = None
     config: InnerPath
-    base_model: str | None
+    base_model: str | None | UnsetType = UNSET
+    """What its configuration names, if not the ``base_model`` of the bundle."""
     files: list[SourceEntry]
     squared_norm: SquaredError
     """Σ over its modules of ‖ΔW‖_F²."""
@@ -126,7 +129,7 @@ class AdapterEntry(Struct, frozen=True, omit_defaults=True):
     mean_module_squared_error: SquaredError
     """Mean over its modules of ‖ΔW−ΔŴ‖² / ‖ΔW‖²."""
     worst_module: ModuleError | None
-    because: Literal["method", "max_error"]
+    because: Literal["method", "max_error"] = "method"
     """Why it has its scheme: the method asked for, or that it would exceed ``max_error``, or the dtype, otherwise."""
     origin: Origin | None = None
     """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
@@ -157,7 +160,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """All of ``manifest.json`` but its own digest."""
 
     format: Literal["lorazip.bundle"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     created_by: str
     requires: dict[str, list[str]]
     base_model: str | None
@@ -171,11 +174,14 @@ class Manifest(Struct, frozen=True, kw_only=True):
     files: list[FileEntry]
 
 
+    def base_model_of(self, adapter: AdapterEntry) -> str | None:
+        """What the configuration of an adapter names as its base model."""
+        return self.base_model if adapter.base_model is UNSET else adapter.base_model
+
+
 def required_to_read(adapters: list[AdapterEntry]) -> list[str]:
     """The features that reading a bundle of these adapters requires."""
-    extras = [adapter.extras for adapter in adapters if adapter.extras is not None]
-    shared = {SHARED_EXTRAS} if len(set(extras)) < len(extras) else set()
-    return sorted({adapter.scheme for adapter in adapters} | shared)
+    return sorted({adapter.scheme for adapter in adapters})
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -216,9 +222,10 @@ def read_manifest(bundle: Path, operations: tuple[str, ...]) -> Manifest:
 def _refuse_unknown(path: Path, fields: dict[str, Any], operations: tuple[str, ...]) -> None:
     if fields.get("format") != FORMAT:
         raise BundleDamaged(f"{path}: format is {fields.get('format')!r}, not {FORMAT!r}")
-    if fields.get("format_version") != FORMAT_VERSION:
+    if fields.get("format_version") not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
         raise Unsupported(
-            f"{path}: bundle format {fields.get('format_version')!r}; this lorazip reads format {FORMAT_VERSION}",
+            f"{path}: bundle format {fields.get('format_version')!r}; this lorazip reads formats {known}",
             "update lorazip",
         )
     requires = fields.get("requires")

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from ..base.digests import sha256_bytes, sha256_stream
 from ..base.errors import BundleDamaged
 from ..base.filesystem import naming, system_error
-from ..schemes.registry import SCHEMES
-from ..schemes.scheme import Scheme
+from ..schemes.registry import SCHEMES, packed_scheme
+from ..schemes.scheme import Scheme, Size
 from .kinds import MANIFEST_NAME
 from .manifest import AdapterEntry, ClusterEntry, FileEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OPEN_FILES = 128
+_UNPACKED_FILES = 8  # in memory at a time: neighbours in a bundle are in one file, and used at about the same time
 # Any other OSError is trouble with reading here, and no damage to the bundle.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _RESTORE = "restore the bundle, or compress again; 'lorazip verify' names all damage"
@@ -51,6 +52,8 @@ class Bundle:
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._checked: dict[str, tuple[int, ...]] = {}
         self._rows: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
+        self._unpacking: defaultdict[str, Lock] = defaultdict(Lock)
+        self._unpacked: OrderedDict[str, dict[int, dict[str, dict[str, Tensor]]]] = OrderedDict()
 
     @cached_property
     def size_bytes(self) -> int:
@@ -101,17 +104,58 @@ class Bundle:
     def own(self, adapter: AdapterEntry, module: str) -> dict[str, Tensor]:
         """An adapter's own tensors of a module, by the suffixes of its scheme."""
         scheme = self.scheme(adapter)
+        if packed_scheme(adapter.scheme):
+            return self.unpacked(adapter)[module]
         if adapter.individual is not None:
             return {suffix: self.tensor(adapter.individual, f"{module}.{suffix}") for suffix in scheme.own}
         shard = self.shard(adapter)
         row = self.rows(shard, module)[self.index(adapter)]
         return {suffix: self.tensor(shard.path, f"{module}.{suffix}", row=row) for suffix in scheme.own}
 
+    def packed_in(self, path: str) -> list[AdapterEntry]:
+        """The adapters that are packed into one file, in order."""
+        return [self.manifest.adapters[index] for index in self._packed[path]]
+
+    def unpacked(self, adapter: AdapterEntry) -> dict[str, dict[str, Tensor]]:
+        """By module, the own tensors of an adapter that shares a file with others."""
+        path = str(adapter.individual)
+        with self._lock:
+            unpacking = self._unpacking[path]
+        with unpacking:
+            with self._lock:
+                found = self._unpacked.get(path)
+            if found is None:
+                found = self._unpack(path)
+                with self._lock:
+                    self._unpacked[path] = found
+                    while len(self._unpacked) > _UNPACKED_FILES:
+                        self._unpacked.popitem(last=False)
+        return found[self.index(adapter)]
+
+    def _unpack(self, path: str) -> dict[int, dict[str, dict[str, Tensor]]]:
+        """Of every adapter in a file of several, by its index, what `unpacked` returns."""
+        indices = self._packed[path]
+        modules = [self.modules(self.manifest.adapters[index]) for index in indices]
+        scheme = packed_scheme(self.manifest.adapters[indices[0]].scheme)
+        assert scheme is not None
+        tensors = {name: self.tensor(path, name) for name in scheme.file_tensors(len(indices))}
+        sizes = [[Size(module.d_out, module.d_in) for module in own] for own in modules]
+        try:
+            unpacked = scheme.unpack(tensors, sizes)
+        except ValueError as error:
+            raise BundleDamaged(f"{self.path / path}: {error}", _RESTORE) from None
+        return {
+            index: {module.name: tensors for module, tensors in zip(own, found, strict=True)}
+            for index, own, found in zip(indices, modules, unpacked, strict=True)
+        }
+
     def rank(self, adapter: AdapterEntry, module: str) -> int:
         """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read."""
         scheme = self.scheme(adapter)
 
         def shape_of(suffix: str) -> tuple[int, ...]:
+            if packed_scheme(adapter.scheme):
+                return tuple(self.unpacked(adapter)[module][suffix].shape)
             if adapter.individual is not None:
                 return self._shape(adapter.individual, f"{module}.{suffix}")
             if suffix in scheme.shared:
@@ -248,6 +292,15 @@ class Bundle:
     @cached_property
     def _files(self) -> dict[str, FileEntry]:
         return {entry.path: entry for entry in self.manifest.files}
+
+    @cached_property
+    def _packed(self) -> dict[str, list[int]]:
+        """The indices of the adapters in every file of several."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for index, adapter in enumerate(self.manifest.adapters):
+            if packed_scheme(adapter.scheme):
+                found[str(adapter.individual)].append(index)
+        return found
 
     @cached_property
     def _shards(self) -> dict[int, ShardEntry]:

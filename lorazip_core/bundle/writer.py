@@ -65,6 +65,13 @@ class BundleWriter:
         self._target(path).write_bytes(data)
         return self._add(FileEntry(path, len(data), sha256_bytes(data)))
 
+    def add_shared_bytes(self, path: str, data: bytes) -> FileEntry:
+        """Write a file byte for byte, unless this has written one of the same bytes: then the entry of that one."""
+        first = self._shared.get(sha256_bytes(data))
+        if first is None:
+            first = self._shared.setdefault(sha256_bytes(data), self.add_bytes(path, data))
+        return first
+
     def add_file(self, path: str, source: Path, sha256: str) -> FileEntry:
         """Take a finished file over, by a link if possible; ``sha256`` is its digest."""
         target = self._target(path)

@@ -1,7 +1,8 @@
-"""What was encoded, laid out as a bundle of format 1."""
+"""What was encoded, laid out as a bundle of format 2."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
 from ..schemes.scheme import SharedScheme
 from .individual import Kept, individual_piece
+from .packed import pack, packed_files
 from .pieces import Pieces
 from .shards import ClusterFiles
 from .shared import Encoded
@@ -46,6 +48,7 @@ class Assembly:
     _clusters: list[ClusterEntry] = field(default_factory=list)
     _cluster_of: dict[int, int] = field(default_factory=dict)
     _individual: dict[int, Kept] = field(default_factory=dict)
+    _paths: dict[int, str] = field(default_factory=dict)
     _lost: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,11 +66,19 @@ class Assembly:
         }
         self._lost += encoded.lost
 
-    def add_individual(self, number: int, kept: Kept) -> None:
-        """Take over the file of an adapter that is kept on its own."""
-        self.writer.add_file(self._individual_path(number), *self.pieces.file(individual_piece(number)))
-        self._individual[number] = kept
-        self._lost[number, self.has[number]] = kept.squared_errors
+    def add_individual(self, kept: Mapping[int, Kept]) -> None:
+        """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
+        files = packed_files({number: each.scheme for number, each in kept.items()})
+        pack(files, [module.name for module in self.scan.collection.modules], self.has, self.pieces)
+        for file in files:
+            self.writer.add_file(file.path, *self.pieces.file(file.piece))
+            self._paths |= dict.fromkeys(file.adapters, file.path)
+        for number, each in kept.items():
+            if number not in self._paths:
+                self._paths[number] = f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
+                self.writer.add_file(self._paths[number], *self.pieces.file(individual_piece(number)))
+            self._lost[number, self.has[number]] = each.squared_errors
+        self._individual |= kept
 
     def finish(self, parameters: Parameters) -> tuple[Manifest, int]:
         """Write extras, configurations and the manifest; returns it and the bytes of the bundle."""
@@ -109,7 +120,8 @@ class Assembly:
         if adapter.extras:
             tensors = {key: adapter.extra(key) for key in adapter.extras}
             extras = self.writer.add_shared(f"extras/{name}.safetensors", tensors).path
-        config = self.writer.add_bytes(f"configs/{name}.json", adapter.config_text).path
+        config = self.writer.add_shared_bytes(f"configs/{name}.json", adapter.config_text).path
+        base_model = self.scan.collection.base_model
         kept = self._individual.get(number)
         losses = Losses(self.scan.collection.modules[module].name for module in modules)
         norms, lost = self.scan.norms[number, modules].tolist(), self._lost[number, modules].tolist()
@@ -121,28 +133,28 @@ class Assembly:
             cluster=None if kept else self._cluster_of[number],
             module_set=module_set,
             rank=kept.rank if kept else None,
-            individual=self._individual_path(number) if kept else None,
+            individual=self._paths.get(number),
             extras=extras,
             config=config,
-            base_model=adapter.config.base_model,
+            base_model=UNSET if adapter.config.base_model == base_model else adapter.config.base_model,
             files=self.scan.files[number],
             squared_norm=losses.squared_norm,
             squared_error=losses.squared_error,
             mean_module_squared_error=losses.mean_module_squared_error,
             worst_module=losses.worst_module,
-            because="method" if kept is None or _as_asked(kept, parameters) else "max_error",
+            because="method" if kept is None or kept.as_asked else "max_error",
             origin=self.scan.origins[number],
             left_out=list(self.scan.collection.left_out.get(adapter.name, ())),
         )
 
-    def _individual_path(self, number: int) -> str:
-        return f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
-
 
 def _module_entry(module: Module) -> ModuleEntry:
     parameter = ParameterEntry(*module.parameter) if module.parameter else UNSET
-    return ModuleEntry(module.name, module.kind, module.d_out, module.d_in, list(module.kernel), parameter)
-
-
-def _as_asked(kept: Kept, parameters: Parameters) -> bool:
-    return kept.scheme == parameters.method and kept.rank == parameters.rank
+    return ModuleEntry(
+        name=module.name,
+        kind=module.kind,
+        d_out=module.d_out,
+        d_in=module.d_in,
+        kernel=list(module.kernel),
+        parameter=parameter,
+    )

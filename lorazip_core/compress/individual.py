@@ -12,10 +12,10 @@ from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
 from ..schemes.registry import EXACT, FALLBACKS, individual_scheme
-from ..schemes.scheme import Encoding, ModuleGroup
+from ..schemes.scheme import Encoding, ModuleGroup, Ranks, Target
 from .pieces import Pieces
 
-_SCHEME, _RANK, _ERRORS = "scheme", "rank", "squared_errors"
+_SCHEME, _RANK, _ASKED, _ERRORS = "scheme", "rank", "as_asked", "squared_errors"
 
 
 class Kept(NamedTuple):
@@ -23,7 +23,9 @@ class Kept(NamedTuple):
 
     scheme: str
     rank: int | None
-    """The largest of any module; None for a scheme that has no rank."""
+    """The largest of any module; None for a scheme whose adapters have none."""
+    as_asked: bool
+    """Whether it is kept as it was asked for; else it would have exceeded a limit, or the dtype could not hold it."""
     squared_errors: Tensor
 
 
@@ -31,18 +33,22 @@ class Individual(NamedTuple):
     """An adapter as it is stored."""
 
     scheme: str
-    rank: int | None
+    as_asked: bool
     encoding: Encoding
 
     def store(self, number: int, pieces: Pieces) -> Kept:
         """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
         errors = self.encoding.squared_errors
         kept = Kept(
-            self.scheme, self.rank, torch.tensor([errors[name] for name in sorted(errors)], dtype=torch.float64)
+            self.scheme,
+            _largest(self.encoding.ranks),
+            self.as_asked,
+            torch.tensor([errors[name] for name in sorted(errors)], dtype=torch.float64),
         )
         told = {
             _SCHEME: torch.tensor(list(kept.scheme.encode()), dtype=torch.uint8),
-            _RANK: torch.tensor(kept.rank or 0, dtype=torch.int64),
+            _RANK: torch.tensor(-1 if kept.rank is None else kept.rank, dtype=torch.int64),
+            _ASKED: torch.tensor(kept.as_asked),
             _ERRORS: kept.squared_errors,
         }
         pieces.write(f"kept-{number}", told)
@@ -51,7 +57,7 @@ class Individual(NamedTuple):
 
 
 def individual_piece(number: int) -> str:
-    """The name of the piece that is the file of adapter ``number`` in the bundle."""
+    """The name of the piece with the tensors of adapter ``number``: its file in the bundle, if it has one alone."""
     return f"individual-{number}"
 
 
@@ -60,38 +66,44 @@ def stored(number: int, pieces: Pieces) -> Kept | None:
     if individual_piece(number) not in pieces or f"kept-{number}" not in pieces:
         return None
     told = pieces.load(f"kept-{number}")
-    return Kept(bytes(told[_SCHEME].tolist()).decode(), int(told[_RANK]) or None, told[_ERRORS])
+    rank = int(told[_RANK])
+    return Kept(bytes(told[_SCHEME].tolist()).decode(), None if rank < 0 else rank, bool(told[_ASKED]), told[_ERRORS])
 
 
 def keep_individually(
     adapter: Adapter,
     method: str | None,
-    rank: int | None,
+    target: Target,
     max_error: float | None,
     *,
     squared_norm: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Individual:
-    """Keep an adapter as ``method`` does at ``rank``, or else by the first fallback that meets ``max_error``.
+    """Keep an adapter as ``method`` does for ``target``, or else by the first fallback that meets ``max_error``.
 
     Without a method, only fallbacks are tried. Without a limit, what matters is that ``dtype`` can hold the adapter.
     """
     groups = module_groups(adapter, device)
-    limit = None if max_error is None else max_error * squared_norm
+    least = Target(limit=None if max_error is None else max_error * squared_norm)
     for name in dict.fromkeys([*([method] if method else []), *FALLBACKS]):
         scheme = individual_scheme(name)
-        for ranks in scheme.attempts(groups, rank if name == method else None, limit):
+        for tried, encoding in enumerate(scheme.encodings(groups, target if name == method else least, dtype)):
             check_stop()
-            encoding = scheme.encode(groups, ranks, dtype)
+            as_asked = name == method and (tried == 0 or target.rank is None)
             if name == EXACT or is_adapter_within(encoding.squared_errors.values(), [squared_norm], max_error):
-                return Individual(name, max(ranks.values()) if ranks else None, encoding)
+                return Individual(name, as_asked, encoding)
     raise AssertionError("the last fallback loses nothing")
 
 
 def keep_exactly(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Individual:
     """Keep an adapter without any loss."""
-    return Individual(EXACT, None, individual_scheme(EXACT).encode(module_groups(adapter, device), None, dtype))
+    [encoding] = individual_scheme(EXACT).encodings(module_groups(adapter, device), Target(), dtype)
+    return Individual(EXACT, False, encoding)
+
+
+def _largest(ranks: Ranks) -> int | None:
+    return None if ranks is None else max(ranks.values())
 
 
 def module_groups(adapter: Adapter, device: torch.device) -> list[ModuleGroup]:

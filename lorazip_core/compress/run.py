@@ -40,6 +40,7 @@ from ..reading.packs import Budget
 from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
+from ..schemes.scheme import Target
 from .assemble import Assembly
 from .individual import Kept, individual_piece, keep_exactly, keep_individually, stored
 from .key import work_key
@@ -190,11 +191,9 @@ class _Run:
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
             assembly.add_clusters(encoded, shared_scheme(options.method))
-        for number in range(len(self.scanned.collection.adapters)):
-            if encoded is None or encoded.labels[number] is None:
-                kept = stored(number, self.pieces)
-                assert kept is not None
-                assembly.add_individual(number, kept)
+        numbers = range(len(self.scanned.collection.adapters))
+        alone = [number for number in numbers if encoded is None or encoded.labels[number] is None]
+        assembly.add_individual({number: kept for number in alone if (kept := stored(number, self.pieces))})
         return assembly.finish(parameters)
 
     def _labels(self, updates: Updates, rank: int) -> list[int]:
@@ -231,7 +230,7 @@ class _Run:
                 kept = keep_individually(
                     adapters[number],
                     asked,
-                    options.kept_rank,
+                    self._target(norm),
                     options.max_error,
                     squared_norm=norm,
                     dtype=dtype,
@@ -251,6 +250,12 @@ class _Run:
                 advance(1)
         for note in notes:
             self.progress.note(note)
+
+    def _target(self, norm: float) -> Target:
+        """What is wanted of an adapter of this ‖ΔW‖²."""
+        options = self.options
+        limit = None if options.max_error is None else options.max_error * norm
+        return Target(options.kept_rank, limit)
 
     def _reason(self, number: int, kept: Kept) -> str:
         """How an adapter is kept on its own, and why."""

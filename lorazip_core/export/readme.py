@@ -33,7 +33,7 @@ class Changes(NamedTuple):
 
 def readme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
     """The text of ``README.md``, with the front matter of a model card."""
-    base = adapter.base_model
+    base = bundle.manifest.base_model_of(adapter)
     origin = adapter.origin or _UNKNOWN
     front = ["library_name: peft"]
     if base and _HUB_ID.fullmatch(base):

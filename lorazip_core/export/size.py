@@ -9,6 +9,7 @@ from ..base.errors import AdapterError
 from ..bundle.manifest import AdapterEntry
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
+from ..schemes.registry import packed_scheme
 
 _ORIGINAL_ITEMSIZE = 2
 """Bytes of an element of the original factors: at least, as the manifest does not say their dtype."""
@@ -44,6 +45,8 @@ def export_bytes(
         original = bundle.scheme(adapter).keeps_factors
         if adapter.cluster is None:
             size, (kept, patterns) = float(sizes[str(adapter.individual)]), _own_rank(bundle, adapter)
+            if packed_scheme(adapter.scheme):
+                size = 0.0  # what is packed tells nothing of what is written: its rank does
         else:
             cluster = manifest.clusters[adapter.cluster]
             size, patterns = sizes[cluster.basis] * width / whole[adapter.cluster], False
@@ -51,7 +54,7 @@ def export_bytes(
         stored = _ORIGINAL_ITEMSIZE if original else DTYPES[manifest.parameters.dtype].itemsize
         itemsize = stored if dtype is None else DTYPES[dtype].itemsize
         size *= itemsize / stored
-        if kept is not None:
+        if kept:
             truncated = rank is not None and rank < kept
             written = min(kept, rank or kept)
             padded = pad and (not original or truncated or (one_rank and patterns))

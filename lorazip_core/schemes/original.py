@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from .factors import FactorsScheme
-from .scheme import ANY, Encoding, ModuleGroup, Ranks, Shape, Size, TensorSpec
+from .scheme import ANY, Encoding, ModuleGroup, Shape, Size, Target, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +26,13 @@ class Original(FactorsScheme):
     is_method: ClassVar[bool] = False
     keeps_factors: ClassVar[bool] = True
 
-    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
-        yield None
-
-    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         encoding = Encoding({}, {})
         for group in groups:
             for name, b, a, scale in zip(group.names, group.b, group.a, group.scales, strict=True):
                 encoding.tensors.update({f"{name}.B": b, f"{name}.A": a, f"{name}.scale": scale})
                 encoding.squared_errors[name] = 0.0
-        return encoding
+        yield encoding
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["B"].to(dtype) * tensors["scale"].to(dtype)[..., None, None], tensors["A"].to(dtype)

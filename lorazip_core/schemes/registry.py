@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .coded import Coded
 from .diag import Diag
 from .joint import Joint
 from .original import Original
-from .scheme import IndividualScheme, Scheme, SharedScheme
+from .scheme import IndividualScheme, PackedScheme, Scheme, SharedScheme
 from .svd import Svd
 
 SCHEMES: dict[str, Scheme] = {
@@ -14,6 +15,7 @@ SCHEMES: dict[str, Scheme] = {
         Joint(),
         Diag(),
         Svd(),
+        Coded(),
         Original(),
     )
 }
@@ -42,3 +44,9 @@ def individual_scheme(name: str) -> IndividualScheme:
     scheme = SCHEMES[name]
     assert isinstance(scheme, IndividualScheme)
     return scheme
+
+
+def packed_scheme(name: str) -> PackedScheme | None:
+    """The scheme of an adapter that shares a file with others; None if it has one of its own, or none."""
+    scheme = SCHEMES[name]
+    return scheme if isinstance(scheme, PackedScheme) else None

@@ -81,6 +81,8 @@ class Scheme(ABC):
     """The rank where none is asked for; None for a scheme that has no rank."""
     is_method: ClassVar[bool] = True
     """Whether it can be asked for; else it is only what some adapters end with."""
+    has_own_rank: ClassVar[bool] = False
+    """Whether the entry of an adapter in the manifest has a rank: the largest of its modules."""
     keeps_factors: ClassVar[bool] = False
     """Whether its own tensors are B, A and scale as they are in the source, so that export can give them back."""
 
@@ -199,6 +201,17 @@ Ranks = Mapping[str, int] | None
 """The rank of every module, by name; None for a scheme that has no rank."""
 
 
+class Target(NamedTuple):
+    """What is wanted of an adapter on its own. Without any, a scheme does as it does by default."""
+
+    rank: int | None = None
+    """The mean rank of its modules: as many elements as if all had this one."""
+    limit: float | None = None
+    """The most that Σ‖ΔW − ΔŴ‖² may be."""
+    step: float | None = None
+    """The step that its components are quantised with, for a scheme that does so."""
+
+
 class Encoding(NamedTuple):
     """An adapter as it is stored."""
 
@@ -206,18 +219,40 @@ class Encoding(NamedTuple):
     """By module and suffix, as its file has them."""
     squared_errors: dict[str, float]
     """By module: ‖ΔW − ΔŴ‖² of what is stored, infinite where the dtype cannot hold it."""
+    ranks: Ranks = None
 
 
 class IndividualScheme(Scheme):
     """Every adapter on its own."""
 
-    @abstractmethod
-    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
-        """The ranks to try in turn, until Σ‖ΔW − ΔŴ‖² is at most ``limit``.
+    quantises: ClassVar[bool] = False
+    """Whether `Target.step` says how much is lost."""
 
-        ``rank`` is what was asked for. Without a rank and a limit nothing is wanted of a scheme that has a rank.
+    @abstractmethod
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
+        """What to try in turn until it meets the limit of ``target``, rounded to ``dtype``, on the CPU.
+
+        All modules of an adapter are in ``groups``. Nothing is tried where the scheme cannot do what is wanted.
         """
 
+
+class PackedScheme(IndividualScheme):
+    """Adapters of which several are packed into one file; `own` is what is there once they are unpacked."""
+
     @abstractmethod
-    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
-        """Encode all modules of an adapter, rounded to ``dtype``; what is stored is on the CPU."""
+    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        """The tensors of a file. Of every adapter, its modules in order, each with its own tensors by suffix."""
+
+    @abstractmethod
+    def unpack(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]
+    ) -> list[list[dict[str, Tensor]]]:
+        """What `pack` was given, for updates of these sizes. Raises ValueError if the tensors are not such ones."""
+
+    @abstractmethod
+    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
+        """The rank of a module with these tensors."""
+
+    @abstractmethod
+    def file_tensors(self, adapters: int) -> dict[str, TensorSpec]:
+        """What the tensors of a file of so many adapters must be like."""

@@ -1,13 +1,17 @@
-"""``svd``: every update by itself, truncated to its largest singular values: B̂ = U Σ and Â = Vᵀ."""
+"""``svd``: every update by itself, truncated to its largest singular values: B̂ = U Σ and Â = Vᵀ.
+
+Ranks follow the spectrum: of all components of an adapter, those are kept that are worth most by the element.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .factors import FactorsScheme
-from .scheme import Encoding, ModuleGroup, Ranks, Shape, Size, TensorSpec
+from .scheme import Encoding, ModuleGroup, Shape, Size, Target, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -21,23 +25,27 @@ class Svd(FactorsScheme):
 
     name: ClassVar[str] = "svd"
     about: ClassVar[str] = "a truncated SVD of each update on its own, rank {rank}"
+    has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = 4
 
-    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
-        """The rank asked for, then one rank for all modules from the smallest that may do."""
-        names = [name for group in groups for name in group.names]
-        if rank is not None:
-            yield dict.fromkeys(names, rank)
-        if limit is not None:
-            for candidate in range(_smallest_rank(groups, limit), max(group.rank for group in groups) + 1):
-                yield dict.fromkeys(names, candidate)
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
+        """At the mean rank asked for; then with ever more components, from the fewest that may do."""
+        if target.rank is None and target.limit is None:
+            return
+        spectrum = _Spectrum.of(groups)
+        if target.rank is not None:
+            yield self._encode(groups, spectrum.ranks(spectrum.within(target.rank)), dtype)
+        if target.limit is not None:
+            count = spectrum.fewest(target.limit)
+            while count <= spectrum.count:
+                yield self._encode(groups, spectrum.ranks(count), dtype)
+                count = max(count + 1, count + count // 64)  # rounding has cost what one component could not make good
 
-    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+    def _encode(self, groups: Sequence[ModuleGroup], ranks: Mapping[str, int], dtype: torch.dtype) -> Encoding:
         from ..base.stopping import check_stop
         from ..maths.encode import encode_individual
 
-        assert ranks is not None
-        encoding = Encoding({}, {})
+        encoding = Encoding({}, {}, ranks)
         for group in groups:
             for rank, modules in _by_rank(group, ranks):
                 check_stop()
@@ -69,15 +77,47 @@ def _by_rank(group: ModuleGroup, ranks: Mapping[str, int]) -> list[tuple[int, li
     return sorted(positions.items())
 
 
-def _smallest_rank(groups: Sequence[ModuleGroup], limit: float) -> int:
-    """The least rank at which the exact truncated SVDs lose no more energy than ``limit``; rounding may need more."""
-    import torch
+class _Spectrum(NamedTuple):
+    """All singular components of an adapter, those first that are worth most by the element.
 
-    from ..maths.factored import truncated_svd
+    Every module keeps its largest one, whatever that is worth.
+    """
 
-    energy = torch.zeros(max(group.rank for group in groups), dtype=torch.float64)
-    for group in groups:
-        spectrum = truncated_svd(*group.exact, group.rank)[0].double().square().sum(-2).sum(0).cpu()
-        energy[: len(spectrum)] += spectrum
-    lost = energy.flip(0).cumsum(0).flip(0)  # lost[r] is what a truncation at rank r loses
-    return max(1, int((lost > limit).sum()))
+    modules: list[str]
+    """The module of each."""
+    costs: list[int]
+    """The elements that each takes."""
+    left: list[float]
+    """[count + 1]: the energy that is lost where so many are kept."""
+
+    @classmethod
+    def of(cls, groups: Sequence[ModuleGroup]) -> _Spectrum:
+        from ..maths.factored import truncated_svd
+
+        found = []
+        for group in groups:
+            us, vt = truncated_svd(*group.exact, group.rank)
+            cost = us.shape[-2] + vt.shape[-1]
+            for name, energies in zip(group.names, us.double().square().sum(-2).tolist(), strict=True):
+                for place, energy in enumerate(energies):
+                    found.append((place > 0, -energy / cost, name, cost, energy))
+        found.sort()
+        left = list(accumulate((each[4] for each in reversed(found)), initial=0.0))
+        return cls([each[2] for each in found], [each[3] for each in found], left[::-1])
+
+    @property
+    def count(self) -> int:
+        return len(self.modules)
+
+    def fewest(self, limit: float) -> int:
+        """The least number of components without which no more energy than ``limit`` is lost, before rounding."""
+        return max(len(set(self.modules)), sum(lost > limit for lost in self.left))
+
+    def within(self, rank: int) -> int:
+        """The largest number of components that take no more elements than all modules at this rank."""
+        most = rank * sum(self.costs[: len(set(self.modules))])
+        return sum(taken <= most for taken in accumulate(self.costs))
+
+    def ranks(self, count: int) -> dict[str, int]:
+        """The rank of every module where so many components are kept."""
+        return dict(Counter(self.modules[:count]))

@@ -179,8 +179,9 @@ def _modules(bundle: Bundle, pair: Pair) -> Iterator[Finding]:
 def _carried(bundle: Bundle, pair: Pair, damaged: set[str | None]) -> Iterator[Finding]:
     """Base model, configuration and extras are the original's."""
     entry, original = pair
-    if entry.base_model != original.config.base_model:
-        message = f"base model {entry.base_model!r}, but the original has {original.config.base_model!r}"
+    named = bundle.manifest.base_model_of(entry)
+    if named != original.config.base_model:
+        message = f"base model {named!r}, but the original has {original.config.base_model!r}"
         yield Finding("base-model-differs", None, message, damage=False, adapter=entry.name)
     if entry.config not in damaged and bundle.config_text(entry) != original.config_text:
         message = f"is not the original's {CONFIG_NAME}"

@@ -1,0 +1,200 @@
+"""Singular components quantised with one step, and their scales refitted.
+
+A component s·u·vᵀ of an update ΔW becomes g·û·v̂ᵀ: the entries of s·u and of s·v are rounded to multiples of one step Δ,
+which leaves integers û and v̂, and g is fitted by least squares. One Δ for all components of an adapter makes the
+distortion of every entry the same: reverse water-filling. Strong components get many bits, weak ones round to zero and
+are dropped, and so do weak modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factored import Factors
+
+MOST = 127
+"""The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
+OCTAVE = 32
+"""Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
+
+_ROUND_UP_FROM = 0.53  # of a step: a narrow dead zone. 0.5 and 0.6 are worse, at equal bytes, by less than 1%.
+_WEAKEST = 1.3  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
+BITS_OF_INDEX = 12
+"""About what a component takes in the index of a file, its scale included."""
+_HALVINGS = 24  # of an interval of 14 octaves
+_CODE_RANGE = torch.iinfo(torch.int16)
+
+
+class Components(NamedTuple):
+    """The singular components of m updates of one shape, in float64; those of an update descend."""
+
+    us: Tensor
+    """[m, d_out, r]: s·u"""
+    vt: Tensor
+    """[m, r, d_in]"""
+    s: Tensor
+    """[m, r]"""
+
+    @classmethod
+    def of(cls, exact: Factors) -> Components:
+        """Of `truncated_svd`."""
+        us, vt = exact
+        return cls(us, vt, us.norm(dim=-2))
+
+    @property
+    def deviations(self) -> Tensor:
+        """[m, r]: the geometric mean of the deviations of the entries of s·u and of s·v."""
+        return self.s / (self.us.shape[-2] * self.vt.shape[-1]) ** 0.25
+
+
+class Codes(NamedTuple):
+    """Components as they are stored: ΔŴ = Σ_k 2^(scale_k / 32) û_k v̂_kᵀ over those of an update that are ``kept``."""
+
+    u: Tensor
+    """[m, d_out, r] of int8"""
+    v: Tensor
+    """[m, r, d_in] of int8"""
+    scale: Tensor
+    """[m, r] of int16"""
+    kept: Tensor
+    """[m, r] of bool"""
+    squared_errors: Tensor
+    """[m] in float64: ‖ΔW − ΔŴ‖²"""
+
+
+def weakest_kept(step: float) -> float:
+    """The least of `Components.deviations` that a component is kept with."""
+    return step / _WEAKEST
+
+
+def quantise(components: Components, step: float) -> Codes:
+    """Quantise every entry of s·u and s·v with ``step``, or a coarser one where a code would be too large."""
+    us, vt, s = components
+    kept = components.deviations >= weakest_kept(step)
+    most = int(kept.sum(-1).max()) if kept.numel() else 0
+    us, vt, s, kept = us[..., :most], vt[..., :most, :], s[..., :most], kept[..., :most]
+    u = _rounded(us, step, -2) * kept.unsqueeze(-2)
+    v = _rounded(vt * s.unsqueeze(-1), step, -1) * kept.unsqueeze(-1)
+    kept = kept & u.any(-2) & v.any(-1)
+    gram = (u.mT @ u) * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
+    inner = ((u.mT @ components.us) * (v @ components.vt.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
+    scales = _fitted(gram, inner, kept)
+    kept &= scales > 0
+    code = torch.where(kept, (scales.clamp_min(1e-300).log2() * OCTAVE).round(), 0)
+    code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
+    stored = unpacked_scale(code, torch.float64) * kept
+    norm = components.s.square().sum(-1)
+    error = norm - 2 * (stored * inner).sum(-1) + (stored.unsqueeze(-2) @ gram @ stored.unsqueeze(-1))[..., 0, 0]
+    return Codes(u.to(torch.int8), v.to(torch.int8), code, kept, error.clamp_min(0))
+
+
+def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
+    """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
+    return predicted_of(components.s, components.us.shape[-2], components.vt.shape[-1], step)
+
+
+def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`predicted` from singular values alone, [..., r]."""
+    sizes = (torch.as_tensor(size, dtype=torch.float64, device=s.device) for size in (d_out, d_in))
+    rate = _rate()
+    kept_energy, bits, deviation = s.square(), torch.zeros_like(s), torch.ones_like(s)
+    for size in sizes:
+        own = s / size.sqrt() / step
+        kept_energy = kept_energy * (1 - rate.left(own))
+        bits = bits + size * rate.bits(own)
+        deviation = deviation * own
+    kept = deviation.sqrt() >= 1 / _WEAKEST
+    return (s.square() - kept_energy * kept).sum(-1), ((bits + BITS_OF_INDEX) * kept).sum(-1)
+
+
+def predicted_step(components: Sequence[Components], limit: float) -> float:
+    """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
+    largest = max(float(each.deviations.max()) for each in components if each.s.numel())
+    low, high = math.log2(largest) - 12, math.log2(largest) + 2
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if sum(float(predicted(each, 2**middle)[0].sum()) for each in components) <= limit:
+            low = middle
+        else:
+            high = middle
+    return float(2**low)
+
+
+def unpacked_scale(code: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^(code / 32) in ``dtype``."""
+    return torch.exp2(code.to(torch.float64) / OCTAVE).to(dtype)
+
+
+def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
+    """Whole numbers of steps, in float64; ``dim`` runs over the entries of a component."""
+    steps = (entries.abs().amax(dim, keepdim=True) / (MOST + 0.5 - 1e-6)).clamp_min(step)
+    return entries.sign() * (entries.abs() / steps + (1 - _ROUND_UP_FROM)).floor()
+
+
+def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
+    """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖²; 0 for components that are not ``kept``."""
+    alone = torch.diag_embed((~kept).to(gram.dtype))
+    both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
+    return torch.linalg.solve((gram * both) + alone, (inner * kept).unsqueeze(-1))[..., 0]
+
+
+class Rate:
+    """Bits and distortion of a Gaussian entry of deviation ρ, in steps, as `quantise` rounds it: tables over log₂ ρ.
+
+    Entries of singular vectors are close to Gaussian; codes are taken to be entropy coded.
+    """
+
+    _LEAST, _GREATEST, _PER_OCTAVE = -1.0, 5.0, 16
+
+    def __init__(self) -> None:
+        count = int((self._GREATEST - self._LEAST) * self._PER_OCTAVE) + 1
+        grid = torch.linspace(self._LEAST, self._GREATEST, count, dtype=torch.float64).exp2()
+        codes = torch.arange(0, 257, dtype=torch.float64)
+        lower = (codes - 1 + _ROUND_UP_FROM).clamp_min(0)
+        upper = codes + _ROUND_UP_FROM
+        low, high = lower / grid[:, None], upper / grid[:, None]
+        mass = (_phi(high) - _phi(low)).clamp_min(0)  # of one sign; of both for code 0
+        both = mass * torch.where(codes > 0, 2.0, 1.0)
+        both[:, 0] = 2 * (_phi(high[:, 0]) - 0.5)
+        bits = -(both * torch.where(codes > 0, mass, both).clamp_min(1e-300).log2()).sum(1)
+        # With the best scale, what is lost is 1 − E[xq]² / E[q²] of the energy of the entries.
+        density = _density(low) - _density(high)
+        product = 2 * (codes * density).sum(1)  # E[x q] / ρ
+        energy = (both * codes.square()).sum(1)
+        self._bits, self._left = bits, 1 - product.square() / energy.clamp_min(1e-300)
+
+    def bits(self, deviations: Tensor) -> Tensor:
+        """Bits of an entry; ``deviations`` are ρ."""
+        return self._at(self._bits, deviations, 1.0)
+
+    def left(self, deviations: Tensor) -> Tensor:
+        """The share of the energy of entries that is lost."""
+        return self._at(self._left.log2(), deviations, -2.0).exp2()
+
+    def _at(self, table: Tensor, deviations: Tensor, slope: float) -> Tensor:
+        """Linear between the entries of a table, and with ``slope`` per octave beyond its end."""
+        place = (deviations.clamp_min(1e-30).log2() - self._LEAST) * self._PER_OCTAVE
+        beyond = (place - (len(table) - 1)).clamp_min(0)
+        place = place.clamp(0, len(table) - 1 - 1e-9)
+        below = place.floor().long()
+        share = place - below
+        return table[below] * (1 - share) + table[below + 1] * share + beyond * slope / self._PER_OCTAVE
+
+
+def _phi(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
+
+
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+
+
+@cache
+def _rate() -> Rate:
+    return Rate()

@@ -1,0 +1,148 @@
+"""``coded``: singular components quantised with one step, their codes entropy coded: ΔŴ = Σ_k 2^(scale_k/32) û_k v̂_kᵀ.
+
+Ranks and bits follow the spectrum, see `maths.quantise`. A file holds several adapters, whose codes share streams, see
+`coded_file`; unpacked, a module has û [k, d_out] and v̂ [k, d_in] of int8, and scales [k] of int16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from .scheme import Encoding, ModuleGroup, PackedScheme, Shape, ShapeOf, Size, Target, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..maths.factored import Factors
+    from ..maths.quantise import Components
+
+_TRIES = 6
+_NEAR = 0.985  # of the limit: nearer is not worth another try
+
+
+class Coded(PackedScheme):
+    """The smallest for nearly any error: a truncated SVD whose ranks and bits follow the spectrum."""
+
+    name: ClassVar[str] = "coded"
+    about: ClassVar[str] = "quantised singular components of each update, up to {rank} of them"
+    own: ClassVar[tuple[str, ...]] = ("u", "v", "scale")
+    has_own_rank: ClassVar[bool] = True
+    default_rank: ClassVar[int | None] = None
+    quantises: ClassVar[bool] = True
+    default_error: ClassVar[float] = 0.1
+    """The squared error of those who ask for nothing: the largest at which no task was seen to suffer."""
+
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
+        """With the step asked for; else with the coarsest one that meets the limit, nearly."""
+        from ..maths.factored import truncated_svd
+        from ..maths.quantise import Components
+
+        of_groups = [(group, Components.of(truncated_svd(*group.exact, group.rank))) for group in groups]
+        if target.step is not None:
+            yield _encode(of_groups, target.step)
+            return
+        norm = sum(float(components.s.square().sum()) for _, components in of_groups)
+        if not norm:
+            yield _encode(of_groups, 1.0)
+            return
+        limit = self.default_error * norm if target.limit is None else target.limit
+        yield from _near(of_groups, limit)
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        from ..maths.quantise import unpacked_scale
+
+        u, v = tensors["u"].to(dtype), tensors["v"].to(dtype)
+        if not u.shape[-2]:
+            return u.new_zeros(*u.shape[:-2], u.shape[-1], 1), v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
+        return (u * unpacked_scale(tensors["scale"], dtype)[..., None]).mT, v
+
+    def decoded_rank(self, shape_of: ShapeOf) -> int:
+        return max(1, shape_of("scale")[0])
+
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        kept = range(rank + 1)
+        return {
+            "u": TensorSpec((kept, size.d_out), ("I8",)),
+            "v": TensorSpec((kept, size.d_in), ("I8",)),
+            "scale": TensorSpec((kept,), ("I16",)),
+        }
+
+    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
+        return len(own["scale"])
+
+    def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
+        counts = {shape[0] for shape in shapes.values()}
+        return "û, v̂ and scales are not equally many" if len(counts) > 1 else None
+
+    def file_tensors(self, adapters: int) -> dict[str, TensorSpec]:
+        some = range(2**40)
+        return {
+            "bases": TensorSpec((adapters,), ("I16",)),
+            "kinds": TensorSpec((range(257),), ("U8",)),
+            "index": TensorSpec((some,), ("U8",)),
+            "codes": TensorSpec((some,), ("U8",)),
+        }
+
+    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        import torch
+
+        from .coded_file import CodedModule, pack
+
+        arrays = [
+            [CodedModule(*(module[suffix].numpy() for suffix in self.own)) for module in adapter]
+            for adapter in adapters
+        ]
+        return {name: torch.from_numpy(array) for name, array in pack(arrays).items()}
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]
+    ) -> list[list[dict[str, Tensor]]]:
+        import torch
+
+        from .coded_file import unpack
+
+        unpacked = unpack({name: tensor.numpy() for name, tensor in tensors.items()}, sizes)
+        return [
+            [{suffix: torch.from_numpy(array) for suffix, array in module._asdict().items()} for module in adapter]
+            for adapter in unpacked
+        ]
+
+
+def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) -> Encoding:
+    from ..base.stopping import check_stop
+    from ..maths.quantise import quantise
+
+    ranks: dict[str, int] = {}
+    encoding = Encoding({}, {}, ranks)
+    for group, components in of_groups:
+        check_stop()
+        codes = quantise(components, step)
+        u, v, scale, kept = (each.cpu() for each in codes[:4])
+        for place, (name, error) in enumerate(zip(group.names, codes.squared_errors.tolist(), strict=True)):
+            own = kept[place]
+            encoding.tensors[f"{name}.u"] = u[place].mT[own].contiguous()
+            encoding.tensors[f"{name}.v"] = v[place][own].contiguous()
+            encoding.tensors[f"{name}.scale"] = scale[place][own]
+            encoding.squared_errors[name] = error
+            ranks[name] = int(own.sum())
+    return encoding
+
+
+def _near(of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float) -> Iterable[Encoding]:
+    """An encoding that loses at most ``limit``, but not much less; nothing if no step does."""
+    from ..maths.quantise import predicted_step
+
+    step = predicted_step([components for _, components in of_groups], limit)
+    best = None
+    for _ in range(_TRIES):
+        encoding = _encode(of_groups, step)
+        lost = sum(encoding.squared_errors.values())
+        if lost <= limit and (best is None or lost > best[0]):
+            best = lost, encoding
+        if _NEAR * limit <= lost <= limit or lost == 0:
+            break
+        step *= (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
+    if best is not None:
+        yield best[1]
