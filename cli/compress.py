@@ -10,7 +10,7 @@ import typer
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.bundle.output_path import check_output_path
-from lorazip_core.schemes.registry import DEFAULT, SCHEMES, methods
+from lorazip_core.schemes.registry import AUTO, SCHEMES, methods
 
 from . import console
 from .early import check_new
@@ -30,6 +30,7 @@ from .options import (
     Weights,
     check_rank,
     one_of,
+    size,
     squared_error,
 )
 from .options import clusters as parse_clusters
@@ -46,7 +47,7 @@ _BESIDE = "files beside adapters that a bundle does not carry"
 
 def _methods() -> list[str]:
     """What --method may be: those that share nothing first."""
-    return sorted(methods(), key=lambda name: bool(SCHEMES[name].shared))
+    return [AUTO, *sorted(methods(), key=lambda name: bool(SCHEMES[name].shared))]
 
 
 def compress(
@@ -61,12 +62,14 @@ def compress(
             metavar="|".join(_methods()),
             callback=one_of(_methods),
             autocompletion=lambda incomplete: [name for name in _methods() if name.startswith(incomplete)],
-            help="Each adapter alone (svd), or on a shared basis with full or diagonal cores.",
+            help="Each adapter alone (coded, svd), or on shared bases with full or diagonal cores.",
         ),
-    ] = DEFAULT,
+    ] = AUTO,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="R", callback=check_rank, help="Rank of what is kept. Default: 16, with svd 4."),
+        typer.Option(
+            "--rank", metavar="R", callback=check_rank, help="Rank of what is kept. Default: 16, with svd 4 on average."
+        ),
     ] = None,
     clusters: Annotated[
         str,
@@ -80,7 +83,23 @@ def compress(
     max_error: Annotated[
         float | None,
         typer.Option(
-            "--max-error", metavar="E", callback=squared_error, help="Keep an adapter that would exceed E on its own."
+            "--max-error", metavar="E", callback=squared_error, help="The most that any adapter may lose. Default: 0.1."
+        ),
+    ] = None,
+    max_mean_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-mean-error", metavar="E", callback=squared_error, help="The most that adapters may lose on average."
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", metavar="SIZE", parser=size, help="The most that the bundle may take, like 500MB."),
+    ] = None,
+    budget_per_adapter: Annotated[
+        int | None,
+        typer.Option(
+            "--budget-per-adapter", metavar="SIZE", parser=size, help="The same, by the adapter: 40kB on average."
         ),
     ] = None,
     device: Device = "auto",
@@ -108,6 +127,9 @@ def compress(
         seed=seed,
         weights=weights,
         max_error=max_error,
+        max_mean_error=max_mean_error,
+        budget=budget,
+        budget_per_adapter=budget_per_adapter,
         device=device,
         memory=memory,
         device_memory=device_memory,

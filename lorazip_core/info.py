@@ -90,7 +90,7 @@ def info(path: Path) -> InfoReport:
         created_by=manifest.created_by,
         base_model=manifest.base_model,
         parameters=manifest.parameters,
-        bytes_original=sum(_original(adapter) for adapter in manifest.adapters),
+        bytes_original=sum(_original(bundle, adapter) for adapter in manifest.adapters),
         bytes_bundle=bundle.size_bytes,
         modules=len(manifest.modules),
         shapes=[
@@ -115,7 +115,7 @@ def info(path: Path) -> InfoReport:
                 rank=adapter.rank if adapter.cluster is None else manifest.clusters[adapter.cluster].rank,
                 modules=len(manifest.module_sets[adapter.module_set]),
                 squared_error=adapter.squared_error,
-                bytes_original=_original(adapter),
+                bytes_original=_original(bundle, adapter),
                 bytes_own=shares.get(index, 0)
                 + sum(
                     sizes[own] // owners[own]
@@ -131,8 +131,8 @@ def info(path: Path) -> InfoReport:
     )
 
 
-def _original(adapter: AdapterEntry) -> int:
-    return sum(source.size_bytes for source in adapter.files)
+def _original(bundle: Bundle, adapter: AdapterEntry) -> int:
+    return sum(source.size_bytes for source in bundle.sources(adapter))
 
 
 def _shards(bundle: Bundle) -> list[ShardEntry]:

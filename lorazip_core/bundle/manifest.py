@@ -119,9 +119,10 @@ class AdapterEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The file of its own tensors, which several adapters share if their scheme packs them."""
     extras: InnerPath | None = None
     config: InnerPath
-    base_model: str | None | UnsetType = UNSET
+    base_model: str | UnsetType | None = UNSET
     """What its configuration names, if not the ``base_model`` of the bundle."""
     files: list[SourceEntry]
+    """What it was read from besides its configuration, of which the bundle has the bytes."""
     squared_norm: SquaredError
     """Σ over its modules of ‖ΔW‖_F²."""
     squared_error: SquaredError
@@ -154,6 +155,9 @@ class Parameters(Struct, frozen=True):
     seed: int
     weights: Weights
     max_error: SquaredError | None
+    max_mean_error: SquaredError | UnsetType = UNSET
+    budget: Size | UnsetType = UNSET
+    """Bytes of the bundle."""
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
@@ -172,7 +176,6 @@ class Manifest(Struct, frozen=True, kw_only=True):
     adapters: list[AdapterEntry]
     skipped: list[SkippedEntry]
     files: list[FileEntry]
-
 
     def base_model_of(self, adapter: AdapterEntry) -> str | None:
         """What the configuration of an adapter names as its base model."""
@@ -223,9 +226,9 @@ def _refuse_unknown(path: Path, fields: dict[str, Any], operations: tuple[str, .
     if fields.get("format") != FORMAT:
         raise BundleDamaged(f"{path}: format is {fields.get('format')!r}, not {FORMAT!r}")
     if fields.get("format_version") not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
+        readable = " and ".join(map(str, _READABLE))
         raise Unsupported(
-            f"{path}: bundle format {fields.get('format_version')!r}; this lorazip reads formats {known}",
+            f"{path}: bundle format {fields.get('format_version')!r}; this lorazip reads formats {readable}",
             "update lorazip",
         )
     requires = fields.get("requires")

@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..adapter.formats.names import CONFIG_NAME
 from ..base.digests import sha256_bytes, sha256_stream
 from ..base.errors import BundleDamaged
 from ..base.filesystem import naming, system_error
 from ..schemes.registry import SCHEMES, packed_scheme
 from ..schemes.scheme import Scheme, Size
 from .kinds import MANIFEST_NAME
-from .manifest import AdapterEntry, ClusterEntry, FileEntry, Manifest, ModuleEntry, ShardEntry, read_manifest
+from .manifest import (
+    AdapterEntry,
+    ClusterEntry,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    ShardEntry,
+    SourceEntry,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +180,13 @@ class Bundle:
         if adapter.extras is None:
             return {}
         return {name: self.tensor(adapter.extras, name) for name in self.names(adapter.extras)}
+
+    def sources(self, adapter: AdapterEntry) -> list[SourceEntry]:
+        """The files that an adapter was read from, its configuration first."""
+        if self.manifest.format_version == 1:
+            return adapter.files
+        config = self._files[adapter.config]
+        return [SourceEntry(CONFIG_NAME, config.size_bytes, config.sha256), *adapter.files]
 
     def config(self, adapter: AdapterEntry) -> dict[str, Any]:
         """The adapter's original ``adapter_config.json``."""

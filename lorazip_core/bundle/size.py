@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..schemes.registry import SCHEMES
-from ..schemes.scheme import Scheme, Size, TensorSpec, itemsize
+from ..schemes.scheme import PackedScheme, Scheme, Size, TensorSpec, itemsize
 from .manifest import Dtype, Method
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ _ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "f16": 2, "f32": 4}
 # Measured on real bundles, besides names: what a tensor adds to the header of its file, and what an adapter, a module,
 # a file and a cluster add to the manifest.
 _TENSOR_BYTES = 72
-_ADAPTER_BYTES = 760
-_MODULE_BYTES = 70
+_ADAPTER_BYTES = 560
+_MODULE_BYTES = 40
 _FILE_BYTES = 130
 _CLUSTER_BYTES = 240
 
@@ -30,28 +30,32 @@ def equal_groups(adapters: int, clusters: int) -> list[range]:
 
 
 def bundle_bytes(
-    collection: Collection, method: Method, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
+    collection: Collection, method: Method | None, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
 ) -> int:
-    """About the bytes of a bundle. ``groups`` are the numbers of the adapters that share a basis; empty where none do.
+    """About the bytes of a bundle; without a method, of all but the updates.
 
+    ``groups`` are the numbers of the adapters that share a basis; empty where none do.
     Extras count for every adapter: that some are equal, and stored once, shows only when they are read.
     """
     adapters = collection.adapters
     item = _ITEM_BYTES[dtype]
-    scheme = SCHEMES[method]
-    if rank is None or not scheme.shared:
+    scheme = SCHEMES[method] if method else None
+    if scheme is None:
+        tensors, files = 0, len(adapters) // 16
+    elif rank is None or not scheme.shared:
         tensors, files = _individual_bytes(collection, scheme, rank, item), len(adapters)
     else:
         tensors = sum(_shared_bytes(collection, group, scheme, rank, item) for group in groups)
         files = 2 * len(groups)
     for adapter in adapters:
         tensors += sum(_tensor_bytes(key, info.size_bytes) for key, info in adapter.extras.items())
-    files += len(adapters) + sum(bool(adapter.extras) for adapter in adapters)
-    configs = sum(len(adapter.config_text) for adapter in adapters)
-    manifest = files * _FILE_BYTES + len(groups) * _CLUSTER_BYTES
+    files += sum(bool(adapter.extras) for adapter in adapters)
+    configs = {adapter.config_text for adapter in adapters}
+    manifest = (files + len(configs)) * _FILE_BYTES
+    manifest += len(groups) * _CLUSTER_BYTES
     manifest += sum(_ADAPTER_BYTES + len(adapter.name) for adapter in adapters)
     manifest += sum(_MODULE_BYTES + len(module.name) for module in collection.modules)
-    return tensors + configs + manifest
+    return tensors + sum(map(len, configs)) + manifest
 
 
 def _tensor_bytes(name: str, data: int) -> int:
@@ -64,6 +68,9 @@ def _individual_bytes(collection: Collection, scheme: Scheme, rank: int | None, 
     for adapter in collection.adapters:
         for name, part in adapter.parts.items():
             size = Size(part.module.d_out, part.module.d_in)
+            if isinstance(scheme, PackedScheme):
+                total += scheme.typical_bytes(size)
+                continue
             total += _tensors_bytes(name, scheme.own_tensors(size, min(rank or part.rank, part.rank)), item)
     return total
 

@@ -78,6 +78,13 @@ class BundleWriter:
         link_or_copy(source, target)
         return self._add(FileEntry(path, target.stat().st_size, sha256))
 
+    def clear(self) -> None:
+        """Remove all that was written."""
+        for path in (*self._files, MANIFEST_NAME):
+            (self._folder / path).unlink(missing_ok=True)
+        self._files.clear()
+        self._shared.clear()
+
     def finish(self, manifest: Manifest) -> int:
         """Write the manifest; with it the bundle is complete. Returns the bytes of all files."""
         data = encode_manifest(manifest)

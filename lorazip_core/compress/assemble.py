@@ -10,6 +10,7 @@ from msgspec import UNSET
 from torch import Tensor
 
 from .. import __version__
+from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.module import Module
 from ..adapter.reader import Adapter
 from ..base.digests import safe_name
@@ -66,17 +67,17 @@ class Assembly:
         }
         self._lost += encoded.lost
 
-    def add_individual(self, kept: Mapping[int, Kept]) -> None:
+    def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
-        files = packed_files({number: each.scheme for number, each in kept.items()})
-        pack(files, [module.name for module in self.scan.collection.modules], self.has, self.pieces)
+        files = packed_files({number: each.scheme for number, each in kept.items()}, attempt)
+        pack(files, attempt, [module.name for module in self.scan.collection.modules], self.has, self.pieces)
         for file in files:
             self.writer.add_file(file.path, *self.pieces.file(file.piece))
             self._paths |= dict.fromkeys(file.adapters, file.path)
         for number, each in kept.items():
             if number not in self._paths:
                 self._paths[number] = f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
-                self.writer.add_file(self._paths[number], *self.pieces.file(individual_piece(number)))
+                self.writer.add_file(self._paths[number], *self.pieces.file(individual_piece(number, attempt)))
             self._lost[number, self.has[number]] = each.squared_errors
         self._individual |= kept
 
@@ -137,7 +138,7 @@ class Assembly:
             extras=extras,
             config=config,
             base_model=UNSET if adapter.config.base_model == base_model else adapter.config.base_model,
-            files=self.scan.files[number],
+            files=[file for file in self.scan.files[number] if file.path != CONFIG_NAME],
             squared_norm=losses.squared_norm,
             squared_error=losses.squared_error,
             mean_module_squared_error=losses.mean_module_squared_error,

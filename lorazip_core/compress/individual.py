@@ -36,7 +36,7 @@ class Individual(NamedTuple):
     as_asked: bool
     encoding: Encoding
 
-    def store(self, number: int, pieces: Pieces) -> Kept:
+    def store(self, number: int, attempt: int, pieces: Pieces) -> Kept:
         """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
         errors = self.encoding.squared_errors
         kept = Kept(
@@ -51,21 +51,26 @@ class Individual(NamedTuple):
             _ASKED: torch.tensor(kept.as_asked),
             _ERRORS: kept.squared_errors,
         }
-        pieces.write(f"kept-{number}", told)
-        pieces.write(individual_piece(number), self.encoding.tensors)
+        pieces.write(_kept_piece(number, attempt), told)
+        pieces.write(individual_piece(number, attempt), self.encoding.tensors)
         return kept
 
 
-def individual_piece(number: int) -> str:
+def individual_piece(number: int, attempt: int) -> str:
     """The name of the piece with the tensors of adapter ``number``: its file in the bundle, if it has one alone."""
-    return f"individual-{number}"
+    return f"individual-{number}-{attempt}"
 
 
-def stored(number: int, pieces: Pieces) -> Kept | None:
+def _kept_piece(number: int, attempt: int) -> str:
+    return f"kept-{number}-{attempt}"
+
+
+def stored(number: int, attempt: int, pieces: Pieces) -> Kept | None:
     """How adapter ``number`` was stored, or None if it is not there yet."""
-    if individual_piece(number) not in pieces or f"kept-{number}" not in pieces:
+    name = _kept_piece(number, attempt)
+    if individual_piece(number, attempt) not in pieces or name not in pieces:
         return None
-    told = pieces.load(f"kept-{number}")
+    told = pieces.load(name)
     rank = int(told[_RANK])
     return Kept(bytes(told[_SCHEME].tolist()).decode(), None if rank < 0 else rank, bool(told[_ASKED]), told[_ERRORS])
 

@@ -30,8 +30,10 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
                 "clusters": clusters,
                 "device": device.type,
                 "dtype": options.dtype,
+                "max_bytes": options.most_bytes(len(names)),
                 "max_error": options.max_error,
-                "method": options.method,
+                "max_mean_error": options.max_mean_error,
+                "method": options.chosen,
                 "packs": list(budget),
                 "processors": [
                     torch.backends.cpu.get_cpu_capability(),

@@ -33,25 +33,25 @@ class PackedFile(NamedTuple):
     adapters: list[int]
 
 
-def packed_files(schemes: Mapping[int, str]) -> list[PackedFile]:
+def packed_files(schemes: Mapping[int, str], attempt: int) -> list[PackedFile]:
     """The files for adapters that are kept on their own, by number in which scheme."""
     members: defaultdict[str, list[int]] = defaultdict(list)
     for number, name in sorted(schemes.items()):
         if packed_scheme(name):
             members[name].append(number)
-    files = []
+    files: list[PackedFile] = []
     for name, numbers in members.items():
         scheme = packed_scheme(name)
         assert scheme is not None
         for start in range(0, len(numbers), PACKED_ADAPTERS):
             place = start // PACKED_ADAPTERS
             path = f"individual/{name}-{place}.safetensors"
-            piece = f"packed-{len(files)}"
+            piece = f"packed-{len(files)}-{attempt}"
             files.append(PackedFile(path, piece, scheme, numbers[start : start + PACKED_ADAPTERS]))
     return files
 
 
-def pack(files: list[PackedFile], modules: list[str], has: Tensor, pieces: Pieces) -> None:
+def pack(files: list[PackedFile], attempt: int, modules: list[str], has: Tensor, pieces: Pieces) -> None:
     """Make the pieces that are ``files``. ``has`` [n, M] says which adapter has which of the ``modules``."""
 
     def one(file: PackedFile) -> None:
@@ -60,7 +60,7 @@ def pack(files: list[PackedFile], modules: list[str], has: Tensor, pieces: Piece
             return
         adapters = []
         for number in file.adapters:
-            reader = pieces.read(individual_piece(number))
+            reader = pieces.read(individual_piece(number, attempt))
             names = [modules[module] for module in has[number].nonzero()[:, 0].tolist()]
             adapters.append(
                 [{suffix: reader.tensor(f"{name}.{suffix}") for suffix in file.scheme.own} for name in names]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
@@ -42,6 +42,7 @@ from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
 from ..schemes.scheme import Target
 from .assemble import Assembly
+from .attempt import Attempt, first_attempt
 from .individual import Kept, individual_piece, keep_exactly, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, note_left
@@ -114,7 +115,7 @@ def compress(
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         read_clusters(options.clusters, collection, may_lack=skip_bad)
     check_space(output, _bytes_needed(collection, options))
-    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    task = Task.of(options.chosen, options.kept_rank or 1, options.clusters, len(collection.adapters))
     with (
         working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within,
         resumable_directory(output, force=force, not_ours=not_of_bundle) as building,
@@ -125,9 +126,17 @@ def compress(
         pieces = Pieces(building.work(work_key(scanned, options, device, within.budget)))
         pieces.check()
         run = _Run(scanned, options, device, within.budget, pieces, progress)
-        encoded, clusters = run.encode()
-        manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-        report = _report(output, manifest, size, time.monotonic() - started, device)
+        writer = BundleWriter(building.path)
+        attempt = first_attempt(scanned, options, device, within.budget, progress) if options.planned else None
+        while True:
+            encoded, clusters = run.encode(attempt)
+            manifest, size = run.assemble(writer, attempt, encoded, clusters)
+            following = attempt and attempt.following(manifest, size)
+            if following is None:
+                break
+            attempt = following
+            writer.clear()
+        report = _report(scanned, output, manifest, size, time.monotonic() - started, device)
     return report
 
 
@@ -139,9 +148,9 @@ def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
     count = len(collection.adapters)
     if not options.scheme.shared:
         rank = options.kept_rank or (1 if options.scheme.default_rank else None)
-        return bundle_bytes(collection, options.method, rank, [], options.dtype)
+        return bundle_bytes(collection, options.chosen, rank, [], options.dtype)
     groups = equal_groups(count, options.clusters if isinstance(options.clusters, int) else 1)
-    return 2 * bundle_bytes(collection, options.method, options.kept_rank, groups, options.dtype)
+    return 2 * bundle_bytes(collection, options.chosen, options.kept_rank, groups, options.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ class _Run:
     pieces: Pieces
     progress: Progress
 
-    def encode(self) -> tuple[Encoded | None, int]:
+    def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int]:
         """Make all pieces that are not there yet; what shares bases, and in how many clusters."""
         encoded, clusters = None, 0
         alone = list(range(len(self.scanned.collection.adapters)))
@@ -167,33 +176,39 @@ class _Run:
             clusters = len(set(labels))
             dtype = DTYPES[options.dtype]
             ranks = [options.kept_rank] * len(updates.shapes)
-            scheme = shared_scheme(options.method)
+            scheme = shared_scheme(options.chosen)
             job = SharedJob(updates, self.scanned.check_unchanged, scheme, ranks, dtype, options.seed)
             too_small = self._too_small.tolist()
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
-        self._keep_individually(alone)
+        self._keep_individually(alone, attempt)
         return encoded, clusters
 
-    def assemble(self, writer: BundleWriter, encoded: Encoded | None, clusters: int) -> tuple[Manifest, int]:
+    def assemble(
+        self, writer: BundleWriter, attempt: Attempt | None, encoded: Encoded | None, clusters: int
+    ) -> tuple[Manifest, int]:
         """Write the bundle from its pieces; its manifest, and the bytes of all."""
         options = self.options
         parameters = Parameters(
-            method=options.method,
+            method=options.chosen,
             rank=options.kept_rank,
             clusters=clusters,
             dtype=options.dtype,
             seed=options.seed,
             weights=options.weights,
             max_error=options.max_error,
+            max_mean_error=UNSET if options.max_mean_error is None else options.max_mean_error,
+            budget=options.most_bytes(len(self.scanned.collection.adapters)) or UNSET,
         )
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
-            assembly.add_clusters(encoded, shared_scheme(options.method))
+            assembly.add_clusters(encoded, shared_scheme(options.chosen))
         numbers = range(len(self.scanned.collection.adapters))
         alone = [number for number in numbers if encoded is None or encoded.labels[number] is None]
-        assembly.add_individual({number: kept for number in alone if (kept := stored(number, self.pieces))})
+        count = attempt.number if attempt else 0
+        kept = {number: own for number in alone if (own := stored(number, count, self.pieces))}
+        assembly.add_individual(kept, count)
         return assembly.finish(parameters)
 
     def _labels(self, updates: Updates, rank: int) -> list[int]:
@@ -213,15 +228,16 @@ class _Run:
         """Adapters that are kept as they are, since the dtype of the bundle has no normal number for any value."""
         return self.scanned.too_small(DTYPES[self.options.dtype])
 
-    def _keep_individually(self, alone: list[int]) -> None:
+    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> None:
         options, adapters = self.options, self.scanned.collection.adapters
         dtype = DTYPES[options.dtype]
-        asked = None if options.scheme.shared else options.method
+        asked = None if options.scheme.shared else options.chosen
+        count = attempt.number if attempt else 0
         if asked:
-            note_left(self.pieces, [individual_piece(number) for number in alone], self.progress)
+            note_left(self.pieces, [individual_piece(number, count) for number in alone], self.progress)
 
         def keep(number: int) -> Kept:
-            if there := stored(number, self.pieces):
+            if there := stored(number, count, self.pieces):
                 return there
             if self._too_small[number]:
                 kept = keep_exactly(adapters[number], dtype, self.device)
@@ -230,14 +246,14 @@ class _Run:
                 kept = keep_individually(
                     adapters[number],
                     asked,
-                    self._target(norm),
+                    self._target(norm, attempt),
                     options.max_error,
                     squared_norm=norm,
                     dtype=dtype,
                     device=self.device,
                 )
             self.scanned.check_unchanged([number])
-            return kept.store(number, self.pieces)
+            return kept.store(number, count, self.pieces)
 
         notes: list[str] = []
         with (
@@ -245,15 +261,17 @@ class _Run:
             closing(in_order(keep, alone, self.device)) as results,
         ):
             for number, kept in zip(alone, results, strict=True):
-                if kept.scheme != options.method:
+                if kept.scheme != options.chosen:
                     notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
         for note in notes:
             self.progress.note(note)
 
-    def _target(self, norm: float) -> Target:
+    def _target(self, norm: float, attempt: Attempt | None) -> Target:
         """What is wanted of an adapter of this ‖ΔW‖²."""
         options = self.options
+        if attempt is not None:
+            return Target(step=attempt.step * math.sqrt(norm))
         limit = None if options.max_error is None else options.max_error * norm
         return Target(options.kept_rank, limit)
 
@@ -288,10 +306,12 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
     return alternate(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
-def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:
+def _report(
+    scanned: Scan, output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device
+) -> CompressReport:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)
-    original = sum(file.size_bytes for adapter in adapters for file in adapter.files)
+    original = sum(file.size_bytes for files in scanned.files for file in files)
     errors = [adapter.squared_error for adapter in adapters]
     summary = summarise(len(adapters), errors, original, size)
     parameters = manifest.parameters

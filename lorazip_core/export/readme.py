@@ -41,7 +41,9 @@ def readme(bundle: Bundle, adapter: AdapterEntry, changes: Changes) -> str:
     if origin.license and _LICENSE.fullmatch(origin.license):
         front.append(f"license: {json.dumps(origin.license)}")
     front += ["tags:", "- lora", "- lorazip"]
-    sources = "\n".join(f"| {_code(file.path)} | {file.size_bytes} | `{file.sha256}` |" for file in adapter.files)
+    sources = "\n".join(
+        f"| {_code(file.path)} | {file.size_bytes} | `{file.sha256}` |" for file in bundle.sources(adapter)
+    )
     return f"""---
 {chr(10).join(front)}
 ---

@@ -67,6 +67,17 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
     return q_b @ (u * s.unsqueeze(-2)) * sign, (v * sign).mT
 
 
+def singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Those of B A [..., r], descending, in float64; of ones below 10⁻⁷ of the largest, nothing but their order is right.
+
+    The eigenvalues of (BᵀB) (AAᵀ), made symmetric: products of r columns and rows alone, no decomposition of long ones.
+    """
+    b, a = b.double(), a.double()
+    energies, vectors = torch.linalg.eigh(b.mT @ b)
+    half = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
+    return torch.linalg.eigvalsh(half.mT @ (a @ a.mT) @ half).clamp_min(0).sqrt().flip(-1)
+
+
 def leading_subspaces(b: Tensor, a: Tensor, rank: int) -> Factors:
     """Orthonormal bases [..., d_out, k] and [..., d_in, k] of the leading singular vectors of B A, k = ``rank`` or r.
 

@@ -23,10 +23,10 @@ MOST = 127
 OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
 
-_ROUND_UP_FROM = 0.53  # of a step: a narrow dead zone. 0.5 and 0.6 are worse, at equal bytes, by less than 1%.
-_WEAKEST = 1.3  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
+_WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
+_REDUNDANCY = 1.01  # of Huffman codes
 _HALVINGS = 24  # of an interval of 14 octaves
 _CODE_RANGE = torch.iinfo(torch.int16)
 
@@ -107,7 +107,7 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
     for size in sizes:
         own = s / size.sqrt() / step
         kept_energy = kept_energy * (1 - rate.left(own))
-        bits = bits + size * rate.bits(own)
+        bits = bits + size * rate.bits(own) * _REDUNDANCY
         deviation = deviation * own
     kept = deviation.sqrt() >= 1 / _WEAKEST
     return (s.square() - kept_energy * kept).sum(-1), ((bits + BITS_OF_INDEX) * kept).sum(-1)
@@ -133,8 +133,8 @@ def unpacked_scale(code: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
     """Whole numbers of steps, in float64; ``dim`` runs over the entries of a component."""
-    steps = (entries.abs().amax(dim, keepdim=True) / (MOST + 0.5 - 1e-6)).clamp_min(step)
-    return entries.sign() * (entries.abs() / steps + (1 - _ROUND_UP_FROM)).floor()
+    steps = (entries.abs().amax(dim, keepdim=True) / MOST).clamp_min(step)
+    return (entries / steps).round()
 
 
 def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
 
 
 class Rate:
-    """Bits and distortion of a Gaussian entry of deviation ρ, in steps, as `quantise` rounds it: tables over log₂ ρ.
+    """Bits and distortion of a Gaussian entry of some deviation, in steps, as `quantise` rounds it: tables over its log₂.
 
     Entries of singular vectors are close to Gaussian; codes are taken to be entropy coded.
     """
@@ -156,21 +156,19 @@ class Rate:
         count = int((self._GREATEST - self._LEAST) * self._PER_OCTAVE) + 1
         grid = torch.linspace(self._LEAST, self._GREATEST, count, dtype=torch.float64).exp2()
         codes = torch.arange(0, 257, dtype=torch.float64)
-        lower = (codes - 1 + _ROUND_UP_FROM).clamp_min(0)
-        upper = codes + _ROUND_UP_FROM
-        low, high = lower / grid[:, None], upper / grid[:, None]
+        low, high = (codes - 0.5).clamp_min(0) / grid[:, None], (codes + 0.5) / grid[:, None]
         mass = (_phi(high) - _phi(low)).clamp_min(0)  # of one sign; of both for code 0
         both = mass * torch.where(codes > 0, 2.0, 1.0)
         both[:, 0] = 2 * (_phi(high[:, 0]) - 0.5)
         bits = -(both * torch.where(codes > 0, mass, both).clamp_min(1e-300).log2()).sum(1)
         # With the best scale, what is lost is 1 − E[xq]² / E[q²] of the energy of the entries.
         density = _density(low) - _density(high)
-        product = 2 * (codes * density).sum(1)  # E[x q] / ρ
+        product = 2 * (codes * density).sum(1)  # E[x q] / deviation
         energy = (both * codes.square()).sum(1)
         self._bits, self._left = bits, 1 - product.square() / energy.clamp_min(1e-300)
 
     def bits(self, deviations: Tensor) -> Tensor:
-        """Bits of an entry; ``deviations`` are ρ."""
+        """Bits of an entry."""
         return self._at(self._bits, deviations, 1.0)
 
     def left(self, deviations: Tensor) -> Tensor:

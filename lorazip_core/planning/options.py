@@ -10,52 +10,98 @@ from msgspec import Struct
 from ..base.errors import UsageError
 from ..bundle.manifest import Dtype, Method, Weights
 from ..clustering.clusters_file import check_clusters
-from ..schemes.registry import DEFAULT, SCHEMES, methods
-from ..schemes.scheme import Scheme
+from ..schemes.registry import AUTO, SCHEMES, default_method, methods
+from ..schemes.scheme import IndividualScheme, Scheme
 
 
 class CompressOptions(Struct, frozen=True):
     """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment.
 
-    ``memory`` and ``device_memory`` are `Bounds`, in bytes.
+    ``budget`` and ``budget_per_adapter``, on average, are the most bytes that the bundle may take, ``max_error`` and
+    ``max_mean_error`` the largest squared error of an adapter and the largest mean. ``memory`` and ``device_memory``
+    are `Bounds`, in bytes.
     """
 
-    method: Method = DEFAULT
+    method: Method | Literal["auto"] = AUTO
     rank: int | None = None
     clusters: int | Literal["auto"] | Path = 1
     dtype: Dtype = "bf16"
     seed: int = 0
     weights: Weights = "adapter"
     max_error: float | None = None
+    max_mean_error: float | None = None
+    budget: int | None = None
+    budget_per_adapter: int | None = None
     device: str = "auto"
     memory: int | None = None
     device_memory: int | None = None
 
     @property
+    def chosen(self) -> Method:
+        """The method, also where none is named."""
+        if self.method != AUTO:
+            return self.method
+        return default_method(shares=self.rank is not None or self.clusters != 1)
+
+    @property
     def scheme(self) -> Scheme:
-        """The scheme that ``method`` names."""
-        return SCHEMES[self.method]
+        """The scheme that the method is."""
+        return SCHEMES[self.chosen]
+
+    @property
+    def planned(self) -> bool:
+        """Whether it has to be found out how much to keep, for all adapters together."""
+        return not (self.max_mean_error is None and self.budget is None and self.budget_per_adapter is None)
+
+    def most_bytes(self, adapters: int) -> int | None:
+        """The most bytes that the bundle may take."""
+        return self.budget if self.budget_per_adapter is None else self.budget_per_adapter * adapters
 
     @property
     def kept_rank(self) -> int | None:
         """The rank asked for or the scheme's default; None if it has none, or only ``max_error`` to meet."""
-        if self.rank is None and not self.scheme.shared and self.max_error is not None:
+        if self.rank is None and not self.scheme.shared and (self.max_error is not None or self.planned):
             return None
         return self.rank if self.rank is not None else self.scheme.default_rank
 
     def check(self, adapters: int | None = None) -> None:
         """Raise UsageError for options that make no sense, alone or for this many adapters."""
-        if self.method not in methods():
-            raise UsageError(f"«method» {self.method}: choose one of {', '.join(methods())}")
+        if self.method not in [AUTO, *methods()]:
+            raise UsageError(f"«method» {self.method}: choose one of {', '.join([AUTO, *methods()])}")
         if self.rank is not None and self.scheme.default_rank is None:
-            raise UsageError(f"«rank» {self.rank}: {self.method} has no rank")
+            raise UsageError(f"«rank» {self.rank}: {self.chosen} has no rank", "say how much may be lost: «max_error»")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"«rank» {self.rank}: must be at least 1")
         if self.max_error is not None and not 0 <= self.max_error <= 1:
             raise UsageError(f"«max_error» {self.max_error}: a squared error is between 0 and 1")
+        self._check_plan()
         if self.dtype not in get_args(Dtype):
             raise UsageError(f"«dtype» {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
         if not self.scheme.shared and self.clusters != 1:
             shared = " or ".join(name for name in methods() if SCHEMES[name].shared)
-            raise UsageError(f"«clusters»: {self.method} keeps every adapter on its own", f"use «method» {shared}")
+            raise UsageError(f"«clusters»: {self.chosen} keeps every adapter on its own", f"use «method» {shared}")
         check_clusters(self.clusters, adapters)
+
+    def _check_plan(self) -> None:
+        wanted = {
+            name: value
+            for name in ("max_error", "max_mean_error", "budget", "budget_per_adapter")
+            if (value := getattr(self, name)) is not None
+        }
+        if not self.planned:
+            return
+        if len(wanted) > 1:
+            raise UsageError(f"{' and '.join(f'«{name}»' for name in wanted)} exclude each other", "say one of them")
+        [(name, value)] = wanted.items()
+        if name == "max_mean_error" and not 0 < value <= 1:
+            raise UsageError(f"«max_mean_error» {value}: a mean squared error is between 0 and 1")
+        if name != "max_mean_error" and value < 1:
+            raise UsageError(f"«{name}» {value}: must be at least 1 byte")
+        scheme = self.scheme
+        if not (isinstance(scheme, IndividualScheme) and scheme.has_step):
+            able = " or ".join(n for n in methods() if getattr(SCHEMES[n], "has_step", False))
+            raise UsageError(
+                f"«{name}»: how much {self.chosen} has to keep for it is not known", f"use «method» {able}"
+            )
+        if self.rank is not None:
+            raise UsageError(f"«{name}» and «rank» exclude each other", "say one of them")

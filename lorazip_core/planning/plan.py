@@ -101,7 +101,7 @@ def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[i
         device = find_device(options.device)
     except LocalError:
         return None
-    task = Task.of(options.method, options.kept_rank or 1, options.clusters, len(collection.adapters))
+    task = Task.of(options.chosen, options.kept_rank or 1, options.clusters, len(collection.adapters))
     return planned_bytes(device, collection, task)
 
 
@@ -120,8 +120,8 @@ def planned_schemes(
     """
     original = sum(adapter.size_bytes for adapter in collection.adapters)
     schemes = []
-    for method in sorted(methods(), key=lambda method: method != options.method):
-        chosen = method == options.method
+    for method in sorted(methods(), key=lambda method: method != options.chosen):
+        chosen = method == options.chosen
         rank = options.kept_rank if chosen else options.rank or SCHEMES[method].default_rank
         shared = groups if SCHEMES[method].shared else []
         size = bundle_bytes(collection, method, rank, shared, options.dtype)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..maths.factored import Factors
     from ..maths.quantise import Components
 
+_TYPICAL_BYTES = 0.55  # of each row and column of an update, for `Coded.default_error`
 _TRIES = 6
 _NEAR = 0.985  # of the limit: nearer is not worth another try
 
@@ -30,7 +31,7 @@ class Coded(PackedScheme):
     own: ClassVar[tuple[str, ...]] = ("u", "v", "scale")
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = None
-    quantises: ClassVar[bool] = True
+    has_step: ClassVar[bool] = True
     default_error: ClassVar[float] = 0.1
     """The squared error of those who ask for nothing: the largest at which no task was seen to suffer."""
 
@@ -50,6 +51,11 @@ class Coded(PackedScheme):
         limit = self.default_error * norm if target.limit is None else target.limit
         yield from _near(of_groups, limit)
 
+    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+        from ..maths.quantise import predicted_of
+
+        return predicted_of(s, *size, step)
+
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         from ..maths.quantise import unpacked_scale
 
@@ -68,6 +74,9 @@ class Coded(PackedScheme):
             "v": TensorSpec((kept, size.d_in), ("I8",)),
             "scale": TensorSpec((kept,), ("I16",)),
         }
+
+    def typical_bytes(self, size: Size) -> int:
+        return round(_TYPICAL_BYTES * sum(size))
 
     def stored_rank(self, own: Mapping[str, Tensor]) -> int:
         return len(own["scale"])
@@ -96,9 +105,7 @@ class Coded(PackedScheme):
         ]
         return {name: torch.from_numpy(array) for name, array in pack(arrays).items()}
 
-    def unpack(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]
-    ) -> list[list[dict[str, Tensor]]]:
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
         import torch
 
         from .coded_file import unpack

@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .scheme import Size
-from .streams import Bytes, Contradiction, Integers, Vector, assign_streams, deflate, inflate, pack_streams, unpack_streams
+from .streams import (
+    Bytes,
+    Contradiction,
+    Integers,
+    Vector,
+    assign_streams,
+    deflate,
+    inflate,
+    pack_streams,
+    unpack_streams,
+)
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -46,7 +56,9 @@ def pack(adapters: Sequence[Sequence[CodedModule]]) -> Arrays:
     return {
         "bases": bases.astype(np.int16),
         "kinds": kinds,
-        "index": _array(b"".join(deflate(column.tobytes(), alone=False) for column in columns)),
+        "index": _array(
+            b"".join(min((deflate(column, alone=alone) for alone in (True, False)), key=len) for column in columns)
+        ),
         "codes": _array(pack_streams([*us, *vs], streams, kinds)),
     }
 
@@ -66,7 +78,9 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     kinds = arrays["kinds"].astype(np.uint8)
     vectors = unpack_streams(arrays["codes"].tobytes(), lengths, streams, kinds)
     bases = arrays["bases"].astype(np.int64)
-    scales = rest.astype(np.uint16).view(np.int16) + bases[np.repeat(_owners(sizes), counts)] + _expected(vectors[:total])
+    scales = (
+        rest.astype(np.uint16).view(np.int16) + bases[np.repeat(_owners(sizes), counts)] + _expected(vectors[:total])
+    )
     if len(scales) and not -(2**15) <= scales.min() <= scales.max() < 2**15:
         raise Contradiction("a scale is out of range")
     stored = scales.astype(np.int16)

@@ -19,8 +19,8 @@ SCHEMES: dict[str, Scheme] = {
         Original(),
     )
 }
-DEFAULT = Joint.name
-"""The method of those who name none."""
+AUTO = "auto"
+"""The method of those who name none: see `default_method`."""
 EXACT = Original.name
 """The scheme that loses nothing, whatever the values are."""
 FALLBACKS = (Svd.name, EXACT)
@@ -50,3 +50,8 @@ def packed_scheme(name: str) -> PackedScheme | None:
     """The scheme of an adapter that shares a file with others; None if it has one of its own, or none."""
     scheme = SCHEMES[name]
     return scheme if isinstance(scheme, PackedScheme) else None
+
+
+def default_method(*, shares: bool) -> str:
+    """What serves those best who name no method; ``shares``: who ask for bases, by their rank or their number."""
+    return Joint.name if shares else Coded.name

@@ -209,7 +209,7 @@ class Target(NamedTuple):
     limit: float | None = None
     """The most that Σ‖ΔW − ΔŴ‖² may be."""
     step: float | None = None
-    """The step that its components are quantised with, for a scheme that does so."""
+    """How coarse it may be, for a scheme that `IndividualScheme.has_step`."""
 
 
 class Encoding(NamedTuple):
@@ -225,8 +225,15 @@ class Encoding(NamedTuple):
 class IndividualScheme(Scheme):
     """Every adapter on its own."""
 
-    quantises: ClassVar[bool] = False
-    """Whether `Target.step` says how much is lost."""
+    has_step: ClassVar[bool] = False
+    """Whether `Target.step`, the coarser the larger, says how much is kept; then `predicted` tells what that is."""
+
+    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+        """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
+
+        ``s`` [m, r] are their singular values, descending, and ``itemsize`` the bytes of an element of the bundle.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
@@ -244,10 +251,12 @@ class PackedScheme(IndividualScheme):
         """The tensors of a file. Of every adapter, its modules in order, each with its own tensors by suffix."""
 
     @abstractmethod
-    def unpack(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]
-    ) -> list[list[dict[str, Tensor]]]:
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
         """What `pack` was given, for updates of these sizes. Raises ValueError if the tensors are not such ones."""
+
+    @abstractmethod
+    def typical_bytes(self, size: Size) -> int:
+        """About what an update of this size takes where nothing is asked for; how much it is, only weights can tell."""
 
     @abstractmethod
     def stored_rank(self, own: Mapping[str, Tensor]) -> int:

@@ -7,6 +7,7 @@ redundancy is about 1% over the entropy, it is in every standard library, and it
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 """How many codes a byte holds, and how large they may be: 3⁵, 5³, 15² and 255 are at most 256."""
 
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
-_FULL = 2**14  # codes in a stream that is worth a table of its own
+_FULL = 2**15  # codes in a stream that is worth a table of its own
 
 
 class Contradiction(ValueError):
@@ -35,7 +36,7 @@ def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
         wide = vector.astype(np.float64)
         largest = int(np.abs(wide).max())
         fits[number] = next(count for count, most in PER_BYTE.items() if largest <= most)
-        classes[number] = round(_PER_OCTAVE / 2 * float(np.log2(max((wide @ wide) / len(wide), 2.0**-16))))
+        classes[number] = round(_PER_OCTAVE / 2 * math.log2(max(float(wide @ wide) / len(wide), 2.0**-16)))
     lengths = np.array([len(vector) for vector in vectors], np.int64)
     streams = np.zeros(len(vectors), np.uint8)
     kinds: list[int] = []
@@ -56,7 +57,7 @@ def pack_streams(vectors: Sequence[Vector], streams: Bytes, kinds: Bytes) -> byt
     """The streams, each compressed, one after another."""
     packed = []
     for stream, kind in enumerate(kinds.tolist()):
-        codes = np.concatenate([vectors[number] for number in np.flatnonzero(streams == stream)])
+        codes = np.concatenate([vectors[number] for number in np.flatnonzero(streams == stream).tolist()])
         packed.append(deflate(_joined(codes, kind)))
     return b"".join(packed)
 
@@ -81,11 +82,11 @@ def unpack_streams(data: bytes, lengths: Integers, streams: Bytes, kinds: Bytes)
     return vectors
 
 
-def deflate(data: bytes | Bytes, *, alone: bool = True) -> bytes:
+def deflate(data: Bytes, *, alone: bool = True) -> bytes:
     """``data`` as one raw deflate stream; ``alone`` for bytes of which each tells nothing of the next."""
     strategy = zlib.Z_HUFFMAN_ONLY if alone else zlib.Z_DEFAULT_STRATEGY
     encoder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
-    return encoder.compress(data) + encoder.flush()
+    return encoder.compress(data.tobytes()) + encoder.flush()
 
 
 def inflate(data: bytes, size: int) -> tuple[Bytes, bytes]:

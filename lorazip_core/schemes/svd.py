@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .factors import FactorsScheme
@@ -27,17 +27,21 @@ class Svd(FactorsScheme):
     about: ClassVar[str] = "a truncated SVD of each update on its own, rank {rank}"
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = 4
+    has_step: ClassVar[bool] = True
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
-        """At the mean rank asked for; then with ever more components, from the fewest that may do."""
-        if target.rank is None and target.limit is None:
+        """At the mean rank asked for, or with the components worth a step; then with ever more, from the fewest."""
+        if target == Target():
             return
         spectrum = _Spectrum.of(groups)
+        if target.step is not None:
+            yield self._encode(groups, spectrum.ranks(spectrum.worth(target.step)), dtype)
+            return
         if target.rank is not None:
             yield self._encode(groups, spectrum.ranks(spectrum.within(target.rank)), dtype)
         if target.limit is not None:
             count = spectrum.fewest(target.limit)
-            while count <= spectrum.count:
+            while count <= len(spectrum.modules):
                 yield self._encode(groups, spectrum.ranks(count), dtype)
                 count = max(count + 1, count + count // 64)  # rounding has cost what one component could not make good
 
@@ -58,6 +62,14 @@ class Svd(FactorsScheme):
                     encoding.tensors[f"{name}.B"], encoding.tensors[f"{name}.A"] = own_b, own_a
                     encoding.squared_errors[name] = error
         return encoding
+
+    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+        """A component is kept if its energy is that of ``step`` in every element, or if it is its module's largest."""
+        import torch
+
+        kept = s.square() >= sum(size) * step**2  # [m, r]
+        kept[:, :1] = True
+        return torch.where(kept, 0.0, s.square()).sum(-1), kept.sum(-1).double() * (8.0 * itemsize * sum(size))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["B"].to(dtype), tensors["A"].to(dtype)
@@ -105,13 +117,17 @@ class _Spectrum(NamedTuple):
         left = list(accumulate((each[4] for each in reversed(found)), initial=0.0))
         return cls([each[2] for each in found], [each[3] for each in found], left[::-1])
 
-    @property
-    def count(self) -> int:
-        return len(self.modules)
-
     def fewest(self, limit: float) -> int:
         """The least number of components without which no more energy than ``limit`` is lost, before rounding."""
         return max(len(set(self.modules)), sum(lost > limit for lost in self.left))
+
+    def worth(self, step: float) -> int:
+        """The number of components whose energy is that of ``step`` in every element, or that are the largest."""
+        largest = len(set(self.modules))
+        energies = (before - after for before, after in pairwise(self.left))
+        return largest + sum(
+            energy >= cost * step**2 for energy, cost in list(zip(energies, self.costs, strict=True))[largest:]
+        )
 
     def within(self, rank: int) -> int:
         """The largest number of components that take no more elements than all modules at this rank."""

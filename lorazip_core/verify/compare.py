@@ -64,7 +64,7 @@ def compare(
     measured: dict[str, Losses] = {}
     for entry in entries:
         if entry.name in originals:
-            losses, findings = _judged(entry, seen[entry.name], different[entry.name].findings)
+            losses, findings = _judged(bundle, entry, seen[entry.name], different[entry.name].findings)
             broken += findings
             if losses is not None:
                 measured[entry.name] = losses
@@ -116,12 +116,14 @@ def _read(
         return measure(bundle, pairs, advance, measurable=measurable, device=device, placement=placement)
 
 
-def _judged(entry: AdapterEntry, seen: Seen, different: list[Finding]) -> tuple[Losses | None, list[Finding]]:
+def _judged(
+    bundle: Bundle, entry: AdapterEntry, seen: Seen, different: list[Finding]
+) -> tuple[Losses | None, list[Finding]]:
     """The errors of an adapter, if they could be measured, and all that is wrong with it."""
     if isinstance(seen, AdapterError):
         others = [finding for finding in different if finding.kind != "source-unusable"]
         return None, [_source("source-unusable", entry.name, seen.reason), *others]
-    findings = [*_source_files(entry, seen.files), *different]
+    findings = [*_source_files(bundle, entry, seen.files), *different]
     losses = seen.measured
     if losses is None:
         return None, findings
@@ -148,10 +150,10 @@ def _not_in_bundle(bundle: Bundle, there: set[str]) -> Iterator[Finding]:
         yield _source("source-unlisted", name, "the bundle neither has it nor says that it was skipped")
 
 
-def _source_files(entry: AdapterEntry, read: list[SourceEntry]) -> Iterator[Finding]:
+def _source_files(bundle: Bundle, entry: AdapterEntry, read: list[SourceEntry]) -> Iterator[Finding]:
     """The original's files are those that the bundle was made from."""
     files = {source.path: source for source in read}
-    listed = {source.path: source for source in entry.files}
+    listed = {source.path: source for source in bundle.sources(entry)}
     for name in sorted(files.keys() | listed.keys()):
         path = name if entry.name == "." else f"{entry.name}/{name}"
         if name not in listed:

@@ -240,7 +240,7 @@ def _module_errors(bundle: Bundle, measured: dict[str, Losses]) -> ModuleErrors:
 
 
 def _summary(bundle: Bundle, errors: list[float]) -> Summary:
-    original = sum(source.size_bytes for entry in bundle.manifest.adapters for source in entry.files)
+    original = sum(source.size_bytes for entry in bundle.manifest.adapters for source in bundle.sources(entry))
     return summarise(len(bundle.manifest.adapters), errors, original, bundle.size_bytes)
 
 

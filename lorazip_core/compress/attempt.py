@@ -1,0 +1,106 @@
+"""How much to keep of all adapters so that a bundle meets a budget or a mean error: planned, tried, and corrected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..base.errors import UsageError
+from ..base.progress import Progress
+from ..base.text import megabytes
+from ..bundle.manifest import Manifest
+from ..bundle.size import bundle_bytes
+from ..bundle.tensor_file import DTYPES
+from ..planning.options import CompressOptions
+from ..planning.spectra import Outlook, Spectra
+from ..reading.packs import Budget
+from ..reading.scan import Scan
+from ..schemes.registry import individual_scheme
+from ..schemes.scheme import IndividualScheme
+
+_FIRST_AIM, _AIM = 0.995, 0.9985
+"""Of what is allowed: a prediction is right to about 1%, and one that knows of an attempt nearby to about 0.1%."""
+_NEAR = 0.98
+"""Of what is allowed. Less is left unused only if nothing finer fits."""
+_MOST = 4
+"""Attempts. What they learn of sizes is exact after the first, so more than two are rare."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """To keep as much as ``step`` says, a share of each adapter's √Σ‖ΔW‖²."""
+
+    number: int
+    step: float
+    spectra: Spectra
+    scheme: IndividualScheme
+    itemsize: int
+    max_bytes: int | None
+    max_mean: float | None
+
+    @property
+    def predicted_bytes(self) -> float:
+        """Of the tensors of all adapters."""
+        return float(self._outlook.bytes.sum())
+
+    @property
+    def predicted_mean(self) -> float:
+        """The mean squared error."""
+        return float(self._outlook.squared_errors.mean())
+
+    @property
+    def _outlook(self) -> Outlook:
+        return self.spectra.outlook(self.scheme, self.step, self.itemsize)
+
+    def following(self, manifest: Manifest, size: int) -> Attempt | None:
+        """What to try after an attempt that led to this bundle, of ``size`` bytes; None if it is good.
+
+        Raises UsageError if nothing meets the bound.
+        """
+        errors = [adapter.squared_error for adapter in manifest.adapters]
+        mean = sum(errors) / len(errors)
+        used = size / self.max_bytes if self.max_bytes else mean / (self.max_mean or 1)
+        step = self._better(manifest, size, mean)
+        if used <= 1 and (used >= _NEAR or self.number + 1 >= _MOST or step >= self.step):
+            return None
+        if self.number + 1 >= _MOST:
+            raise UsageError(
+                f"the bound is not met: {size:,} bytes, mean squared error {mean:.4g}", "allow a little more"
+            )
+        return replace(self, number=self.number + 1, step=step)
+
+    def _better(self, manifest: Manifest, size: int, mean: float) -> float:
+        """A step that meets the bound by what this attempt has shown of predictions."""
+        if self.max_bytes is None:
+            assert self.max_mean is not None
+            aim = _AIM * self.max_mean * self.predicted_mean / mean if mean else self.max_mean
+            return self.spectra.step_for_mean(self.scheme, aim, self.itemsize)
+        own = {adapter.individual for adapter in manifest.adapters}
+        tensors = sum(file.size_bytes for file in manifest.files if file.path in own)
+        left = _AIM * self.max_bytes - (size - tensors)
+        if left <= 0:
+            least = size - tensors
+            raise UsageError(
+                f"«budget» {megabytes(self.max_bytes)}: names, configurations and what is no LoRA factor take"
+                f" {megabytes(least)}",
+                "allow more",
+            )
+        return self.spectra.step_for_bytes(self.scheme, left * self.predicted_bytes / tensors, self.itemsize)
+
+
+def first_attempt(
+    scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget, progress: Progress
+) -> Attempt:
+    """What the singular values of all updates say."""
+    scheme = individual_scheme(options.chosen)
+    itemsize = DTYPES[options.dtype].itemsize
+    spectra = Spectra.of(scanned.updates(options.weights, device, budget), progress)
+    most = options.most_bytes(len(scanned.collection.adapters))
+    if most is None:
+        assert options.max_mean_error is not None
+        step = spectra.step_for_mean(scheme, _FIRST_AIM * options.max_mean_error, itemsize)
+    else:
+        rest = bundle_bytes(scanned.collection, None, None, [], options.dtype)
+        step = spectra.step_for_bytes(scheme, max(_FIRST_AIM * most - rest, 1.0), itemsize)
+    return Attempt(0, step, spectra, scheme, itemsize, most, options.max_mean_error)
