@@ -36,7 +36,7 @@ Dtype = Literal["bf16", "f16", "f32"]
 
 SHARED_EXTRAS = "shared-extras"
 """The feature of a bundle of format 1 in which adapters with equal extras name one file. In format 2 all may."""
-# Per operation, the features, to read besides the schemes. A manifest that requires another one is refused, by its name.
+# Per operation, the features, to read besides the schemes. What requires another one is refused, by its name.
 KNOWN_FEATURES: dict[str, set[str]] = {
     "read": {SHARED_EXTRAS},
     "export": {"linear", "conv", "embedding", "extras", "target_parameters"},

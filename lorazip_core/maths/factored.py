@@ -68,7 +68,7 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
 
 
 def singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """Those of B A [..., r], descending, in float64; of ones below 10⁻⁷ of the largest, nothing but their order is right.
+    """Those of B A [..., r], descending, in float64; one below 10⁻⁷ of the largest may be anything below that.
 
     The eigenvalues of (BᵀB) (AAᵀ), made symmetric: products of r columns and rows alone, no decomposition of long ones.
     """

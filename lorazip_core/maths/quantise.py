@@ -145,7 +145,7 @@ def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
 
 
 class Rate:
-    """Bits and distortion of a Gaussian entry of some deviation, in steps, as `quantise` rounds it: tables over its log₂.
+    """Bits and distortion of a Gaussian entry of some deviation, in steps, as `quantise` rounds it: tables over that.
 
     Entries of singular vectors are close to Gaussian; codes are taken to be entropy coded.
     """
