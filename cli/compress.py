@@ -105,7 +105,7 @@ def compress(
     device: Device = "auto",
     memory: Memory = None,
     device_memory: DeviceMemory = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     allow_mixed_base: AllowMixedBase = False,
     skip_bad: SkipBad = False,
@@ -142,7 +142,7 @@ def compress(
     if output is None or dry_run:
         from lorazip_core.planning.plan import plan
 
-        planned = report_in_options(plan(directory, options, output=output, **reading))
+        planned = report_in_options(plan(directory, options, output=output, progress=progress(quiet), **reading))
         console.show(planned, lambda report: _render_plan(report, output), as_json=json, quiet=False)
         return 0
     check_new(output, force=force)
@@ -189,6 +189,19 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
         for scheme in report.schemes
     ]
     console.line(table(("method", "rank", "clusters", "bundle", "saved"), rows))
+    if report.frontier:
+        points = [
+            (
+                f"{point.method}{' (chosen)' if point.chosen else ''}",
+                megabytes(point.bytes_bundle),
+                times(report.bytes_original, point.bytes_bundle),
+                error(point.mean_squared_error),
+                error(point.max_squared_error),
+            )
+            for point in report.frontier
+        ]
+        console.line("predicted from the singular values of all updates, squared errors:")
+        console.line(table(("method", "bundle", "", "mean", "worst"), points))
     for skipped in report.skipped:
         console.line(f"left out: {skipped.name}: {skipped.reason}")
     bases = (

@@ -10,17 +10,16 @@ from ..base.errors import UsageError
 from ..base.progress import Progress
 from ..base.text import megabytes
 from ..bundle.manifest import Manifest
-from ..bundle.size import bundle_bytes
 from ..bundle.tensor_file import DTYPES
 from ..planning.options import CompressOptions
-from ..planning.spectra import Outlook, Spectra
+from ..planning.spectra import Outlook, Spectra, planned_step
 from ..reading.packs import Budget
 from ..reading.scan import Scan
 from ..schemes.registry import individual_scheme
 from ..schemes.scheme import IndividualScheme
 
-_FIRST_AIM, _AIM = 0.995, 0.9985
-"""Of what is allowed: a prediction is right to about 1%, and one that knows of an attempt nearby to about 0.1%."""
+_AIM = 0.9985
+"""Of what is allowed: a prediction that knows of an attempt nearby is right to about 0.1%."""
 _NEAR = 0.98
 """Of what is allowed. Less is left unused only if nothing finer fits."""
 _MOST = 4
@@ -94,13 +93,8 @@ def first_attempt(
 ) -> Attempt:
     """What the singular values of all updates say."""
     scheme = individual_scheme(options.chosen)
-    itemsize = DTYPES[options.dtype].itemsize
     spectra = Spectra.of(scanned.updates(options.weights, device, budget), progress)
+    step = planned_step(spectra, scheme, scanned, options)
+    assert isinstance(step, float)
     most = options.most_bytes(len(scanned.collection.adapters))
-    if most is None:
-        assert options.max_mean_error is not None
-        step = spectra.step_for_mean(scheme, _FIRST_AIM * options.max_mean_error, itemsize)
-    else:
-        rest = bundle_bytes(scanned.collection, None, None, [], options.dtype)
-        step = spectra.step_for_bytes(scheme, max(_FIRST_AIM * most - rest, 1.0), itemsize)
-    return Attempt(0, step, spectra, scheme, itemsize, most, options.max_mean_error)
+    return Attempt(0, step, spectra, scheme, DTYPES[options.dtype].itemsize, most, options.max_mean_error)

@@ -53,6 +53,19 @@ class CompressOptions(Struct, frozen=True):
         """Whether it has to be found out how much to keep, for all adapters together."""
         return not (self.max_mean_error is None and self.budget is None and self.budget_per_adapter is None)
 
+    @property
+    def by_spectrum(self) -> bool:
+        """Whether singular values say how much is kept, and so what that takes and loses."""
+        scheme = self.scheme
+        return isinstance(scheme, IndividualScheme) and scheme.has_step and self.kept_rank is None
+
+    @property
+    def largest_error(self) -> float | None:
+        """The most that any adapter may lose, if that is what decides: asked for, or the default of the scheme."""
+        if self.planned or self.kept_rank is not None:
+            return None
+        return self.scheme.default_error if self.max_error is None else self.max_error
+
     def most_bytes(self, adapters: int) -> int | None:
         """The most bytes that the bundle may take."""
         return self.budget if self.budget_per_adapter is None else self.budget_per_adapter * adapters

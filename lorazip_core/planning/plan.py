@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
+from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..base.device import find_device
 from ..base.errors import LocalError, UsageError
+from ..base.progress import Progress, Silent
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Method, SkippedEntry
 from ..bundle.size import bundle_bytes, equal_groups
+from ..bundle.tensor_file import DTYPES
 from ..clustering.clusters_file import Assignment, read_clusters
-from ..reading.memory import Task, planned_bytes
-from ..schemes.registry import SCHEMES, methods
+from ..reading.memory import Bounds, Task, planned_bytes, working_within
+from ..reading.scan import scan_for
+from ..schemes.registry import SCHEMES, individual_scheme, methods
+from ..schemes.scheme import IndividualScheme
 from .options import CompressOptions
+from .spectra import Spectra, planned_step
+
+_SILENT = Silent()
+_TIMES = (4, 8, 16, 32, 64, 128)
+"""How many times smaller the bundles of a frontier are."""
 
 
 class PlannedScheme(Struct, frozen=True):
@@ -32,6 +42,16 @@ class PlannedScheme(Struct, frozen=True):
     chosen: bool
 
 
+class FrontierPoint(Struct, frozen=True):
+    """What the collection would take and lose at one size, predicted from the singular values of all updates."""
+
+    method: Method
+    bytes_bundle: int
+    mean_squared_error: float
+    max_squared_error: float
+    chosen: bool
+
+
 class PlanReport(Struct, frozen=True, kw_only=True):
     """What ``compress --dry-run`` prints: the collection, and the bytes of every scheme."""
 
@@ -42,6 +62,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     bytes_original: int
     schemes: list[PlannedScheme]
+    frontier: list[FrontierPoint] = []
+    """By size, where the method is one whose errors can be predicted; the chosen one among them."""
     problems: int = 0
     """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
     memory_bytes: int | None = None
@@ -62,8 +84,12 @@ def plan(
     allow_pickle: bool = False,
     allow_mixed_base: bool = False,
     skip_bad: bool = False,
+    progress: Progress = _SILENT,
 ) -> PlanReport:
-    """What each scheme would take on disk, and the chosen one of memory, from headers alone.
+    """What each scheme would take on disk, and the chosen one of memory.
+
+    From headers alone, but for a method whose errors follow from singular values: then all weights are read, once or
+    twice, for `PlanReport.frontier`.
 
     Raises as `compress` does for what headers can tell, but not for an ``output`` that exists: the report says so.
     """
@@ -80,6 +106,7 @@ def plan(
     else:
         groups = equal_groups(len(collection.adapters), options.clusters)
     memory = _planned_memory(collection, options)
+    points = _frontier(collection, options, skip_bad=skip_bad, progress=progress) if options.by_spectrum else []
     return PlanReport(
         base_model=collection.base_model,
         adapters=len(collection.adapters),
@@ -87,12 +114,45 @@ def plan(
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
         schemes=planned_schemes(collection, options, groups),
+        frontier=points,
         problems=_problems(collection, groups) if options.scheme.shared else 0,
         memory_bytes=memory and memory[0],
         least_memory_bytes=memory and memory[1],
         output_exists=None if output is None else os.path.lexists(output),
         left_out={name: list(files) for name, files in collection.left_out.items()},
     )
+
+
+def _frontier(
+    collection: Collection, options: CompressOptions, *, skip_bad: bool, progress: Progress
+) -> list[FrontierPoint]:
+    """The sizes of `_TIMES`, with every method that can be planned, and what is chosen; the largest bundles first."""
+    device = find_device(options.device)
+    task = Task.of(options.chosen, 1, 1, len(collection.adapters))
+    itemsize = DTYPES[options.dtype].itemsize
+    rest = bundle_bytes(collection, None, None, [], options.dtype)
+    original = sum(adapter.size_bytes for adapter in collection.adapters)
+    with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
+        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
+        spectra = Spectra.of(scanned.updates(options.weights, device, within.budget), progress)
+
+        def point(scheme: IndividualScheme, step: float | Tensor, *, chosen: bool) -> FrontierPoint:
+            outlook = spectra.outlook(scheme, step, itemsize)
+            errors = outlook.squared_errors
+            size = round(rest + float(outlook.bytes.sum()))
+            return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
+
+        scheme = individual_scheme(options.chosen)
+        points = [point(scheme, planned_step(spectra, scheme, scanned, options), chosen=True)]
+        for name in methods():
+            each = SCHEMES[name]
+            if isinstance(each, IndividualScheme) and each.has_step:
+                for times in _TIMES:
+                    wanted = original / times - rest
+                    found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), itemsize), chosen=False)
+                    if found.bytes_bundle <= 1.05 * original / times:
+                        points.append(found)
+    return sorted(points, key=lambda each: (-each.bytes_bundle, each.method))
 
 
 def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from ..base.progress import Progress
 from ..base.threads import in_order
+from ..bundle.size import bundle_bytes
+from ..bundle.tensor_file import DTYPES
 from ..maths.factored import TINY, singular_values
+from ..reading.scan import Scan
 from ..reading.updates import Updates
 from ..schemes.scheme import IndividualScheme, Size
+from .options import CompressOptions
 
+FIRST_AIM = 0.995
+"""Of what is allowed: predictions are right to about 1%."""
 _STEPS = (-24.0, 4.0)  # as powers of 2: from nothing lost to nothing kept
 _HALVINGS = 20
 
@@ -70,11 +76,15 @@ class Spectra:
                 advance(1)
         return cls(blocks, updates.norms.sum(1))
 
-    def outlook(self, scheme: IndividualScheme, step: float, itemsize: int) -> Outlook:
-        """At a ``step`` that is a share of each adapter's √Σ‖ΔW‖²: so errors are cut where that costs least bytes."""
+    def outlook(self, scheme: IndividualScheme, step: float | Tensor, itemsize: int) -> Outlook:
+        """At a ``step``, or one for each adapter [n], that is a share of the adapter's √Σ‖ΔW‖².
+
+        One for all cuts errors where that costs the mean least.
+        """
         bits, lost = torch.zeros_like(self.energies), torch.zeros_like(self.energies)
+        every = step * self.energies.sqrt().clamp_min(TINY)
         for block in self.blocks:
-            steps = step * self.energies[block.adapters].sqrt().clamp_min(TINY)
+            steps = every[block.adapters]
             own_lost, own_bits = scheme.predicted(block.s, block.size, steps[:, None], itemsize)
             bits.index_add_(0, block.adapters, own_bits)
             lost.index_add_(0, block.adapters, own_lost)
@@ -88,6 +98,15 @@ class Spectra:
         """The coarsest step at which the mean squared error is at most so much, about."""
         return self._bisected(lambda step: float(self.outlook(scheme, step, itemsize).squared_errors.mean()) <= most)
 
+    def steps_for_each(self, scheme: IndividualScheme, most: float, itemsize: int) -> Tensor:
+        """For each adapter the coarsest step [n] at which its squared error is at most so much, about."""
+        low, high = (torch.full_like(self.energies, end) for end in _STEPS)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            within = self.outlook(scheme, middle.exp2(), itemsize).squared_errors <= most
+            low, high = torch.where(within, middle, low), torch.where(within, high, middle)
+        return low.exp2()
+
     def _bisected(self, too_fine: Callable[[float], bool]) -> float:
         """The step where ``too_fine`` turns from true to false."""
         low, high = _STEPS
@@ -98,3 +117,16 @@ class Spectra:
             else:
                 high = middle
         return float(2**high)
+
+
+def planned_step(spectra: Spectra, scheme: IndividualScheme, scanned: Scan, options: CompressOptions) -> float | Tensor:
+    """The step that ``options`` ask for, or one for each adapter, as singular values have it."""
+    itemsize = DTYPES[options.dtype].itemsize
+    most = options.most_bytes(len(scanned.collection.adapters))
+    if most is not None:
+        rest = bundle_bytes(scanned.collection, None, None, [], options.dtype)
+        return spectra.step_for_bytes(scheme, max(FIRST_AIM * most - rest, 1.0), itemsize)
+    if options.max_mean_error is not None:
+        return spectra.step_for_mean(scheme, FIRST_AIM * options.max_mean_error, itemsize)
+    assert options.largest_error is not None
+    return spectra.steps_for_each(scheme, options.largest_error, itemsize)

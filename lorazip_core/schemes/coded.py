@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..maths.factored import Factors
     from ..maths.quantise import Components
 
+DEFAULT_ERROR = 0.1
+"""The squared error of those who ask for nothing: up to it, no task was seen to suffer."""
 _TYPICAL_BYTES = 0.55  # of each row and column of an update, for `Coded.default_error`
 _TRIES = 6
 _NEAR = 0.985  # of the limit: nearer is not worth another try
@@ -32,8 +34,7 @@ class Coded(PackedScheme):
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = None
     has_step: ClassVar[bool] = True
-    default_error: ClassVar[float] = 0.1
-    """The squared error of those who ask for nothing: the largest at which no task was seen to suffer."""
+    default_error: ClassVar[float | None] = DEFAULT_ERROR
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """With the step asked for; else with the coarsest one that meets the limit, nearly."""
@@ -48,7 +49,7 @@ class Coded(PackedScheme):
         if not norm:
             yield _encode(of_groups, 1.0)
             return
-        limit = self.default_error * norm if target.limit is None else target.limit
+        limit = DEFAULT_ERROR * norm if target.limit is None else target.limit
         yield from _near(of_groups, limit)
 
     def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,8 @@ class Scheme(ABC):
     """The suffixes of an adapter's own tensors, for every module."""
     default_rank: ClassVar[int | None] = None
     """The rank where none is asked for; None for a scheme that has no rank."""
+    default_error: ClassVar[float | None] = None
+    """The squared error of every adapter where nothing is asked for; None for a scheme that has a default rank."""
     is_method: ClassVar[bool] = True
     """Whether it can be asked for; else it is only what some adapters end with."""
     has_own_rank: ClassVar[bool] = False
