@@ -28,7 +28,6 @@ _BUNDLE, _ADAPTERS, _REPORT = "bundle", "adapters", "verify.json"
 _PARTIAL = f".{_BUNDLE}.partial"
 _PARTIALS = (_PARTIAL, f".{_ADAPTERS}.partial")
 _REPORT_SCHEMA = "lorazip.verify/1"
-_RANK = 16
 
 
 def demo(
@@ -49,8 +48,8 @@ def demo(
 
     bundle, adapters, report_file = output / _BUNDLE, output / _ADAPTERS, output / _REPORT
     show = progress(quiet)
-    show.note("compress: sixteen adapters onto one shared basis")
-    compress(sample_path(), bundle, CompressOptions(rank=_RANK), force=force, progress=show)
+    show.note("compress: sixteen adapters, none of which may lose more than a tenth")
+    compress(sample_path(), bundle, CompressOptions(), force=force, progress=show)
     show.note("verify: every error again, from the originals")
     report = report_in_options(verify(bundle, against=sample_path(), progress=show))
     write_data(report_file, console.json_bytes(report))
@@ -104,8 +103,8 @@ def _render(report: VerifyReport, output: Path) -> None:
         "",
         "Try next:",
         f"  {program} info {bundle}",
-        f"  {program} compress {sample} -o smaller --rank 8",
-        f"  {program} compress {sample} -o closer --max-error 0.1",
+        f"  {program} compress {sample} -o smaller --budget 100kB",
+        f"  {program} compress {sample} -o closer --max-error 0.05",
         f"  {program} compress YOUR_ADAPTERS -o YOUR_BUNDLE --dry-run",
     ):
         console.line(text)

@@ -57,8 +57,8 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> Factors:
     Exact, through QR of both factors and the SVD of an r×r matrix; singular values descend. The sign of each pair of
     singular vectors is fixed by making the largest entry of v positive.
     """
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.mT)
+    q_b, r_b = _thin_qr(b)
+    q_a, r_a = _thin_qr(a.mT)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
     v = q_a @ vh.mT
@@ -99,10 +99,29 @@ def cholesky_qr(x: Tensor, passes: int = 2) -> Tensor:
     """
     exact = x.double()
     for _ in range(passes):
-        gram = exact.mT @ exact
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        diagonal.mul_(1 + _SHIFT).add_(diagonal == 0)
-        factor = torch.linalg.cholesky_ex(gram).L
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        exact = exact @ torch.linalg.solve_triangular(factor, eye, upper=False).mT
+        exact, _ = _cholesky_step(exact)
     return exact.to(x.dtype)
+
+
+def _cholesky_step(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R with Q R = x, in float64; the columns of Q are the more orthonormal the better conditioned x is."""
+    gram = x.mT @ x
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.mul_(1 + _SHIFT).add_(diagonal == 0)
+    factor = torch.linalg.cholesky_ex(gram).L
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    return x @ torch.linalg.solve_triangular(factor, eye, upper=False).mT, factor.mT
+
+
+def _thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [..., d, k] and R [..., k, k] with Q R = x. On a GPU by products, which are quick there for many small ones.
+
+    There, directions in which x has no energy to speak of may not be orthogonal to the others: what is built on them
+    is right as a product, and has no weight in a sum of squares.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.float64 or x.shape[-2] < x.shape[-1]:
+        q, r = torch.linalg.qr(x)
+        return q, r
+    first, upper = _cholesky_step(x)
+    q, r = _cholesky_step(first)
+    return q, r @ upper
