@@ -96,12 +96,12 @@ def quantise(components: Components, step: float) -> Codes:
 
 def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
-    return predicted_of(components.s, components.us.shape[-2], components.vt.shape[-1], step)
+    return predicted_of(components.s.cpu(), components.us.shape[-2], components.vt.shape[-1], step)
 
 
 def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
-    """`predicted` from singular values alone, [..., r]."""
-    sizes = (torch.as_tensor(size, dtype=torch.float64, device=s.device) for size in (d_out, d_in))
+    """`predicted` from singular values alone, [..., r], on the CPU."""
+    sizes = (torch.as_tensor(size, dtype=torch.float64) for size in (d_out, d_in))
     rate = _rate()
     kept_energy, bits, deviation = s.square(), torch.zeros_like(s), torch.ones_like(s)
     for size in sizes:

@@ -96,25 +96,23 @@ class CompressOptions(Struct, frozen=True):
         check_clusters(self.clusters, adapters)
 
     def _check_plan(self) -> None:
-        wanted = {
-            name: value
-            for name in ("max_error", "max_mean_error", "budget", "budget_per_adapter")
-            if (value := getattr(self, name)) is not None
+        bounds = {
+            "«max_error»": self.max_error,
+            "«max_mean_error»": self.max_mean_error,
+            "«budget»": self.budget,
+            "«budget_per_adapter»": self.budget_per_adapter,
+            "«rank»": self.rank,
         }
+        given = {name: value for name, value in bounds.items() if value is not None}
         if not self.planned:
             return
-        if len(wanted) > 1:
-            raise UsageError(f"{' and '.join(f'«{name}»' for name in wanted)} exclude each other", "say one of them")
-        [(name, value)] = wanted.items()
-        if name == "max_mean_error" and not 0 < value <= 1:
-            raise UsageError(f"«max_mean_error» {value}: a mean squared error is between 0 and 1")
-        if name != "max_mean_error" and value < 1:
-            raise UsageError(f"«{name}» {value}: must be at least 1 byte")
-        scheme = self.scheme
-        if not (isinstance(scheme, IndividualScheme) and scheme.has_step):
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other", "say one of them")
+        [(name, value)] = given.items()
+        if name == "«max_mean_error»" and not 0 < value <= 1:
+            raise UsageError(f"{name} {value}: it has to be above 0, and at most 1")
+        if name != "«max_mean_error»" and value < 1:
+            raise UsageError(f"{name} {value}: must be at least 1 byte")
+        if not self.by_spectrum:
             able = " or ".join(n for n in methods() if getattr(SCHEMES[n], "has_step", False))
-            raise UsageError(
-                f"«{name}»: how much {self.chosen} has to keep for it is not known", f"use «method» {able}"
-            )
-        if self.rank is not None:
-            raise UsageError(f"«{name}» and «rank» exclude each other", "say one of them")
+            raise UsageError(f"{name}: how much {self.chosen} has to keep for it is not known", f"use «method» {able}")

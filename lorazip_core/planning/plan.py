@@ -182,7 +182,8 @@ def planned_schemes(
     schemes = []
     for method in sorted(methods(), key=lambda method: method != options.chosen):
         chosen = method == options.chosen
-        rank = options.kept_rank if chosen else options.rank or SCHEMES[method].default_rank
+        default = SCHEMES[method].default_rank
+        rank = options.kept_rank if chosen else default and (options.rank or default)
         shared = groups if SCHEMES[method].shared else []
         size = bundle_bytes(collection, method, rank, shared, options.dtype)
         schemes.append(PlannedScheme(method, rank, len(shared), size, 1 - size / original, chosen))

@@ -5,10 +5,9 @@ Ranks follow the spectrum: of all components of an adapter, those are kept that 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from .factors import FactorsScheme
 from .scheme import Encoding, ModuleGroup, Shape, Size, Target, TensorSpec
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..maths.factored import Factors
+    from ..maths.spectrum import Spectrum
 
 
 class Svd(FactorsScheme):
@@ -33,15 +33,15 @@ class Svd(FactorsScheme):
         """At the mean rank asked for, or with the components worth a step; then with ever more, from the fewest."""
         if target == Target():
             return
-        spectrum = _Spectrum.of(groups)
+        spectrum = _spectrum(groups)
         if target.step is not None:
-            yield self._encode(groups, spectrum.ranks(spectrum.worth(target.step)), dtype)
+            yield self._encode(groups, spectrum.ranks_worth(target.step), dtype)
             return
         if target.rank is not None:
-            yield self._encode(groups, spectrum.ranks(spectrum.within(target.rank)), dtype)
+            yield self._encode(groups, spectrum.ranks_within(target.rank), dtype)
         if target.limit is not None:
             count = spectrum.fewest(target.limit)
-            while count <= len(spectrum.modules):
+            while count <= len(spectrum.components):
                 yield self._encode(groups, spectrum.ranks(count), dtype)
                 count = max(count + 1, count + count // 64)  # rounding has cost what one component could not make good
 
@@ -81,59 +81,21 @@ class Svd(FactorsScheme):
         }
 
 
+def _spectrum(groups: Sequence[ModuleGroup]) -> Spectrum:
+    from ..maths.factored import singular_values
+    from ..maths.spectrum import Component, Spectrum
+
+    return Spectrum.of(
+        Component(name, place, group.b.shape[1] + group.a.shape[2], energy)
+        for group in groups
+        for name, energies in zip(group.names, singular_values(*group.exact).square().tolist(), strict=True)
+        for place, energy in enumerate(energies)
+    )
+
+
 def _by_rank(group: ModuleGroup, ranks: Mapping[str, int]) -> list[tuple[int, list[int]]]:
     """Every rank that modules of a group are to have, and the positions of these."""
     positions: defaultdict[int, list[int]] = defaultdict(list)
     for position, name in enumerate(group.names):
         positions[ranks[name]].append(position)
     return sorted(positions.items())
-
-
-class _Spectrum(NamedTuple):
-    """All singular components of an adapter, those first that are worth most by the element.
-
-    Every module keeps its largest one, whatever that is worth.
-    """
-
-    modules: list[str]
-    """The module of each."""
-    costs: list[int]
-    """The elements that each takes."""
-    left: list[float]
-    """[count + 1]: the energy that is lost where so many are kept."""
-
-    @classmethod
-    def of(cls, groups: Sequence[ModuleGroup]) -> _Spectrum:
-        from ..maths.factored import truncated_svd
-
-        found = []
-        for group in groups:
-            us, vt = truncated_svd(*group.exact, group.rank)
-            cost = us.shape[-2] + vt.shape[-1]
-            for name, energies in zip(group.names, us.double().square().sum(-2).tolist(), strict=True):
-                for place, energy in enumerate(energies):
-                    found.append((place > 0, -energy / cost, name, cost, energy))
-        found.sort()
-        left = list(accumulate((each[4] for each in reversed(found)), initial=0.0))
-        return cls([each[2] for each in found], [each[3] for each in found], left[::-1])
-
-    def fewest(self, limit: float) -> int:
-        """The least number of components without which no more energy than ``limit`` is lost, before rounding."""
-        return max(len(set(self.modules)), sum(lost > limit for lost in self.left))
-
-    def worth(self, step: float) -> int:
-        """The number of components whose energy is that of ``step`` in every element, or that are the largest."""
-        largest = len(set(self.modules))
-        energies = (before - after for before, after in pairwise(self.left))
-        return largest + sum(
-            energy >= cost * step**2 for energy, cost in list(zip(energies, self.costs, strict=True))[largest:]
-        )
-
-    def within(self, rank: int) -> int:
-        """The largest number of components that take no more elements than all modules at this rank."""
-        most = rank * sum(self.costs[: len(set(self.modules))])
-        return sum(taken <= most for taken in accumulate(self.costs))
-
-    def ranks(self, count: int) -> dict[str, int]:
-        """The rank of every module where so many components are kept."""
-        return dict(Counter(self.modules[:count]))

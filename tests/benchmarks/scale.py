@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("run", help="rounds of reading and compressing, and the other runs that are asked for")
     verb.add_argument("directory", type=Path, metavar="DIR")
-    verb.add_argument("--clusters", type=int, default=25)
+    verb.add_argument("--clusters", type=int, default=25, help="0 for none: each adapter on its own")
     verb.add_argument("--rank", type=int, default=16, help="of the bases")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--memory", help="passed on to compress")

@@ -151,7 +151,10 @@ class TestStart:
 
     @pytest.mark.parametrize(
         ("words", "completed"),
-        [("lorazip compress --max", "--max-error\n"), ("lorazip compress --method ", "svd\njoint\ndiag\n")],
+        [
+            ("lorazip compress --max-e", "--max-error\n"),
+            ("lorazip compress --method ", "auto\nsvd\ncoded\njoint\ndiag\n"),
+        ],
         ids=["option", "method"],
     )
     def test_completion_needs_no_torch(self, words: str, completed: str) -> None:
@@ -314,7 +317,7 @@ class TestExitCodes:
     @pytest.mark.parametrize(
         ("argv", "line"),
         [
-            (["compress", "--budget", "3"], "No such option: --budget (see 'lorazip compress --help')"),
+            (["compress", "--bits", "3"], "No such option: --bits (see 'lorazip compress --help')"),
             (
                 ["compress", "--methd=svd"],
                 "No such option: --methd (did you mean --method? see 'lorazip compress --help')",
@@ -397,7 +400,7 @@ class TestDocument:
         for field in CompressOptions.__struct_fields__:
             assert str(defaults[field]) == str(getattr(options, field)), field
         ranks = {name: SCHEMES[name].default_rank for name in methods()}
-        assert ranks == {"joint": 16, "diag": 16, "svd": 4}, "the help and docs/commands.md say so"
+        assert ranks == {"joint": 16, "diag": 16, "svd": 4, "coded": None}, "the help and docs/commands.md say so"
 
 
 class TestRenderings:
@@ -423,11 +426,11 @@ class TestRenderings:
         assert lines[0] == "3 adapters of HuggingFaceTB/SmolLM2-135M-Instruct, 18 modules, 1.6 MB"
         assert lines[1].split() == ["method", "rank", "clusters", "bundle", "saved"]
         assert lines[2].startswith("svd (chosen)")
-        assert lines[5] == "work     reads 1.6 MB"
+        assert lines[6] == "work     reads 1.6 MB"
         assert re.fullmatch(
-            r"memory   at most [\d,]+ MiB on this machine; the least that --memory can be is \d+ MiB", lines[6]
+            r"memory   at most [\d,]+ MiB on this machine; the least that --memory can be is \d+ MiB", lines[7]
         )
-        assert len(lines) == 7
+        assert len(lines) == 8
 
     def test_dry_run_says_how_much_work_and_memory_it_is_and_that_the_output_exists(
         self, adapters: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -435,8 +438,8 @@ class TestRenderings:
         plan = ["compress", str(adapters), "--dry-run", "--clusters", "2", "--rank", "2"]
         assert main([*plan, "-o", str(bundle)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[5] == "work     reads 1.6 MB and finds 36 shared bases"
-        assert lines[7] == f"note     {bundle} exists: without --force, compress would end with exit code 6"
+        assert lines[6] == "work     reads 1.6 MB and finds 36 shared bases"
+        assert lines[8] == f"note     {bundle} exists: without --force, compress would end with exit code 6"
         assert main([*plan, "-o", str(tmp_path / "new"), "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert (report["problems"], report["output_exists"]) == (36, False)
@@ -664,7 +667,17 @@ class TestInterrupt:
     def test_leaves_nothing_half_written(self, number: signal.Signals, tmp_path: Path) -> None:
         target = tmp_path / "bundle"
         child = subprocess.Popen(
-            [sys.executable, "-m", "lorazip_cli", "compress", str(sample_path()), "-o", str(target)],
+            [
+                sys.executable,
+                "-m",
+                "lorazip_cli",
+                "compress",
+                str(sample_path()),
+                "-o",
+                str(target),
+                "--method",
+                "joint",
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,

@@ -197,9 +197,7 @@ def test_the_way_of_writing_the_factors_makes_no_difference(
         ("svd", 1e-12, "f32"),
     ],
 )
-def test_max_error_is_kept_at_the_smallest_rank(
-    mixed: Path, tmp_path: Path, method: Any, limit: float, dtype: Any
-) -> None:
+def test_max_error_is_kept(mixed: Path, tmp_path: Path, method: Any, limit: float, dtype: Any) -> None:
     rank = None if method == "svd" else 3
     options = CompressOptions(method=method, rank=rank, max_error=limit, dtype=dtype)
     report, verified = checked(mixed, tmp_path / "out", options)
@@ -210,14 +208,11 @@ def test_max_error_is_kept_at_the_smallest_rank(
         if adapter.cluster is not None:
             assert adapter.because == "method"
             continue
-        assert adapter.because == "max_error"
+        assert adapter.because == ("method" if adapter.scheme == method else "max_error")
         full = max(recipe.rank for recipe in ra.MIXED if recipe.name == adapter.name)
-        smaller = (full if adapter.scheme == "original" else adapter.rank) - (adapter.scheme == "svd")
-        if smaller:
-            compress(mixed, tmp_path / f"{adapter.rank}-less", CompressOptions("svd", smaller, dtype=dtype), force=True)
-            lower = errors_of(tmp_path / f"{adapter.rank}-less")[adapter.name]
-            assert lower > limit
-            assert lower >= best_error(mixed / adapter.name, smaller) * (1 - 1e-5) - 1e-13
+        if adapter.scheme == "original" and full > 1:  # no truncation does
+            compress(mixed, tmp_path / "whole", CompressOptions("svd", full, dtype=dtype), force=True)
+            assert errors_of(tmp_path / "whole")[adapter.name] > limit
 
 
 def test_adapters_within_max_error_share_the_basis_without_the_others(mixed: Path, tmp_path: Path) -> None:
@@ -587,7 +582,11 @@ def test_one_adapter_alone_gets_its_svd(tmp_path: Path) -> None:
     root = ra.write_collection(tmp_path / "in", ra.plain(1))
     for method in ("joint", "diag", "svd"):
         compress(root, tmp_path / method, CompressOptions(method=method, rank=2, dtype="f32"))
-        assert errors_of(tmp_path / method)["t00"] == pytest.approx(best_error(root / "t00", 2), rel=1e-4)
+        best = best_error(root / "t00", 2)
+        error = errors_of(tmp_path / method)["t00"]
+        # Ranks that follow the spectrum do better than one for all modules.
+        assert error <= best * (1 + 1e-4)
+        assert method == "svd" or error >= best * (1 - 1e-4)
 
 
 def test_more_adapters_than_a_shard_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,7 +378,7 @@ class TestTheCommand:
             signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(lorazip_core.compress.shared, "encode_pack", first)
-        assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "-q"]) == 130
+        assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "--method", "joint", "-q"]) == 130
         assert capsys.readouterr().err == "lorazip: error: interrupted; nothing was left half-written\n"
         assert os.listdir(tmp_path) == []
 

@@ -93,10 +93,20 @@ def test_planned_bytes_of_real_collections_come_true(tmp_path: Path, name: str, 
 def test_a_plan_names_every_method_the_chosen_one_first(alike: Path) -> None:
     report = plan(alike, CompressOptions(method="diag", clusters=2))
     assert next(scheme.method for scheme in report.schemes) == "diag"
-    assert {scheme.method for scheme in report.schemes} == {"joint", "diag", "svd"}
-    assert [scheme.chosen for scheme in report.schemes] == [True, False, False]
-    assert {scheme.method: scheme.rank for scheme in report.schemes} == {"joint": 16, "diag": 16, "svd": 4}
-    assert {scheme.method: scheme.clusters for scheme in report.schemes} == {"joint": 2, "diag": 2, "svd": 0}
+    assert {scheme.method for scheme in report.schemes} == {"joint", "diag", "svd", "coded"}
+    assert [scheme.chosen for scheme in report.schemes] == [True, False, False, False]
+    assert {scheme.method: scheme.rank for scheme in report.schemes} == {
+        "joint": 16,
+        "diag": 16,
+        "svd": 4,
+        "coded": None,
+    }
+    assert {scheme.method: scheme.clusters for scheme in report.schemes} == {
+        "joint": 2,
+        "diag": 2,
+        "svd": 0,
+        "coded": 0,
+    }
     assert report.bytes_original == sum(
         (folder / name).stat().st_size
         for folder in alike.iterdir()
