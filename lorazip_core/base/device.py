@@ -33,3 +33,9 @@ def limit_memory(device: torch.device, most: int | None) -> None:
     if device.type == "cuda" and most is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
+def load_linear_algebra(device: torch.device) -> None:
+    """Have PyTorch load its linear algebra for a GPU, which it does at first use: two threads must not be the first."""
+    if device.type == "cuda":
+        torch.linalg.inv(torch.eye(2, device=device))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import find_device
+from ..base.device import CPU, find_device, load_linear_algebra
 from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
@@ -256,9 +256,11 @@ class _Run:
             return kept.store(number, count, self.pieces)
 
         notes: list[str] = []
+        load_linear_algebra(self.device)
         with (
             self.progress.stage("keeping adapters individually", len(alone)) as advance,
-            closing(in_order(keep, alone, self.device)) as results,
+            # Also where a GPU computes: more than half of the time is reading, copying and writing.
+            closing(in_order(keep, alone, CPU)) as results,
         ):
             for number, kept in zip(alone, results, strict=True):
                 if kept.scheme != options.chosen:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .factored import Factors
+from .factored import TINY, Factors
 
 MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
@@ -28,29 +28,50 @@ BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
 _HALVINGS = 24  # of an interval of 14 octaves
+_NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
 _CODE_RANGE = torch.iinfo(torch.int16)
 
 
 class Components(NamedTuple):
-    """The singular components of m updates of one shape, in float64; those of an update descend."""
+    """The singular components of m updates B A of one shape, in float64; those of an update descend.
 
-    us: Tensor
-    """[m, d_out, r]: s·u"""
-    vt: Tensor
+    They are products with the factors, s·u = B x and vᵀ = yᵀ A, so that only those that are wanted are made.
+    """
+
+    b: Tensor
+    """[m, d_out, r]"""
+    a: Tensor
     """[m, r, d_in]"""
     s: Tensor
     """[m, r]"""
+    x: Tensor
+    """[m, r, r]: a column for each component"""
+    y: Tensor
+    """[m, r, r]: a row for each component"""
+    energies: Tensor
+    """[m]: ‖B A‖_F²"""
 
     @classmethod
     def of(cls, exact: Factors) -> Components:
-        """Of `truncated_svd`."""
-        us, vt = exact
-        return cls(us, vt, us.norm(dim=-2))
+        """Decompose updates, from products of the factors alone.
+
+        BᵀB = H Hᵀ and Hᵀ (AAᵀ) H = P s² Pᵀ give vᵀ = Pᵀ Hᵀ A / s and s·u = B (AAᵀ) H P / s. That squares the
+        condition: components below 10⁻⁶ of the largest are not to be relied on, and none such is worth a bit.
+        """
+        b, a = exact
+        gram_b, gram_a = b.mT @ b, a @ a.mT
+        energies, vectors = torch.linalg.eigh(gram_b)
+        half = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
+        squares, turned = torch.linalg.eigh(half.mT @ gram_a @ half)
+        s = squares.clamp_min(0).sqrt().flip(-1)
+        inverse = torch.where(s > _NOISE * s[..., :1], 1 / s.clamp_min(TINY), 0.0)
+        mixed = half @ turned.flip(-1) * inverse.unsqueeze(-2)
+        return cls(b, a, s, gram_a @ mixed, mixed.mT, (gram_b * gram_a).sum((-2, -1)).clamp_min(0))
 
     @property
     def deviations(self) -> Tensor:
         """[m, r]: the geometric mean of the deviations of the entries of s·u and of s·v."""
-        return self.s / (self.us.shape[-2] * self.vt.shape[-1]) ** 0.25
+        return self.s / (self.b.shape[-2] * self.a.shape[-1]) ** 0.25
 
 
 class Codes(NamedTuple):
@@ -68,35 +89,29 @@ class Codes(NamedTuple):
     """[m] in float64: ‖ΔW − ΔŴ‖²"""
 
 
-def weakest_kept(step: float) -> float:
-    """The least of `Components.deviations` that a component is kept with."""
-    return step / _WEAKEST
-
-
 def quantise(components: Components, step: float) -> Codes:
     """Quantise every entry of s·u and s·v with ``step``, or a coarser one where a code would be too large."""
-    us, vt, s = components
-    kept = components.deviations >= weakest_kept(step)
+    kept = components.deviations >= step / _WEAKEST
     most = int(kept.sum(-1).max()) if kept.numel() else 0
-    us, vt, s, kept = us[..., :most], vt[..., :most, :], s[..., :most], kept[..., :most]
-    u = _rounded(us, step, -2) * kept.unsqueeze(-2)
-    v = _rounded(vt * s.unsqueeze(-1), step, -1) * kept.unsqueeze(-1)
-    kept = kept & u.any(-2) & v.any(-1)
+    kept, s = kept[..., :most], components.s[..., :most]
+    u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
+    v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, step, -1) * kept.unsqueeze(-1)
     gram = (u.mT @ u) * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
-    inner = ((u.mT @ components.us) * (v @ components.vt.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
+    kept = kept & (gram.diagonal(dim1=-2, dim2=-1) > 0)
+    inner = ((u.mT @ components.b) * (v @ components.a.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
     scales = _fitted(gram, inner, kept)
     kept &= scales > 0
-    code = torch.where(kept, (scales.clamp_min(1e-300).log2() * OCTAVE).round(), 0)
+    code = torch.where(kept, (scales.clamp_min(TINY).log2() * OCTAVE).round(), 0)
     code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
     stored = unpacked_scale(code, torch.float64) * kept
-    norm = components.s.square().sum(-1)
-    error = norm - 2 * (stored * inner).sum(-1) + (stored.unsqueeze(-2) @ gram @ stored.unsqueeze(-1))[..., 0, 0]
+    error = components.energies - 2 * (stored * inner).sum(-1)
+    error += (stored.unsqueeze(-2) @ gram @ stored.unsqueeze(-1))[..., 0, 0]
     return Codes(u.to(torch.int8), v.to(torch.int8), code, kept, error.clamp_min(0))
 
 
 def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
-    return predicted_of(components.s.cpu(), components.us.shape[-2], components.vt.shape[-1], step)
+    return predicted_of(components.s.cpu(), components.b.shape[-2], components.a.shape[-1], step)
 
 
 def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:

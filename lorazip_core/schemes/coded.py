@@ -22,6 +22,7 @@ DEFAULT_ERROR = 0.1
 """The squared error of those who ask for nothing: up to it, no task was seen to suffer."""
 _TYPICAL_BYTES = 0.55  # of each row and column of an update, for `Coded.default_error`
 _TRIES = 6
+_FIRST_AIM = 0.995  # of the limit: what is lost is within 1% of what is predicted
 _NEAR = 0.985  # of the limit: nearer is not worth another try
 
 
@@ -38,14 +39,13 @@ class Coded(PackedScheme):
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """With the step asked for; else with the coarsest one that meets the limit, nearly."""
-        from ..maths.factored import truncated_svd
         from ..maths.quantise import Components
 
-        of_groups = [(group, Components.of(truncated_svd(*group.exact, group.rank))) for group in groups]
+        of_groups = [(group, Components.of(group.exact)) for group in groups]
         if target.step is not None:
             yield _encode(of_groups, target.step)
             return
-        norm = sum(float(components.s.square().sum()) for _, components in of_groups)
+        norm = sum(float(components.energies.sum()) for _, components in of_groups)
         if not norm:
             yield _encode(of_groups, 1.0)
             return
@@ -142,7 +142,7 @@ def _near(of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float) -> 
     """An encoding that loses at most ``limit``, but not much less; nothing if no step does."""
     from ..maths.quantise import predicted_step
 
-    step = predicted_step([components for _, components in of_groups], limit)
+    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit)
     best = None
     for _ in range(_TRIES):
         encoding = _encode(of_groups, step)
