@@ -22,12 +22,14 @@ MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
 OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
+_LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
 
 _WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
 _HALVINGS = 24  # of an interval of 14 octaves
+_EULER = 0.5772156649  # the mean of a Gumbel variable
 _CODE_RANGE = torch.iinfo(torch.int16)
 
 
@@ -103,9 +105,9 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
     """`predicted` from singular values alone, [..., r]."""
     sizes = (torch.as_tensor(size, dtype=torch.float64, device=s.device) for size in (d_out, d_in))
     rate = _rate()
-    kept_energy, bits, deviation = s.square(), torch.zeros_like(s), torch.ones_like(s)
+    kept_energy, bits, deviation = s.square() * (1 - _LOST_BY_SCALES), torch.zeros_like(s), torch.ones_like(s)
     for size in sizes:
-        own = s / size.sqrt() / step
+        own = torch.minimum(s / size.sqrt() / step, MOST / _greatest(size))
         kept_energy = kept_energy * (1 - rate.left(own))
         bits = bits + size * rate.bits(own) * _REDUNDANCY
         deviation = deviation * own
@@ -187,6 +189,13 @@ class Rate:
 
 def _phi(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
+
+
+def _greatest(count: Tensor) -> Tensor:
+    """About the greatest of the absolute values of so many Gaussian entries, in deviations."""
+    logarithm = (2 * count.clamp_min(2)).log()
+    most = (2 * logarithm).sqrt()
+    return most + (_EULER - 0.5 * (logarithm.log() + math.log(4 * math.pi))) / most
 
 
 def _density(x: Tensor) -> Tensor:

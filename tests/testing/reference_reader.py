@@ -129,7 +129,10 @@ class ReferenceReader:
             u = np.array([vectors[number] for number in mine]).reshape(k, module["d_out"])
             v = np.array([vectors[total + number] for number in mine]).reshape(k, module["d_in"])
             expected = -np.rint(16 * np.log2(np.maximum((u**2).sum(1), 1)))
-            found[name, module["name"]] = u, v, rest[first : first + k] + tensors["bases"][names.index(name)] + expected
+            scale = rest[first : first + k] + tensors["bases"][names.index(name)] + expected
+            if ((scale < -(2**15)) | (scale >= 2**15)).any():
+                raise DamagedError(f"{path}: scale")
+            found[name, module["name"]] = u, v, scale
             first += k
         return found
 
