@@ -257,7 +257,7 @@ class _Check:
                 continue
             tensor = self.bundle.tensor(path, name)
             allowed = [TORCH_DTYPES[dtype] for dtype in spec.dtypes] or [self._dtype]
-            if not _fits(tensor.shape, spec.shape):
+            if not spec.fits(tensor.shape):
                 message = f"tensor {name} is {list(tensor.shape)}, not {_shown(spec.shape)}"
                 self._found("wrong-shape", path, message)
             elif tensor.dtype not in allowed:
@@ -343,13 +343,11 @@ def _size(module: ModuleEntry) -> Size:
     return Size(module.d_out, module.d_in)
 
 
-def _fits(shape: torch.Size, expected: tuple[int | range, ...]) -> bool:
-    return len(shape) == len(expected) and all(
-        size in allowed if isinstance(allowed, range) else size == allowed
-        for size, allowed in zip(shape, expected, strict=True)
-    )
-
-
 def _shown(shape: tuple[int | range, ...]) -> str:
-    sizes = ["r" if size == ANY else f"1..{size[-1]}" if isinstance(size, range) else str(size) for size in shape]
-    return f"[{', '.join(sizes)}]"
+    return f"[{', '.join(map(_shown_size, shape))}]"
+
+
+def _shown_size(size: int | range) -> str:
+    if size == ANY:
+        return "r"
+    return f"{size[0]}..{size[-1]}" if isinstance(size, range) else str(size)

@@ -1,6 +1,6 @@
 """``manifest.json``: its fields as types, its digest, and the features a reader must know.
 
-The types are the schema: docs/schemas/bundle-1.json is generated from them.
+The types are the schema: docs/schemas/bundle-2.json is generated from them.
 """
 
 from __future__ import annotations

@@ -144,11 +144,18 @@ class Bundle:
 
     def _unpack(self, path: str) -> dict[int, dict[str, dict[str, Tensor]]]:
         """Of every adapter in a file of several, by its index, what `unpacked` returns."""
+        from ..base.safetensors_header import TORCH_DTYPES
+
         indices = self._packed[path]
         modules = [self.modules(self.manifest.adapters[index]) for index in indices]
         scheme = packed_scheme(self.manifest.adapters[indices[0]].scheme)
         assert scheme is not None
-        tensors = {name: self.tensor(path, name) for name in scheme.file_tensors(len(indices))}
+        tensors = {}
+        for name, spec in scheme.file_tensors(len(indices)).items():
+            tensors[name] = self.tensor(path, name)
+            if not spec.fits(tensors[name].shape) or tensors[name].dtype not in map(TORCH_DTYPES.get, spec.dtypes):
+                found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                raise BundleDamaged(f"{self.path / path}: tensor {name} is {found}", _RESTORE)
         sizes = [[Size(module.d_out, module.d_in) for module in own] for own in modules]
         try:
             unpacked = scheme.unpack(tensors, sizes)

@@ -22,13 +22,15 @@ MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
 OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
+_LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
 
 _WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
-_HALVINGS = 24  # of an interval of 14 octaves
+_ROUNDS, _TRIED = 3, 32  # of 14 octaves: to 0.0005 of one
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
+_EULER = 0.5772156649  # the mean of a Gumbel variable
 _CODE_RANGE = torch.iinfo(torch.int16)
 
 
@@ -118,9 +120,9 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
     """`predicted` from singular values alone, [..., r], on the CPU."""
     sizes = (torch.as_tensor(size, dtype=torch.float64) for size in (d_out, d_in))
     rate = _rate()
-    kept_energy, bits, deviation = s.square(), torch.zeros_like(s), torch.ones_like(s)
+    kept_energy, bits, deviation = s.square() * (1 - _LOST_BY_SCALES), torch.zeros_like(s), torch.ones_like(s)
     for size in sizes:
-        own = s / size.sqrt() / step
+        own = torch.minimum(s / size.sqrt() / step, MOST / _greatest(size))
         kept_energy = kept_energy * (1 - rate.left(own))
         bits = bits + size * rate.bits(own) * _REDUNDANCY
         deviation = deviation * own
@@ -132,12 +134,13 @@ def predicted_step(components: Sequence[Components], limit: float) -> float:
     """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
     largest = max(float(each.deviations.max()) for each in components if each.s.numel())
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if sum(float(predicted(each, 2**middle)[0].sum()) for each in components) <= limit:
-            low = middle
-        else:
-            high = middle
+    spectra = [(each.s.cpu(), each.b.shape[-2], each.a.shape[-1]) for each in components]
+    for _ in range(_ROUNDS):
+        steps = torch.linspace(low, high, _TRIED, dtype=torch.float64).exp2()
+        lost = sum(predicted_of(*of_shape, steps[:, None, None])[0].sum(-1) for of_shape in spectra)
+        assert isinstance(lost, Tensor)
+        within = int((lost <= limit).sum())  # they ascend
+        low, high = (math.log2(float(steps[min(max(place, 0), _TRIED - 1)])) for place in (within - 1, within))
     return float(2**low)
 
 
@@ -202,6 +205,13 @@ class Rate:
 
 def _phi(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
+
+
+def _greatest(count: Tensor) -> Tensor:
+    """About the greatest of the absolute values of so many Gaussian entries, in deviations."""
+    logarithm = (2 * count.clamp_min(2)).log()
+    most = (2 * logarithm).sqrt()
+    return most + (_EULER - 0.5 * (logarithm.log() + math.log(4 * math.pi))) / most
 
 
 def _density(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from .streams import (
 
 Arrays = dict[str, NDArray[np.generic]]
 
+_LONGEST = 2**31  # of a vector: sums of lengths are far from what 64 bits hold
+
 
 class CodedModule(NamedTuple):
     """The k components of a module."""
@@ -65,9 +67,14 @@ def pack(adapters: Sequence[Sequence[CodedModule]]) -> Arrays:
 
 def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[Size]]) -> list[list[CodedModule]]:
     """What `pack` was given, for modules of these sizes. Raises Contradiction."""
-    shapes = np.array([size for adapter in sizes for size in adapter], np.int64).reshape(-1, 2)
+    flat = [size for adapter in sizes for size in adapter]
+    if any(max(size) > _LONGEST for size in flat):
+        raise Contradiction("an update is larger than any")
+    shapes = np.array(flat, np.int64).reshape(-1, 2)
     columns = _Columns(arrays["index"].tobytes())
     counts = columns.wide(len(shapes))
+    if (counts > shapes.min(1)).any():
+        raise Contradiction("a module has more components than it can have")
     total = int(counts.sum())
     of_u, apart = columns.narrow(total), columns.narrow(total)
     rest = columns.wide(total)

@@ -48,6 +48,12 @@ class TensorSpec(NamedTuple):
     dtypes: tuple[str, ...] = ()
     """Those it may have, as safetensors names them; none for the dtype of the bundle."""
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        return len(shape) == len(self.shape) and all(
+            size in allowed if isinstance(allowed, range) else size == allowed
+            for size, allowed in zip(shape, self.shape, strict=True)
+        )
+
     @property
     def most_elements(self) -> int:
         return math.prod(size[-1] if isinstance(size, range) else size for size in self.shape)

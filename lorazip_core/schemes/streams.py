@@ -23,6 +23,7 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
 _FULL = 2**15  # codes in a stream that is worth a table of its own
+_STREAMS = 2**8  # at most: their numbers are bytes
 
 
 class Contradiction(ValueError):
@@ -40,7 +41,8 @@ def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
     lengths = np.array([len(vector) for vector in vectors], np.int64)
     streams = np.zeros(len(vectors), np.uint8)
     kinds: list[int] = []
-    for fit in PER_BYTE:
+    for place, fit in enumerate(PER_BYTE):
+        most = _STREAMS * (place + 1) // len(PER_BYTE)
         held = 0
         for one in np.unique(classes[fits == fit]):
             if not held:
@@ -48,7 +50,7 @@ def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
             own = (fits == fit) & (classes == one)
             streams[own] = len(kinds) - 1
             held += int(lengths[own].sum())
-            if held >= _FULL:
+            if held >= _FULL and len(kinds) < most:
                 held = 0
     return streams, np.array(kinds, np.uint8)
 

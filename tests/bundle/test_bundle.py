@@ -1,18 +1,19 @@
-"""Format 1: what is written, read back by three readers, described and specified."""
+"""Format 2: what is written, read back by three readers, described and specified; and format 1, which is read too."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
 from testing import schemas
-from testing.broken import flip
-from testing.random_bundle import EXTRA, HUB, LOCAL, SKETCHES, as_json, make_bundle
+from testing.broken import edit_manifest, flip
+from testing.random_bundle import EXTRA, HUB, LOCAL, OF_FORMAT_1, SKETCHES, as_json, load_manifest, make_bundle
 from testing.reference_reader import DamagedError, ReferenceReader
 
 from lorazip_core.base.errors import BundleDamaged
@@ -47,6 +48,56 @@ def test_the_reader_of_the_specification_agrees(path: Path) -> None:
         assert extras.keys() == expected.keys()
         for name in extras:
             np.testing.assert_array_equal(extras[name].double().numpy(), expected[name])
+
+
+def test_what_is_the_default_is_left_out(path: Path) -> None:
+    fields = load_manifest(path)
+    assert [set(module) - {"name", "d_out", "d_in"} for module in fields["modules"]] == [
+        {"kind"}, {"kind", "kernel"}, set(), set(),
+    ]  # fmt: skip
+    always = {"name", "scheme", "config", "files", "squared_norm", "squared_error", "mean_module_squared_error"}
+    always |= {"worst_module"}
+    named = {adapter["name"]: adapter.keys() - always for adapter in fields["adapters"]}
+    assert named["z"] == {"cluster", "module_set"}
+    assert named["za"] == {"rank", "individual"}
+    assert named["a"] == {"cluster", "extras", "origin"}
+
+
+def test_a_base_model_that_is_not_that_of_the_bundle(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    edit_manifest(
+        bundle, lambda m: (m["adapters"][0].update(base_model="other"), m["adapters"][1].update(base_model=None))
+    )
+    opened, reference = Bundle(bundle), ReferenceReader(bundle)
+    for adapter, expected in zip(opened.manifest.adapters, ["other", None, "org/base"], strict=False):
+        assert opened.manifest.base_model_of(adapter) == reference.base_model(adapter.name) == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_an_adapter_was_read_from(tmp_path: Path, version: Literal[1, 2]) -> None:
+    bundle = make_bundle(tmp_path, sketches=OF_FORMAT_1, version=version)
+    opened, reference = Bundle(bundle), ReferenceReader(bundle)
+    for adapter in opened.manifest.adapters:
+        sources = opened.sources(adapter)
+        assert [source.path for source in sources] == ["adapter_config.json", "adapter_model.safetensors"]
+        assert reference.sources(adapter.name) == {source.path: source.sha256 for source in sources}
+    assert verify(bundle, against=tmp_path / "originals").findings == []
+
+
+def test_format_1_has_another_configuration_for_each(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, sketches=OF_FORMAT_1, version=1)
+    assert len(list((bundle / "configs").iterdir())) == len(OF_FORMAT_1)
+
+    def share(fields: dict) -> None:
+        one, other = (adapter["config"] for adapter in fields["adapters"][:2])
+        fields["adapters"][1]["config"] = one
+        fields["files"] = [entry for entry in fields["files"] if entry["path"] != other]
+        (bundle / other).unlink()
+
+    edit_manifest(bundle, share)
+    assert [found.message for found in verify(bundle).findings] == [
+        f"{load_manifest(bundle)['adapters'][0]['config']} has two owners"
+    ]
 
 
 def test_rows_are_the_adapters_that_have_the_module(path: Path) -> None:
@@ -105,14 +156,14 @@ def test_info_describes_what_is_inside(path: Path) -> None:
     assert sum(shape.count for shape in report.shapes) == 4
     assert [cluster.adapters for cluster in report.clusters] == [4, 2]
     assert {adapter.name: adapter.rank for adapter in report.adapters} == {
-        "a": 10, "b/c": 10, "d": 10, "e": 7, "f": 7, "g": 2, "h": None, "z": 10,
+        "a": 10, "b/c": 10, "d": 10, "e": 7, "f": 7, "g": 2, "h": None, "z": 10, "za": 4, "zb": 2,
     }  # fmt: skip
     shared = (path / "manifest.json").stat().st_size + sum(cluster.bytes_basis for cluster in report.clusters)
     own = sum(adapter.bytes_own for adapter in report.adapters)
     assert 0 <= report.bytes_bundle - shared - own < len(SKETCHES)  # shares of a shard are rounded down
     assert report.bytes_bundle == bundle.size_bytes == sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     assert [skipped.name for skipped in report.skipped] == ["bad"]
-    assert [adapter.origin for adapter in report.adapters] == [HUB, LOCAL, *[None] * 6]
+    assert [adapter.origin for adapter in report.adapters] == [HUB, LOCAL, *[None] * 8]
 
 
 def test_info_reads_no_tensors(tmp_path: Path) -> None:
@@ -137,11 +188,13 @@ def test_schemas_are_those_of_the_types(name: str) -> None:
 
 
 def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "bases").mkdir()
-    (tmp_path / "bases" / "0.safetensors").touch()
-    damaged = verify(tmp_path)  # a bundle without its manifest
+    (tmp_path / "lost" / "bases").mkdir(parents=True)
+    (tmp_path / "lost" / "bases" / "0.safetensors").touch()
+    damaged = verify(tmp_path / "lost")  # a bundle without its manifest
+    format_1 = make_bundle(tmp_path, sketches=OF_FORMAT_1, version=1)
     written = {
-        "bundle-1": [json.loads((path / "manifest.json").read_bytes())],
+        "bundle-1": [json.loads((format_1 / "manifest.json").read_bytes())],
+        "bundle-2": [json.loads((path / "manifest.json").read_bytes())],
         "info-1": [as_json(info(path))],
         "verify-1": [
             as_json(verify(path)),
@@ -157,11 +210,13 @@ def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("bundle-1", lambda d: d.pop("manifest_sha256")),
-        ("bundle-1", lambda d: d.update(format_version=2)),
-        ("bundle-1", lambda d: d["files"][0].update(path="/etc/passwd")),
-        ("bundle-1", lambda d: d["adapters"][0].update(scheme="zip")),
-        ("bundle-1", lambda d: d["adapters"][0]["origin"].update(commit="main")),
+        ("bundle-1", lambda d: None),
+        ("bundle-2", lambda d: d.pop("manifest_sha256")),
+        ("bundle-2", lambda d: d.update(format_version=1)),
+        ("bundle-2", lambda d: d["files"][0].update(path="/etc/passwd")),
+        ("bundle-2", lambda d: d["adapters"][0].update(scheme="zip")),
+        ("bundle-2", lambda d: d["adapters"][0]["origin"].update(commit="main")),
+        ("bundle-2", lambda d: d["adapters"][0].pop("config")),
         ("info-1", lambda d: d.pop("schema")),
         ("info-1", lambda d: d["adapters"][0].pop("origin")),
         ("verify-1", lambda d: d.update(schema="lorazip.verify/2")),
@@ -171,6 +226,7 @@ def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
 def test_schemas_refuse_what_is_not(path: Path, name: str, change: object) -> None:
     document = {
         "bundle-1": lambda: json.loads((path / "manifest.json").read_bytes()),
+        "bundle-2": lambda: json.loads((path / "manifest.json").read_bytes()),
         "info-1": lambda: as_json(info(path)),
         "verify-1": lambda: as_json(verify(path)),
     }[name]()
@@ -181,10 +237,11 @@ def test_schemas_refuse_what_is_not(path: Path, name: str, change: object) -> No
 
 def test_the_specification_names_every_field() -> None:
     text = (ROOT / "docs" / "format.md").read_text()
-    definitions = schemas.schema("bundle-1")
-    fields = set(definitions["properties"])
-    for definition in definitions["$defs"].values():
-        fields |= set(definition.get("properties", {}))
+    fields = set()
+    for name in ("bundle-1", "bundle-2"):
+        definitions = schemas.schema(name)
+        for definition in (definitions, *definitions["$defs"].values()):
+            fields |= set(definition.get("properties", {}))
     assert [field for field in sorted(fields) if field not in text] == []
 
 

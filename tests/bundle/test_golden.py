@@ -1,7 +1,7 @@
-"""Bundles of format 1, written once by lorazip 0.1.0 and never again: every later version reads them.
+"""Bundles written once and never again, of format 1 by lorazip 0.1.0 and of format 2: every later version reads them.
 
-golden/adapters are the originals (testing/random_adapters.py, MIXED), its sisters the bundles. What they decode to is
-compared with the reference reader, which knows the specification only.
+golden/adapters are the originals (testing/random_adapters.py, MIXED), its sisters the bundles, those of format 2 in a
+folder. What they decode to is compared with the reference reader, which knows the specification only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,22 @@ from lorazip_core.verify.run import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 # The largest squared error of each, as it was when they were written.
-WORST = {"joint": 0.1660827856731705, "diag": 0.1691810896495578, "svd": 0.16607896609815812, "original": 0.0}
+WORST = {
+    "joint": 0.1660827856731705,
+    "diag": 0.1691810896495578,
+    "svd": 0.16607896609815812,
+    "original": 0.0,
+    "format-2/joint": 0.10926853737086818,
+    "format-2/diag": 0.2854949779389341,
+    "format-2/svd": 0.20276361615466282,
+    "format-2/coded": 0.09943546469158633,
+    "format-2/original": 0.0,
+}
 
 
 @pytest.mark.parametrize("name", WORST)
 def test_golden_bundles_are_sound_and_true(name: str) -> None:
+    assert Bundle(GOLDEN / name).manifest.format_version == (2 if name.startswith("format-2/") else 1)
     report = verify(GOLDEN / name, against=GOLDEN / "adapters")
     assert report.findings == []
     assert report.summary is not None

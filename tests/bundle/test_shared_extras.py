@@ -1,4 +1,4 @@
-"""Equal extras of several adapters are stored once, and only then does a bundle require a feature that says so."""
+"""Equal extras of several adapters are stored once. A bundle of format 1 requires a feature that says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from testing import peft_fixtures as fixtures
 from testing.broken import edit_manifest, reseal
-from testing.random_bundle import ALIKE, EXTRA, SKETCHES, make_bundle
+from testing.random_bundle import ALIKE, EXTRA, OF_FORMAT_1, SKETCHES, make_bundle
 from testing.reference_reader import ReferenceReader
 
 from lorazip_core.base.errors import Unsupported
@@ -21,15 +21,26 @@ from lorazip_core.info import info
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.verify.run import verify
 
+OLD = [sketch for sketch in ALIKE if sketch.scheme != "coded"]
+
+
+@pytest.fixture(params=[1, 2])
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make_bundle(tmp_path, sketches=OLD if request.param == 1 else ALIKE, version=request.param)
+
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path, sketches=ALIKE)
+def of_format_1(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path, sketches=OLD, version=1)
 
 
 def test_shared_extras_are_sound_and_true(bundle: Path) -> None:
     manifest = Bundle(bundle).manifest
-    assert manifest.requires["read"] == ["diag", "joint", "original", "shared-extras", "svd"]
+    expected = {
+        1: ["diag", "joint", "original", "shared-extras", "svd"],
+        2: ["coded", "diag", "joint", "original", "svd"],
+    }
+    assert manifest.requires["read"] == expected[manifest.format_version]
     assert len({entry.extras for entry in manifest.adapters if entry.name in "adg"}) == 1
     assert len(list((bundle / "extras").iterdir())) == 2
     assert verify(bundle, against=bundle.with_name("originals")).findings == []
@@ -58,20 +69,23 @@ def test_info_divides_them(bundle: Path) -> None:
     assert 0 <= report.bytes_bundle - shared - own < 2 * len(ALIKE)
 
 
-def test_without_the_feature_a_shared_file_has_two_owners(bundle: Path) -> None:
-    edit_manifest(bundle, lambda fields: fields["requires"]["read"].remove("shared-extras"))
-    assert {finding.kind for finding in verify(bundle).findings} == {"contradiction"}
+def test_without_the_feature_a_shared_file_of_format_1_has_two_owners(of_format_1: Path) -> None:
+    edit_manifest(of_format_1, lambda fields: fields["requires"]["read"].remove("shared-extras"))
+    assert {finding.kind for finding in verify(of_format_1).findings} == {"contradiction"}
 
 
-def test_a_reader_that_does_not_know_the_feature_refuses_by_name(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_does_not_know_the_feature_refuses_by_name(
+    of_format_1: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = {"read": {"joint", "diag", "svd", "original"}, "export": set[str]()}
     monkeypatch.setattr("lorazip_core.bundle.manifest.KNOWN_FEATURES", known)
     with pytest.raises(Unsupported, match="shared-extras"):
-        Bundle(bundle)
+        Bundle(of_format_1)
 
 
 def test_nothing_shared_requires_nothing(tmp_path: Path) -> None:
-    assert "shared-extras" not in Bundle(make_bundle(tmp_path)).manifest.requires["read"]
+    bundle = make_bundle(tmp_path, sketches=OF_FORMAT_1, version=1)
+    assert "shared-extras" not in Bundle(bundle).manifest.requires["read"]
 
 
 def test_compress_stores_equal_extras_once(tmp_path: Path) -> None:

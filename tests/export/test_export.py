@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from testing import peft_fixtures as fixtures
+from testing.reference_reader import ReferenceReader
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,7 @@ from lorazip_core.export import exporter, vllm
 from lorazip_core.export.exporter import ExportReport, export
 from lorazip_core.export.size import export_bytes
 from lorazip_core.maths.factored import truncated_svd
+from lorazip_core.schemes.coded import Coded
 from lorazip_core.verify.run import verify
 
 
@@ -56,7 +58,7 @@ def bundle_of(
     generator = torch.Generator().manual_seed(0)
     writer, kind = BundleWriter(out), DTYPES[dtype]
     modules = list(collection.modules)
-    entries, clusters = [], []
+    entries, clusters, packed = [], [], []
     shared = scheme in ("joint", "diag")
     if shared:
         basis, cores = {}, {}
@@ -81,20 +83,24 @@ def bundle_of(
             sets.append(module_set)
         config = writer.add_bytes(f"configs/{safe}.json", adapter.config_text).path
         individual = extras = None
-        if not shared:
+        if scheme == "coded":
+            packed.append([coded(adapter, module.name, rank) for module in modules if module.name in adapter.parts])
+            individual = "individual/coded.safetensors"
+        elif not shared:
             tensors = individual_tensors(adapter, scheme, rank, kind)
             individual = writer.add_tensors(f"individual/{safe}.safetensors", tensors).path
         if adapter.extras:
             heads = {key: adapter.extra(key) for key in adapter.extras}
             extras = writer.add_tensors(f"extras/{safe}.safetensors", heads).path
-        files = [SourceEntry(path.name, path.stat().st_size, sha256_file(path)) for path in adapter.files]
+        read = [path for path in adapter.files if path.name != "adapter_config.json"]
+        files = [SourceEntry(path.name, path.stat().st_size, sha256_file(path)) for path in read]
         entries.append(
             AdapterEntry(
                 name=rename(adapter.name) if rename else adapter.name,
                 scheme=scheme,
                 cluster=0 if shared else None,
                 module_set=sets.index(module_set),
-                rank=rank if scheme == "svd" else None,
+                rank=rank if scheme in ("svd", "coded") else None,
                 individual=individual,
                 extras=extras,
                 config=config,
@@ -107,6 +113,8 @@ def bundle_of(
                 because="method",
             )
         )
+    if packed:
+        writer.add_tensors("individual/coded.safetensors", Coded().pack(packed))
     method = "svd" if scheme == "original" else scheme
     writer.finish(
         Manifest(
@@ -114,7 +122,10 @@ def bundle_of(
             requires={},
             base_model=collection.base_model,
             parameters=Parameters(method, rank, 1, dtype, 0, "adapter", None),
-            modules=[ModuleEntry(m.name, m.kind, m.d_out, m.d_in, list(m.kernel)) for m in modules],
+            modules=[
+                ModuleEntry(name=m.name, kind=m.kind, d_out=m.d_out, d_in=m.d_in, kernel=list(m.kernel))
+                for m in modules
+            ],
             module_sets=sets,
             clusters=clusters,
             adapters=entries,
@@ -146,12 +157,24 @@ def individual_tensors(adapter: Adapter, scheme: str, rank: int, kind: torch.dty
     return tensors
 
 
+def coded(adapter: Adapter, module: str, rank: int) -> dict[str, Tensor]:
+    """Singular components whose entries are rounded to 127 steps."""
+    us, vt = truncated_svd(*adapter.factors(module), rank)
+    sides = [(side / side.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127).round() for side in (us.mT, vt)]
+    lengths = sides[0].norm(dim=1) * sides[1].norm(dim=1)
+    scale = (32 * (us.norm(dim=0) / lengths.clamp_min(1)).clamp_min(1e-30).log2()).round()
+    return {"u": sides[0].to(torch.int8), "v": sides[1].to(torch.int8), "scale": scale.to(torch.int16)}
+
+
 def stored_updates(path: Path, name: str) -> dict[str, Tensor]:
     """ΔŴ of every module of an adapter, straight from the files of a bundle."""
     bundle = Bundle(path)
     entry = next(entry for entry in bundle.manifest.adapters if entry.name == name)
     updates = {}
     for module in (module.name for module in bundle.modules(entry)):
+        if entry.scheme == "coded":
+            updates[module] = torch.from_numpy(ReferenceReader(path).update(name, module)).float()
+            continue
         if entry.individual is not None:
             tensors = load_file(path / entry.individual)
             scale = float(tensors.get(f"{module}.scale", torch.tensor(1.0)))
@@ -222,7 +245,7 @@ def make_collection(root: Path, kind: str, count: int = 3) -> tuple[Any, dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scheme", ["joint", "diag", "svd", "original"])
+@pytest.mark.parametrize("scheme", ["joint", "diag", "svd", "coded", "original"])
 def test_export_is_the_stored_update(tmp_path: Path, scheme: str, kind: str) -> None:
     make, _ = make_collection(tmp_path / "in", kind, 2)
     bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", scheme, 3)
@@ -400,7 +423,7 @@ def test_readme_names_only_hub_models_in_its_front_matter(tmp_path: Path, base: 
     assert config["base_model_name_or_path"] == base
 
 
-@pytest.mark.parametrize("scheme", ["joint", "diag", "svd", "original"])
+@pytest.mark.parametrize("scheme", ["joint", "diag", "svd", "coded", "original"])
 def test_rank_truncates(tmp_path: Path, scheme: str) -> None:
     make_collection(tmp_path / "in", "linear", 1)
     bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", scheme, 6)
@@ -516,6 +539,8 @@ def test_a_bias_of_an_original_comes_back_bit_for_bit(tmp_path: Path, dtype: tor
         ("original", {"rank": 2}),
         ("original", {"dtype": "bf16"}),
         ("original", {"target": "vllm"}),
+        ("coded", {}),
+        ("coded", {"rank": 2}),
     ],
 )
 def test_what_an_export_adds_is_measured(tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
@@ -570,6 +595,8 @@ def test_ranks_are_padded_to_one(tmp_path: Path) -> None:
         ("original", {}),
         ("original", {"dtype": "f32"}),
         ("original", {"target": "vllm"}),
+        ("coded", {}),
+        ("coded", {"rank": 2}),
         ("original", {"rank": 5}),
         ("svd", {}),
         ("svd", {"pad": False}),
@@ -841,6 +868,6 @@ def test_vllm_takes_an_embedding_and_a_head(tmp_path: Path) -> None:
 
 
 def test_vllm_does_not_take_a_larger_head() -> None:
-    head = ModuleEntry("lm_head", "linear", 258_049, 8)
+    head = ModuleEntry(name="lm_head", d_out=258_049, d_in=8)
     assert vllm._module_reason(head) == "module lm_head has 258049 rows, more than 258048"
     assert vllm._module_reason(msgspec.structs.replace(head, d_out=258_048)) is None

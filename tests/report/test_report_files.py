@@ -81,7 +81,7 @@ class TestWritten:
 
     def test_a_new_folder_is_made(self, bundle: Path) -> None:
         assert verify(bundle, "--junit", "new/folder/r.xml") == 0
-        assert ElementTree.parse("new/folder/r.xml").getroot().get("tests") == "9"
+        assert ElementTree.parse("new/folder/r.xml").getroot().get("tests") == "11"
 
 
 class TestRefused:

@@ -17,16 +17,18 @@ from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
 from lorazip_core.schemes.scheme import (
+    ANY,
     Encoding,
     IndividualScheme,
     ModuleGroup,
+    PackedScheme,
     Problems,
-    Ranks,
     Shape,
     ShapeOf,
     SharedScheme,
     Size,
     Solution,
+    Target,
     TensorSpec,
 )
 
@@ -38,10 +40,7 @@ class Sign(IndividualScheme):
     about: ClassVar[str] = "the signs of its factors"
     own: ClassVar[tuple[str, ...]] = ("signs_b", "signs_a", "size")
 
-    def attempts(self, groups: Sequence[ModuleGroup], rank: int | None, limit: float | None) -> Iterable[Ranks]:
-        yield None
-
-    def encode(self, groups: Sequence[ModuleGroup], ranks: Ranks, dtype: torch.dtype) -> Encoding:
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         encoding = Encoding({}, {})
         for group in groups:
             for name, b, a in zip(group.names, *group.exact, strict=True):
@@ -49,7 +48,7 @@ class Sign(IndividualScheme):
                 own["size"] = (b.abs().mean() * a.abs().mean()).float()
                 encoding.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in own.items()})
                 encoding.squared_errors[name] = float(squared_distance((b, a), self.decode(own, torch.float64)))
-        return encoding
+        yield encoding
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         scaled = tensors["signs_b"].to(dtype) * tensors["size"].to(dtype)[..., None, None]
@@ -65,6 +64,63 @@ class Sign(IndividualScheme):
             "signs_a": TensorSpec((most, size.d_in), ("I8",)),
             "size": TensorSpec((), ("F32",)),
         }
+
+
+class Signs(PackedScheme):
+    """The same, of several adapters in one file."""
+
+    name: ClassVar[str] = "signs"
+    about: ClassVar[str] = "the signs of its factors, of rank {rank}"
+    own: ClassVar[tuple[str, ...]] = Sign.own
+    has_own_rank: ClassVar[bool] = True
+
+    def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
+        ranks = {name: group.rank for group in groups for name in group.names}
+        for encoding in Sign().encodings(groups, target, dtype):
+            yield encoding._replace(ranks=ranks)
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        return Sign().decode(tensors, dtype)
+
+    def decoded_rank(self, shape_of: ShapeOf) -> int:
+        return Sign().decoded_rank(shape_of)
+
+    def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
+        return Sign().own_tensors(size, rank)
+
+    def typical_bytes(self, size: Size) -> int:
+        return 4 * sum(size)
+
+    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
+        return len(own["signs_a"])
+
+    def file_tensors(self, adapters: int) -> dict[str, TensorSpec]:
+        return {
+            "ranks": TensorSpec((ANY,), ("U8",)),
+            "signs": TensorSpec((ANY,), ("I8",)),
+            "sizes": TensorSpec((ANY,), ("F32",)),
+        }
+
+    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        modules = [own for adapter in adapters for own in adapter]
+        return {
+            "ranks": torch.tensor([self.stored_rank(own) for own in modules], dtype=torch.uint8),
+            "signs": torch.cat([own[side].flatten() for own in modules for side in ("signs_b", "signs_a")]),
+            "sizes": torch.stack([own["size"] for own in modules]),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
+        left = tensors["signs"]
+        found = iter(zip(tensors["ranks"].tolist(), tensors["sizes"], strict=True))
+        adapters = []
+        for adapter in sizes:
+            modules = []
+            for d_out, d_in in adapter:
+                rank, size = next(found)
+                b, a, left = left.split([rank * d_out, rank * d_in, len(left) - rank * (d_out + d_in)])
+                modules.append({"signs_b": b.reshape(d_out, rank), "signs_a": a.reshape(rank, d_in), "size": size})
+            adapters.append(modules)
+        return adapters
 
 
 class Mean(SharedScheme):
@@ -127,9 +183,9 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, object]:
     return told
 
 
-@pytest.mark.parametrize("scheme", [Sign(), Mean()], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [Sign(), Signs(), Mean()], ids=lambda scheme: scheme.name)
 def test_a_new_scheme_goes_through_every_command(
-    scheme: Sign | Mean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scheme: Sign | Signs | Mean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = ra.write_collection(tmp_path / "adapters", ra.MIXED)
     monkeypatch.setitem(SCHEMES, scheme.name, scheme)

@@ -5,17 +5,19 @@ The damages below RESEALED have every size and digest made right again: only the
 
 from __future__ import annotations
 
-import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorazip_core.base.digests import canonical_json, sha256_bytes, sha256_file
+from lorazip_core.base.digests import sha256_file
+from testing.random_bundle import PACKED, load_manifest, store_manifest
 
 BASIS, DIAG_BASIS = "bases/000.safetensors", "bases/001.safetensors"
 CORES, DIAG_CORES = "cores/000-000.safetensors", "cores/001-000.safetensors"
@@ -29,11 +31,9 @@ class Broken(NamedTuple):
 
 def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest and give it the digest of what it says now."""
-    fields = json.loads((bundle / "manifest.json").read_bytes())
-    del fields["manifest_sha256"]
+    fields = load_manifest(bundle)
     edit(fields)
-    digest = sha256_bytes(canonical_json(fields))
-    (bundle / "manifest.json").write_bytes(canonical_json(fields | {"manifest_sha256": digest}))
+    store_manifest(bundle, fields)
 
 
 def reseal(bundle: Path) -> None:
@@ -118,10 +118,15 @@ def wrong_basis_metadata(bundle: Path) -> None:
 
 
 def two_owners(bundle: Path) -> None:
-    own = find(bundle, "configs/b-c-*")
+    """A file of extras that is the factors of another adapter, too."""
+    edit_manifest(bundle, lambda fields: fields["adapters"][1].update(extras=fields["adapters"][5]["individual"]))
+
+
+def one_of_several(bundle: Path) -> None:
+    own = find(bundle, "individual/g-*")
 
     def edit(fields: dict[str, Any]) -> None:
-        fields["adapters"][1]["config"] = fields["adapters"][0]["config"]
+        fields["adapters"][5]["individual"] = PACKED
         fields["files"] = [entry for entry in fields["files"] if entry["path"] != own]
 
     edit_manifest(bundle, edit)
@@ -134,6 +139,51 @@ def _set(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 def _nan(tensor: torch.Tensor) -> torch.Tensor:
     tensor.view(-1)[3] = float("nan")
     return tensor
+
+
+def deflated(content: bytes) -> bytes:
+    encoder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return encoder.compress(content) + encoder.flush()
+
+
+def streams(tensor: torch.Tensor) -> list[bytearray]:
+    """What the deflate streams of a tensor inflate to, one after another."""
+    found, data = [], tensor.numpy().tobytes()
+    while data:
+        decoder = zlib.decompressobj(-15)
+        found.append(bytearray(decoder.decompress(data)))
+        data = decoder.unused_data
+    return found
+
+
+def packed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """A damage to one tensor of the file of several adapters."""
+    return tensors(PACKED, _set(name, change))
+
+
+def of_bytes(change: Callable[[bytes], bytes]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.tensor(list(change(tensor.numpy().tobytes())), dtype=torch.uint8)
+
+
+def of_streams(change: Callable[[list[bytearray]], Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        found = streams(tensor)
+        change(found)
+        return torch.tensor(list(b"".join(map(deflated, found))), dtype=torch.uint8)
+
+    return changed
+
+
+def _put(number: int, place: int, byte: int) -> Callable[[list[bytearray]], Any]:
+    return lambda found: found[number].__setitem__(place, byte)
+
+
+def _garbage(content: bytes) -> bytes:
+    return np.random.default_rng(0).bytes(len(content))
+
+
+def _bomb(number: int) -> Callable[[list[bytearray]], Any]:
+    return lambda found: found.__setitem__(number, bytearray(2**26))
 
 
 Q, V = "layers.0.q_proj", "layers.0.v_proj"
@@ -223,6 +273,78 @@ RESEALED = [
 ]
 
 
+LOW, HIGH, STREAM, APART = range(4)  # columns of an index: those of counts, of û, of v̂ less û
+PACKS = [
+    *(
+        Broken(f"{name} {what}", packed(name, of_bytes(change)), {"unreadable"})
+        for name in ("index", "codes")
+        for what, change in {
+            "empty": lambda content: b"",
+            "cut short": lambda content: content[:-1],
+            "with a byte more": lambda content: content + b"\0",
+            "with a stream more": lambda content: content + deflated(b"more"),
+            "of garbage": _garbage,
+            "that begins later": lambda content: content[1:],
+        }.items()
+    ),
+    *(
+        Broken(f"{name} whose stream {number} is a bomb", packed(name, of_streams(_bomb(number))), {"unreadable"})
+        for name, number in (("index", LOW), ("index", APART), ("index", -1), ("codes", 0), ("codes", -1))
+    ),
+    Broken("more components than there are", packed("index", of_streams(_put(LOW, 0, 5))), {"unreadable"}),
+    Broken("fewer components than there are", packed("index", of_streams(_put(LOW, 0, 2))), {"unreadable"}),
+    Broken("more components than there can be", packed("index", of_streams(_put(LOW, 0, 7))), {"unreadable"}),
+    Broken("very many components", packed("index", of_streams(_put(HIGH, 0, 255))), {"unreadable"}),
+    Broken("a stream that is not there", packed("index", of_streams(_put(STREAM, 0, 255))), {"unreadable"}),
+    Broken("another stream of v̂ that is not there", packed("index", of_streams(_put(APART, 0, 100))), {"unreadable"}),
+    *(
+        Broken(f"byte {byte} in stream {stream}", packed("codes", of_streams(_put(stream, 0, byte))), {"unreadable"})
+        for stream, byte in ((0, 243), (1, 125), (2, 225), (3, 255))
+    ),
+    Broken(
+        "codes that are one stream",
+        packed("codes", of_streams(lambda s: s.insert(0, s.pop(0) + s.pop(0)))),
+        {"unreadable"},
+    ),
+    *(
+        Broken(f"a kind {kind}", packed("kinds", lambda t, kind=kind: t * 0 + kind), {"unreadable"})  # type: ignore[misc]
+        for kind in (0, 4, 5, 255)
+    ),
+    Broken("a kind less", packed("kinds", lambda t: t[:-1]), {"unreadable"}),
+    Broken("no kinds", packed("kinds", lambda t: t[:0]), {"unreadable"}),
+    Broken("a kind more", packed("kinds", lambda t: torch.cat([t, t[-1:]])), {"unreadable"}),
+    Broken("more kinds than there can be", packed("kinds", lambda t: t[:1].expand(257)), {"wrong-shape"}),
+    Broken("kinds of another dtype", packed("kinds", torch.Tensor.bfloat16), {"wrong-dtype"}),
+    Broken("an index of another dtype", packed("index", lambda t: t.to(torch.int8)), {"wrong-dtype"}),
+    Broken("codes in rows", packed("codes", lambda t: t[None]), {"wrong-shape"}),
+    Broken("a base less", packed("bases", lambda t: t[:1]), {"wrong-shape"}),
+    Broken("bases in rows", packed("bases", lambda t: t[:, None]), {"wrong-shape"}),
+    Broken("bases that are no integers", packed("bases", torch.Tensor.half), {"wrong-dtype"}),
+    Broken("a scale out of range", packed("bases", lambda t: t * 0 - 2**15), {"unreadable"}),
+    *(
+        Broken(
+            f"a file of several without {name}", tensors(PACKED, lambda t, name=name: t.pop(name)), {"missing-tensor"}
+        )  # type: ignore[misc]
+        for name in ("bases", "kinds", "index", "codes")
+    ),
+    Broken(
+        "a tensor too many in a file of several",
+        tensors(PACKED, lambda t: t.update(more=torch.zeros(1))),
+        {"unexpected-tensor"},
+    ),
+    Broken("a file of several that is none", data(PACKED, b"nonsense"), {"unreadable"}),
+    Broken("a wrong rank", manifest(lambda m: m["adapters"][8].update(rank=5)), {"wrong-rank"}),
+    Broken(
+        "modules of another size", manifest(lambda m: m["modules"][0].update(d_in=41)), {"wrong-shape", "unreadable"}
+    ),
+    Broken(
+        "a module beyond all sizes",
+        manifest(lambda m: m["modules"][0].update(d_in=2**70)),
+        {"wrong-shape", "unreadable"},
+    ),
+]
+
+
 def rename(fields: dict[str, Any], path: str) -> None:
     """A configuration of a path that ends in a line feed, wherever the manifest names it."""
     for entry in (*fields["files"], *fields["adapters"]):
@@ -277,7 +399,9 @@ MANIFESTS = [
     Broken(
         "a kind that it does not require", manifest(lambda m: m["requires"]["export"].remove("conv")), {"contradiction"}
     ),
-    Broken("a file with two owners", two_owners, {"contradiction", "unlisted-file"}),
+    Broken("a file with two owners", two_owners, {"contradiction"}),
+    Broken("no rank of an adapter that has one", manifest(lambda m: m["adapters"][8].pop("rank")), {"contradiction"}),
+    Broken("a file of several that is one's own, too", one_of_several, {"contradiction", "unlisted-file"}),
 ]
 
-ALL = [*FILES, *RESEALED, *MANIFESTS]
+ALL = [*FILES, *RESEALED, *PACKS, *MANIFESTS]

@@ -1,4 +1,4 @@
-"""A small valid bundle of random adapters with everything format 1 knows, made without the encoder.
+"""A small valid bundle of random adapters with everything a format knows, 2 or 1, made without the encoder.
 
 Errors are computed from dense updates with numpy, so that what reads the bundle can be judged by it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from lorazip_core.adapter.formats.writer import write_adapter
 from lorazip_core.adapter.lock import Origin
 from lorazip_core.adapter.module import Module
-from lorazip_core.base.digests import safe_name, sha256_file
+from lorazip_core.base.digests import canonical_json, safe_name, sha256_bytes, sha256_file
 from lorazip_core.bundle.manifest import (
+    SHARED_EXTRAS,
     AdapterEntry,
     ClusterEntry,
     Manifest,
@@ -31,6 +33,7 @@ from lorazip_core.bundle.manifest import (
 )
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.bundle.writer import BundleWriter
+from lorazip_core.schemes.registry import packed_scheme
 
 BASE = "org/base"
 MODULES = [
@@ -40,6 +43,7 @@ MODULES = [
     Module("layers.0.v_proj", "linear", 8, 20),
 ]
 JOINT_RANK, DIAG_RANK, SVD_RANK = 10, 7, 2
+LARGEST_CODES = (60, 7, 2, 1)  # of components, the last one's last: one for each way to pack codes
 EXTRA = "base_model.model.score.weight"
 
 
@@ -56,6 +60,8 @@ class Sketch:
     dtype: torch.dtype = torch.float32
     scale: float = 2.0
     origin: Origin | None = None
+    dropped: list[int] = field(default_factory=list)
+    """Modules of which nothing is kept, where the scheme can do that."""
 
 
 HUB = Origin(repository="alice/loras", revision="main", commit="0123456789" * 4, subfolder="a b", license="apache-2.0")
@@ -69,15 +75,27 @@ SKETCHES = [
     Sketch("g", "svd", [0, 1, 2, 3], 3),
     Sketch("h", "original", [1, 3], 2, extras={EXTRA: torch.tensor([[1, 2]])}, dtype=torch.bfloat16, scale=1 / 3),
     Sketch("z", "joint", [2, 3], 3, zero=True),
+    Sketch("za", "coded", [0, 1, 2, 3], 4, dtype=torch.bfloat16),
+    Sketch("zb", "coded", [1, 2, 3], 2, scale=0.25, dropped=[3]),
 ]
 ALIKE = [replace(sketch, extras=SKETCHES[0].extras) if sketch.name in "dg" else sketch for sketch in SKETCHES]
 """The same where three adapters have equal extras."""
+OF_FORMAT_1 = [sketch for sketch in SKETCHES if sketch.scheme != "coded"]
 SHARDS = {"joint": [["a", "b/c", "z"], ["d"]], "diag": [["e", "f"]]}
 
 
-def make_bundle(root: Path, *, dtype: str = "bf16", seed: int = 0, sketches: list[Sketch] = SKETCHES) -> Path:
+PACKED = "individual/coded-0.safetensors"
+
+
+def make_bundle(
+    root: Path, *, dtype: str = "bf16", seed: int = 0, sketches: list[Sketch] = SKETCHES, version: Literal[1, 2] = 2
+) -> Path:
     """Write originals to ``root/originals`` and their bundle to ``root/bundle``; returns the latter."""
-    return _Maker(root, dtype, seed, sketches).make()
+    maker = _Maker(root, dtype, seed, sketches)
+    maker.make()
+    if version == 1:
+        _as_format_1(maker)
+    return maker.bundle
 
 
 class _Maker:
@@ -95,15 +113,17 @@ class _Maker:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
-    def make(self) -> Path:
+    def make(self) -> None:
         for sketch in self.sketches:
-            self._original(sketch)
+            if sketch.scheme != "coded":
+                self._original(sketch)
         clusters = [
             self._cluster(number, scheme)
             for number, scheme in enumerate(s for s in SHARDS if any(k.scheme == s for k in self.sketches))
         ]
+        ranks = self._packed()
         sets = sorted({tuple(sketch.modules) for sketch in self.sketches})
-        adapters = [self._entry(sketch, clusters, sets) for sketch in self.sketches]
+        adapters = [self._entry(sketch, clusters, sets, ranks.get(sketch.name)) for sketch in self.sketches]
         used = sorted({index for each in sets for index in each})
         assert used == list(range(len(MODULES)))
         extras = {"extras"} if any(sketch.extras for sketch in self.sketches) else set()
@@ -116,7 +136,10 @@ class _Maker:
                 },
                 base_model=BASE,
                 parameters=Parameters("joint", JOINT_RANK, 1, self.dtype_name, 0, "adapter", None),
-                modules=[ModuleEntry(m.name, m.kind, m.d_out, m.d_in, list(m.kernel)) for m in MODULES],
+                modules=[
+                    ModuleEntry(name=m.name, kind=m.kind, d_out=m.d_out, d_in=m.d_in, kernel=list(m.kernel))
+                    for m in MODULES
+                ],
                 module_sets=[list(each) for each in sets],
                 clusters=clusters,
                 adapters=adapters,
@@ -124,7 +147,6 @@ class _Maker:
                 files=self.writer.files,
             )
         )
-        return self.bundle
 
     def _original(self, sketch: Sketch) -> None:
         factors = {}
@@ -213,10 +235,41 @@ class _Maker:
         self.writer.add_tensors(path, tensors)
         return path
 
-    def _entry(self, sketch: Sketch, clusters: list[ClusterEntry], sets: list[tuple[int, ...]]) -> AdapterEntry:
+    def _packed(self) -> dict[str, int]:
+        """Write the file of all adapters of scheme `coded`; the rank of each."""
+        ranks, adapters = {}, []
+        for sketch in self.sketches:
+            if sketch.scheme == "coded":
+                self._original(sketch)  # so late that others have the numbers that they have without these
+                modules = [self._coded(sketch, index) for index in sketch.modules]
+                ranks[sketch.name] = max(len(module["scale"]) for module in modules)
+                adapters.append(modules)
+        if adapters:
+            scheme = packed_scheme("coded")
+            assert scheme is not None
+            self.writer.add_tensors(PACKED, scheme.pack(adapters))
+        return ranks
+
+    def _coded(self, sketch: Sketch, index: int) -> dict[str, torch.Tensor]:
+        """The components of a module, the entries of each rounded to as many steps as it has."""
+        kept = 0 if index in sketch.dropped else sketch.rank
+        largest = np.array(LARGEST_CODES[len(LARGEST_CODES) - kept :])[:, None]
+        u, s, vt = np.linalg.svd(self.dense(sketch, index))
+        sides = [np.rint(side / np.abs(side).max(1, keepdims=True) * largest) for side in (u.T[:kept], vt[:kept])]
+        lengths = np.prod([np.linalg.norm(side, axis=1) for side in sides], axis=0)
+        scales = np.rint(32 * np.log2(s[:kept] / lengths))
+        self.stored[sketch.name, index] = (sides[0] * 2.0 ** (scales / 32)[:, None]).T @ sides[1]
+        codes = [torch.from_numpy(side.astype(np.int8)) for side in sides]
+        return {"u": codes[0], "v": codes[1], "scale": torch.from_numpy(scales.astype(np.int16))}
+
+    def _entry(
+        self, sketch: Sketch, clusters: list[ClusterEntry], sets: list[tuple[int, ...]], rank: int | None
+    ) -> AdapterEntry:
         individual = extras = cluster = None
         if sketch.scheme in SHARDS:
             cluster = [each.method for each in clusters].index(sketch.scheme)
+        elif sketch.scheme == "coded":
+            individual = PACKED
         else:
             individual = self._individual(sketch)
         if sketch.extras:
@@ -224,7 +277,7 @@ class _Maker:
             extras = self.writer.add_shared(extras, sketch.extras).path
         folder = self.originals / sketch.name
         config = f"configs/{safe_name(sketch.name)}.json"
-        self.writer.add_bytes(config, (folder / "adapter_config.json").read_bytes())
+        config = self.writer.add_shared_bytes(config, (folder / "adapter_config.json").read_bytes()).path
         norms = {i: float((self.dense(sketch, i) ** 2).sum()) for i in sketch.modules}
         gaps = {i: float(((self.dense(sketch, i) - self.stored[sketch.name, i]) ** 2).sum()) for i in sketch.modules}
         ratios = {i: gaps[i] / norms[i] if norms[i] else 0.0 for i in sketch.modules}
@@ -234,15 +287,11 @@ class _Maker:
             scheme=sketch.scheme,
             cluster=cluster,
             module_set=sets.index(tuple(sketch.modules)),
-            rank=SVD_RANK if sketch.scheme == "svd" else None,
+            rank=SVD_RANK if sketch.scheme == "svd" else rank,
             individual=individual,
             extras=extras,
             config=config,
-            base_model=BASE,
-            files=[
-                SourceEntry(name, (folder / name).stat().st_size, sha256_file(folder / name))
-                for name in ("adapter_config.json", "adapter_model.safetensors")
-            ],
+            files=[_source(folder, "adapter_model.safetensors")],
             squared_norm=sum(norms.values()),
             squared_error=0.0 if sketch.zero else sum(gaps.values()) / sum(norms.values()),
             mean_module_squared_error=sum(ratios.values()) / len(ratios),
@@ -250,6 +299,39 @@ class _Maker:
             because="method",
             origin=sketch.origin,
         )
+
+
+def _source(folder: Path, name: str) -> SourceEntry:
+    return SourceEntry(name, (folder / name).stat().st_size, sha256_file(folder / name))
+
+
+def _as_format_1(maker: _Maker) -> None:
+    """Write what may be left out, and give every adapter a configuration of its own."""
+    fields, bundle = load_manifest(maker.bundle), maker.bundle
+    left_out = {"cluster": None, "module_set": 0, "rank": None, "individual": None, "extras": None, "because": "method"}
+    for place, module in enumerate(fields["modules"]):
+        fields["modules"][place] = {"kind": "linear", "kernel": []} | module
+    configs = {}
+    for place, adapter in enumerate(fields["adapters"]):
+        config = _source(maker.originals / adapter["name"], "adapter_config.json")
+        path = f"configs/{safe_name(adapter['name'])}.json"
+        configs[path] = as_json(config) | {"path": path}
+        (bundle / path).write_bytes((maker.originals / adapter["name"] / config.path).read_bytes())
+        own = {"config": path, "files": [as_json(config), *adapter["files"]]}
+        fields["adapters"][place] = left_out | {"base_model": BASE} | adapter | own
+    others = [entry for entry in fields["files"] if not entry["path"].startswith("configs/")]
+    fields["files"] = sorted([*others, *configs.values()], key=lambda entry: str(entry["path"]))
+    fields["format_version"] = 1
+    extras = [adapter["extras"] for adapter in fields["adapters"] if adapter["extras"]]
+    if len(set(extras)) < len(extras):
+        fields["requires"]["read"] = sorted([*fields["requires"]["read"], SHARED_EXTRAS])
+    store_manifest(bundle, fields)
+
+
+def store_manifest(bundle: Path, fields: dict[str, Any]) -> None:
+    """Write a manifest, with its digest."""
+    digest = sha256_bytes(canonical_json(fields))
+    (bundle / "manifest.json").write_bytes(canonical_json(fields | {"manifest_sha256": digest}))
 
 
 def load_manifest(bundle: Path) -> dict:

@@ -1,4 +1,7 @@
-"""The JSON schemas in docs/schemas, generated from the types that are written: `python tests/testing/schemas.py`."""
+"""The JSON schemas in docs/schemas, generated from the types that are written: `python tests/testing/schemas.py`.
+
+Those of older formats are no longer written, and stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import msgspec
 
 from lorazip_core.adapter.lock import Lock
-from lorazip_core.bundle.manifest import Manifest
+from lorazip_core.bundle.manifest import FORMAT_VERSION, Manifest
 from lorazip_core.clustering.clusters_file import Assignment
 from lorazip_core.clustering.run import ClusterReport
 from lorazip_core.compress.run import CompressReport
@@ -21,7 +24,7 @@ from lorazip_core.verify.run import VerifyReport
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 TYPES: dict[str, type] = {
-    "bundle-1": Manifest,
+    "bundle-2": Manifest,
     "cluster-1": ClusterReport,
     "clusters-1": Assignment,
     "compress-1": CompressReport,
@@ -32,16 +35,21 @@ TYPES: dict[str, type] = {
     "plan-1": PlanReport,
     "verify-1": VerifyReport,
 }
+OLDER = ("bundle-1",)
 
 
 def schema(name: str) -> dict[str, Any]:
-    """The schema of a type, which allows fields that it does not know."""
+    """The schema of a type, which allows fields that it does not know; an older one as it is in the folder."""
+    if name in OLDER:
+        older: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_bytes())
+        return older
     (reference,), definitions = msgspec.json.schema_components([TYPES[name]], ref_template="#/$defs/{name}")
     top = definitions.pop(reference["$ref"].removeprefix("#/$defs/"))
     top = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | top | {"$defs": definitions}
     written = {"format", "format_version"} if name.startswith("bundle") else {"schema"}
     if name.startswith("bundle"):  # the digest is of the type's fields, so it is none of them
         top["properties"]["manifest_sha256"] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+        top["properties"]["format_version"] = {"enum": [FORMAT_VERSION]}
         written.add("manifest_sha256")
     top["required"] = sorted({*top["required"], *written})
     return top

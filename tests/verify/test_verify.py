@@ -357,8 +357,8 @@ def test_what_is_refused(root: Path) -> None:
     edit_manifest(root / "bundle", lambda m: m["requires"]["read"].append("quaternions"))
     with pytest.raises(Unsupported, match="quaternions"):
         verify(root / "bundle")
-    edit_manifest(root / "bundle", lambda m: m.update(format_version=2))
-    with pytest.raises(Unsupported, match="format 2"):
+    edit_manifest(root / "bundle", lambda m: m.update(format_version=3))
+    with pytest.raises(Unsupported, match="format 3; this lorazip reads formats 1 and 2"):
         verify(root / "bundle")
 
 

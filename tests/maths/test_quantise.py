@@ -1,0 +1,203 @@
+"""Quantised components: their errors are those of what is stored, and about what was predicted."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorazip_core.maths.factored import truncated_svd
+from lorazip_core.maths.quantise import (
+    MOST,
+    Codes,
+    Components,
+    predicted,
+    predicted_step,
+    quantise,
+    unpacked_scale,
+    weakest_kept,
+)
+
+
+def factors(m: int, d_out: int, d_in: int, rank: int, seed: int = 0, decay: float = 0.7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(m, d_out, rank, generator=generator, dtype=torch.float64)
+    a = torch.randn(m, rank, d_in, generator=generator, dtype=torch.float64)
+    return b * decay ** torch.arange(rank), a
+
+
+def components_of(b: Tensor, a: Tensor) -> Components:
+    return Components.of(truncated_svd(b, a, b.shape[-1]))
+
+
+def decoded(codes: Codes) -> Tensor:
+    scales = unpacked_scale(codes.scale, torch.float64) * codes.kept
+    return (codes.u.double() * scales.unsqueeze(-2)) @ codes.v.double()
+
+
+def lost(codes: Codes, dense: Tensor) -> Tensor:
+    return (dense - decoded(codes)).square().sum((-2, -1))
+
+
+def assert_same(one: Codes, other: Codes) -> None:
+    for each, also in zip(one, other, strict=True):
+        assert torch.equal(each, also)
+
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 24), st.integers(1, 24), st.integers(1, 6))
+STEPS = st.floats(0.01, 8.0)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 999), STEPS)
+def test_the_error_is_that_of_what_is_stored(shape: tuple[int, int, int, int], seed: int, step: float) -> None:
+    b, a = factors(*shape, seed=seed)
+    codes = quantise(components_of(b, a), step)
+    assert (codes.u.dtype, codes.v.dtype, codes.scale.dtype) == (torch.int8, torch.int8, torch.int16)
+    norms = (b @ a).square().sum((-2, -1))
+    torch.testing.assert_close(codes.squared_errors, lost(codes, b @ a), rtol=1e-9, atol=1e-9 * float(norms.max()))
+    assert (codes.squared_errors <= norms * (1 + 1e-3)).all()  # nothing that is kept makes it worse, but for rounding
+
+
+def test_finer_steps_lose_less() -> None:
+    components = components_of(*factors(3, 60, 50, 8))
+    errors = [float(quantise(components, 2.0**-octave).squared_errors.sum()) for octave in range(-3, 5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3 * errors[0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, st.integers(0, 999), STEPS)
+def test_signs_of_pairs_and_the_order_of_modules_do_not_matter(
+    shape: tuple[int, int, int, int], seed: int, step: float
+) -> None:
+    components = components_of(*factors(*shape, seed=seed))
+    codes = quantise(components, step)
+    signs = torch.randint(0, 2, components.s.shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    turned = quantise(
+        components._replace(us=components.us * signs.unsqueeze(-2), vt=components.vt * signs.unsqueeze(-1)), step
+    )
+    most = codes.scale.shape[-1]
+    assert torch.equal(turned.u, (codes.u * signs[:, None, :most]).to(torch.int8))
+    assert torch.equal(turned.scale, codes.scale)
+    torch.testing.assert_close(turned.squared_errors, codes.squared_errors, rtol=1e-9, atol=1e-9)
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
+    permuted = quantise(Components(*(each[order] for each in components)), step)
+    assert torch.equal(permuted.u, codes.u[order])
+    assert torch.equal(permuted.v, codes.v[order])
+    assert torch.equal(permuted.kept, codes.kept[order])
+
+
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, st.integers(0, 999), STEPS, st.integers(-60, 60))
+def test_powers_of_two_scale_errors_and_nothing_else(
+    shape: tuple[int, int, int, int], seed: int, step: float, power: int
+) -> None:
+    components = components_of(*factors(*shape, seed=seed))
+    codes = quantise(components, step)
+    us, vt, s = components
+    scaled = quantise(Components(us * 2.0**power, vt, s * 2.0**power), step * 2.0**power)
+    assert_same(
+        scaled._replace(scale=scaled.scale - 32 * power * scaled.kept, squared_errors=codes.squared_errors), codes
+    )
+    torch.testing.assert_close(scaled.squared_errors, codes.squared_errors * 4.0**power, rtol=1e-6, atol=0)
+
+
+def test_updates_of_zero_have_no_components() -> None:
+    b, a = factors(3, 9, 7, 2)
+    b[1] = 0
+    codes = quantise(components_of(b, a), 0.1)
+    assert codes.kept.any(-1).tolist() == [True, False, True]
+    assert float(codes.squared_errors[1]) == 0
+    assert not codes.u[1].any()
+    nothing = quantise(components_of(b * 0, a), 1.0)
+    assert (nothing.u.shape, nothing.v.shape, nothing.scale.shape) == ((3, 9, 0), (3, 0, 7), (3, 0))
+    assert nothing.squared_errors.tolist() == [0, 0, 0]
+
+
+def test_a_rank_that_is_not_there_is_not_kept() -> None:
+    b, a = factors(2, 30, 20, 3)
+    doubled = torch.cat([b, b], -1), torch.cat([a, a], -2)
+    codes = quantise(components_of(*doubled), 0.01)
+    assert codes.kept.sum(-1).tolist() == [3, 3]
+    torch.testing.assert_close(codes.squared_errors, lost(codes, 2 * b @ a), rtol=1e-9, atol=1e-9)
+
+
+def test_an_outlier_is_the_largest_code_and_makes_its_component_coarser() -> None:
+    b, a = factors(1, 64, 48, 1)
+    b[0, 5] = 1e4
+    components = components_of(b, a)
+    codes = quantise(components, 1e-3)
+    assert (codes.u[0, :, 0].abs() == MOST).nonzero().flatten().tolist() == [5]
+    assert int(codes.u.long().abs().max()) == int(codes.v.long().abs().max()) == MOST
+    torch.testing.assert_close(codes.squared_errors, lost(codes, b @ a), rtol=1e-9, atol=0)
+    assert codes.squared_errors[0] < 0.01 * (b @ a).square().sum()
+
+
+def test_steps_and_components_that_are_kept() -> None:
+    components = components_of(*factors(2, 40, 40, 6))
+    step = 1.0
+    codes = quantise(components, step)
+    expected = components.deviations >= weakest_kept(step)
+    assert torch.equal(codes.kept, expected[:, : codes.kept.shape[1]])
+    assert not expected[:, codes.kept.shape[1] :].any()
+
+
+@pytest.mark.parametrize("step", [0.1, 0.3, 0.7, 1.5])
+def test_what_is_predicted(step: float) -> None:
+    """Within 5% for factors that are as Gaussian as those that it was made for; bits are held against the entropy."""
+    components = components_of(*factors(32, 512, 384, 12, decay=0.8))
+    error, bits = predicted(components, step)
+    codes = quantise(components, step)
+    assert float(error.sum()) == pytest.approx(float(codes.squared_errors.sum()), rel=0.05)
+    entropy = 0.0
+    for side in (codes.u.mT, codes.v):
+        for vector in side[codes.kept]:
+            shares = vector.unique(return_counts=True)[1].double() / len(vector)
+            entropy -= float((shares * shares.log2()).sum()) * len(vector)
+            entropy += (len(shares) - 1) / (2 * math.log(2))  # Miller and Madow: so much a sample shows too little
+    assert float(bits.sum()) == pytest.approx(entropy + 12 * int(codes.kept.sum()), rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1, 0.01])
+def test_a_predicted_step_loses_about_its_limit(share: float) -> None:
+    components = [components_of(*factors(3, 400, 300, 16, seed)) for seed in range(2)]
+    limit = share * sum(float(each.s.square().sum()) for each in components)
+    step = predicted_step(components, limit)
+    real = sum(float(quantise(each, step).squared_errors.sum()) for each in components)
+    assert real == pytest.approx(limit, rel=0.1)
+
+
+def test_scales_are_the_nearest_ones() -> None:
+    """One component: whatever other scale it had, it would lose more."""
+    b, a = factors(1, 20, 30, 1)
+    codes = quantise(components_of(b, a), 0.5)
+    for other in (-1, 1):
+        moved = codes._replace(scale=codes.scale + other)
+        assert float(lost(moved, b @ a)) > float(codes.squared_errors)
+
+
+def test_codes_do_not_depend_on_threads() -> None:
+    components = [components_of(*factors(2, 120, 90, 8, seed)) for seed in range(8)]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([quantise(each, 0.3) for each in components])
+        torch.set_num_threads(1)
+        for order in (components, components[::-1]):
+            with ThreadPoolExecutor(4) as pool:
+                results = list(pool.map(lambda each: quantise(each, 0.3), order))
+            found.append(results if order is components else results[::-1])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, also in zip(found[0], other, strict=True):
+            for name in ("u", "v", "scale", "kept"):
+                assert torch.equal(getattr(one, name), getattr(also, name))

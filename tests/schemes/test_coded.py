@@ -1,0 +1,249 @@
+"""The file of scheme `coded`, packed and unpacked; and the encodings of `coded` and `svd`, which follow spectra."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from decimal import Decimal, getcontext
+from itertools import chain, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lorazip_core.schemes import coded
+from lorazip_core.schemes.coded import Coded
+from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
+from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Size, Target
+from lorazip_core.schemes.streams import Contradiction
+from lorazip_core.schemes.svd import Svd
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def modules(draw: st.DrawFn) -> CodedModule:
+    d_out, d_in = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    k = draw(st.integers(0, min(d_out, d_in)))
+    largest = draw(st.sampled_from([1, 2, 7, 127]))
+    codes = st.integers(-largest, largest)
+    u = draw(hnp.arrays(np.int8, (k, d_out), elements=codes))
+    v = draw(hnp.arrays(np.int8, (k, d_in), elements=codes))
+    return CodedModule(u, v, draw(hnp.arrays(np.int16, k, elements=st.integers(-16000, 16000))))
+
+
+ADAPTERS = st.lists(st.lists(modules(), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def sizes_of(adapters: Sequence[Sequence[CodedModule]]) -> list[list[Size]]:
+    return [[Size(module.u.shape[1], module.v.shape[1]) for module in adapter] for adapter in adapters]
+
+
+def assert_equal(one: Sequence[Sequence[CodedModule]], other: Sequence[Sequence[CodedModule]]) -> None:
+    assert [len(adapter) for adapter in one] == [len(adapter) for adapter in other]
+    for before, after in zip(chain.from_iterable(one), chain.from_iterable(other), strict=True):
+        for array, unpacked in zip(before, after, strict=True):
+            assert (array.dtype, array.shape) == (unpacked.dtype, unpacked.shape)
+            np.testing.assert_array_equal(array, unpacked)
+
+
+@settings(max_examples=60)
+@given(ADAPTERS)
+def test_round_trip(adapters: list[list[CodedModule]]) -> None:
+    arrays = pack(adapters)
+    specs = Coded().file_tensors(len(adapters))
+    assert arrays.keys() == specs.keys()
+    assert all(specs[name].fits(array.shape) for name, array in arrays.items())
+    assert {name: array.dtype.name for name, array in arrays.items()} == {
+        "bases": "int16", "kinds": "uint8", "index": "uint8", "codes": "uint8",
+    }  # fmt: skip
+    assert_equal(adapters, unpack(arrays, sizes_of(adapters)))
+
+
+def test_nothing_at_all() -> None:
+    empty = CodedModule(np.zeros((0, 3), np.int8), np.zeros((0, 2), np.int8), np.zeros(0, np.int16))
+    arrays = pack([[empty], [empty, empty]])
+    assert (arrays["bases"].tolist(), arrays["kinds"].size, arrays["codes"].size) == ([0, 0], 0, 0)
+    assert_equal([[empty], [empty, empty]], unpack(arrays, [[Size(3, 2)], [Size(3, 2)] * 2]))
+
+
+def sample(seed: int = 0) -> list[list[CodedModule]]:
+    rng = np.random.default_rng(seed)
+
+    def module(d_out: int, d_in: int, k: int, largest: int) -> CodedModule:
+        sides = [rng.integers(-largest, largest + 1, (k, size)).astype(np.int8) for size in (d_out, d_in)]
+        return CodedModule(sides[0], sides[1], rng.integers(-300, -200, k).astype(np.int16))
+
+    return [[module(9, 7, 3, 60), module(5, 8, 2, 1)], [module(9, 7, 0, 1), module(5, 8, 4, 5), module(2, 2, 1, 2)]]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_damage_is_a_contradiction_or_other_codes(seed: int) -> None:
+    """Never another error, and never arrays of other shapes: who reads them relies on that."""
+    rng, adapters = random.Random(seed), sample()
+    sizes = sizes_of(adapters)
+    arrays: Arrays = dict(pack(adapters))
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        name = rng.choice(["index", "codes", "kinds"])
+        data = bytearray(arrays[name].tobytes())
+        match rng.choice(["flip", "flip", "cut", "insert", "begin"]):
+            case "flip" if data:
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case "cut":
+                del data[rng.randrange(len(data) + 1) :]
+            case "insert":
+                place = rng.randrange(len(data) + 1)
+                data[place:place] = rng.randbytes(3)
+            case "begin":
+                del data[: rng.randrange(3)]
+        arrays[name] = np.frombuffer(data, np.uint8)
+    try:
+        found = unpack(arrays, sizes)
+    except Contradiction:
+        return
+    assert sizes_of(found) == sizes
+    assert all(len(m.u) == len(m.v) == len(m.scale) <= min(m.u.shape[1], m.v.shape[1]) for each in found for m in each)
+
+
+@pytest.mark.parametrize("sizes", [Size(2**70, 7), Size(7, 2**62), Size(2**40, 2**40)])
+def test_sizes_beyond_all_are_refused(sizes: Size) -> None:
+    with pytest.raises(Contradiction):
+        unpack(pack([[sample()[0][0]]]), [[sizes]])
+
+
+def test_expected_scales_are_far_from_the_middle() -> None:
+    """16 log₂ n is nowhere so near to a half that float64 could round it to the wrong side, for whole n below 2³¹."""
+    getcontext().prec = 40
+    nearest = Decimal(1)
+    for half in range(16 * 31):
+        exact = Decimal(2) ** ((Decimal(half) + Decimal("0.5")) / 16)
+        for n in (int(exact), int(exact) + 1):
+            if n:
+                nearest = min(nearest, abs(16 * Decimal(n).ln() / Decimal(2).ln() - half - Decimal("0.5")))
+    assert nearest > 1e-12  # of numbers up to 500, of which float64 keeps 6·10⁻¹⁴
+
+
+def group(updates: list[torch.Tensor], names: Sequence[str] = "abcdefgh", rank: int | None = None) -> ModuleGroup:
+    """Modules with these dense updates, of full rank or of ``rank``."""
+    b, a = [], []
+    for update in updates:
+        u, s, vh = torch.linalg.svd(update.double(), full_matrices=False)
+        b.append((u * s)[:, :rank])
+        a.append(vh[:rank])
+    return ModuleGroup(
+        list(names[: len(updates)]), torch.stack(b), torch.stack(a), torch.ones(len(updates)).double(), CPU
+    )
+
+
+def gaussian(d_out: int, d_in: int, spectrum: Sequence[float], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(d_out, len(spectrum), generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(d_in, len(spectrum), generator=generator, dtype=torch.float64)).Q
+    return u * torch.tensor(spectrum, dtype=torch.float64) @ v.mT
+
+
+SPECTRA = [[10.0, 5.0, 2.0, 1.0], [1.0, 0.5, 0.2, 0.1], [3.0, 3.0, 3.0, 3.0]]
+UPDATES = [gaussian(60, 50, spectrum, seed) for seed, spectrum in enumerate(SPECTRA)]
+NORMS = [float(update.square().sum()) for update in UPDATES]
+
+
+def dense(scheme: Coded | Svd, encoding: Encoding, name: str) -> torch.Tensor:
+    tensors = {suffix: encoding.tensors[f"{name}.{suffix}"] for suffix in scheme.own}
+    b, a = scheme.decode(tensors, torch.float64)
+    return b @ a
+
+
+@pytest.mark.parametrize("scheme", [Coded(), Svd()])
+@pytest.mark.parametrize("target", [Target(limit=0.1 * sum(NORMS)), Target(step=0.05), Target(limit=1e-3 * sum(NORMS))])
+def test_errors_are_those_of_what_is_decoded(scheme: Coded | Svd, target: Target) -> None:
+    encoding = next(iter(scheme.encodings([group(UPDATES, rank=4)], target, torch.float32)))
+    for name, update in zip("abc", UPDATES, strict=True):
+        lost = float((update - dense(scheme, encoding, name)).square().sum())
+        assert encoding.squared_errors[name] == pytest.approx(lost, rel=1e-9, abs=1e-12)
+        specs = scheme.own_tensors(Size(60, 50), max(encoding.ranks.values()))
+        assert all(spec.fits(encoding.tensors[f"{name}.{suffix}"].shape) for suffix, spec in specs.items())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.03, 1e-3, 3e-4])
+def test_coded_nearly_meets_its_limit(share: float) -> None:
+    limit = share * sum(NORMS)
+    (encoding,) = Coded().encodings([group(UPDATES, rank=4)], Target(limit=limit), torch.bfloat16)
+    lost = sum(encoding.squared_errors.values())
+    assert lost <= limit
+    if share > 1e-3:  # at most 12 components: what is lost goes in steps
+        assert lost >= 0.6 * limit
+
+
+def test_coded_of_many_components_is_near_to_its_limit() -> None:
+    updates = [gaussian(80, 70, [0.8**i * (1 + 0.1 * seed) for i in range(16)], seed) for seed in range(8)]
+    limit = 0.05 * sum(float(update.square().sum()) for update in updates)
+    (encoding,) = Coded().encodings([group(updates, rank=16)], Target(limit=limit), torch.bfloat16)
+    assert coded._NEAR * limit <= sum(encoding.squared_errors.values()) <= limit
+
+
+def test_without_any_target_coded_loses_its_default() -> None:
+    (encoding,) = Coded().encodings([group(UPDATES, rank=4)], Target(), torch.bfloat16)
+    assert 0.5 * Coded.default_error < sum(encoding.squared_errors.values()) / sum(NORMS) <= Coded.default_error
+
+
+def test_coded_of_nothing_is_nothing() -> None:
+    (encoding,) = Coded().encodings([group([torch.zeros(6, 5)] * 2)], Target(limit=0.0), torch.bfloat16)
+    assert encoding.ranks == {"a": 0, "b": 0}
+    assert encoding.squared_errors == {"a": 0.0, "b": 0.0}
+    assert not dense(Coded(), encoding, "a").any()
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.0])
+def test_coded_gives_up_what_it_cannot_do(share: float) -> None:
+    """No code is above 127, so rounding costs some 10⁻⁴."""
+    assert list(Coded().encodings([group(UPDATES, rank=4)], Target(limit=share * sum(NORMS)), torch.bfloat16)) == []
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, (1, 1, 1)), (2, (2, 1, 3)), (3, (4, 1, 4)), (4, (4, 4, 4))])
+def test_svd_ranks_follow_the_spectrum(rank: int, expected: tuple[int, ...]) -> None:
+    encoding = next(iter(Svd().encodings([group(UPDATES, rank=4)], Target(rank=rank), torch.float64)))
+    assert encoding.ranks == dict(zip("abc", expected, strict=True))
+    uniform = sum(float(torch.linalg.svdvals(update)[rank:].square().sum()) for update in UPDATES)
+    assert sum(encoding.squared_errors.values()) <= uniform + 1e-9
+
+
+def test_svd_gives_a_module_with_all_the_energy_more() -> None:
+    strong, weak = gaussian(30, 20, [9.0] * 8, 0), gaussian(30, 20, [1e-3] * 8, 1)
+    encoding = next(iter(Svd().encodings([group([strong, weak, weak], rank=8)], Target(rank=3), torch.bfloat16)))
+    assert encoding.ranks == {"a": 7, "b": 1, "c": 1}
+
+
+def test_svd_of_two_shapes_counts_elements() -> None:
+    """At mean rank R it takes no more elements than each at R, whatever the shapes."""
+    large = group([gaussian(90, 70, [1.0, 0.9, 0.1, 0.1], 0)], "x", rank=4)
+    small = group([gaussian(9, 7, [0.5, 0.4, 0.3, 0.2], 1)], "y", rank=4)
+    for rank in range(1, 5):
+        ranks = next(iter(Svd().encodings([large, small], Target(rank=rank), torch.float32))).ranks or {}
+        assert 160 * ranks["x"] + 16 * ranks["y"] <= rank * 176
+        assert min(ranks.values()) >= 1
+    assert ranks == {"x": 4, "y": 4}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0.05, 3), min_size=3, max_size=3), min_size=2, max_size=3),
+    st.floats(0.001, 0.9),
+)
+def test_svd_meets_a_limit_with_the_fewest_components(spectra: list[list[float]], share: float) -> None:
+    """Of all ranks that keep one of each module at least, found by trying them all."""
+    spectra = [sorted(each, reverse=True) for each in spectra]
+    updates = [gaussian(12, 10, spectrum, seed) for seed, spectrum in enumerate(spectra)]
+    total = sum(value**2 for each in spectra for value in each)
+    limit = share * total
+    encodings = Svd().encodings([group(updates, rank=3)], Target(limit=limit), torch.float64)
+    found = next(each for each in encodings if sum(each.squared_errors.values()) <= limit)
+    fewest = min(
+        sum(ranks)
+        for ranks in product(range(1, 4), repeat=len(spectra))
+        if sum(value**2 for each, rank in zip(spectra, ranks, strict=True) for value in each[rank:])
+        <= limit * (1 - 1e-9)
+    )
+    assert sum((found.ranks or {}).values()) == fewest
