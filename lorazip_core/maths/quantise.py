@@ -24,7 +24,7 @@ OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
 _LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
 
-_WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
+WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
@@ -93,7 +93,7 @@ class Codes(NamedTuple):
 
 def quantise(components: Components, step: float) -> Codes:
     """Quantise every entry of s·u and s·v with ``step``, or a coarser one where a code would be too large."""
-    kept = components.deviations >= step / _WEAKEST
+    kept = components.deviations >= step / WEAKEST
     most = int(kept.sum(-1).max()) if kept.numel() else 0
     kept, s = kept[..., :most], components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
@@ -126,7 +126,7 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
         kept_energy = kept_energy * (1 - rate.left(own))
         bits = bits + size * rate.bits(own) * _REDUNDANCY
         deviation = deviation * own
-    kept = deviation.sqrt() >= 1 / _WEAKEST
+    kept = deviation.sqrt() >= 1 / WEAKEST
     return (s.square() - kept_energy * kept).sum(-1), ((bits + BITS_OF_INDEX) * kept).sum(-1)
 
 
