@@ -22,6 +22,7 @@ from .streams import (
     assign_streams,
     deflate,
     inflate,
+    measure,
     pack_streams,
     unpack_streams,
 )
@@ -136,8 +137,8 @@ def _expected(us: Sequence[Vector]) -> Integers:
 
     The logarithm of a whole number below 2³¹ is so far from any half that all arithmetic rounds it alike.
     """
-    norms = [int(np.square(vector.astype(np.int64)).sum()) for vector in us]
-    return -np.rint(16 * np.log2(np.maximum(np.array(norms, np.float64), 1))).astype(np.int64)
+    _, norms = measure(us)
+    return -np.rint(16 * np.log2(np.maximum(norms, 1))).astype(np.int64)
 
 
 def _median(numbers: Integers) -> int:

@@ -7,7 +7,6 @@ redundancy is about 1% over the entropy, it is in every standard library, and it
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 
@@ -23,6 +22,7 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
 _FULL = 2**15  # codes in a stream that is worth a table of its own
+_AT_ONCE = 2**8  # vectors that are measured together
 _STREAMS = 2**8  # at most: their numbers are bytes
 
 
@@ -32,13 +32,11 @@ class Contradiction(ValueError):
 
 def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
     """The stream of every vector [n], and how many codes a byte of each stream holds [streams]."""
-    fits, classes = np.zeros(len(vectors), np.int64), np.zeros(len(vectors), np.int64)
-    for number, vector in enumerate(vectors):
-        wide = vector.astype(np.float64)
-        largest = int(np.abs(wide).max())
-        fits[number] = next(count for count, most in PER_BYTE.items() if largest <= most)
-        classes[number] = round(_PER_OCTAVE / 2 * math.log2(max(float(wide @ wide) / len(wide), 2.0**-16)))
     lengths = np.array([len(vector) for vector in vectors], np.int64)
+    largest, norms = measure(vectors)
+    fits = np.select([largest <= most for most in PER_BYTE.values()], list(PER_BYTE))
+    mean_squares = np.maximum(norms / np.maximum(lengths, 1), 2.0**-16)
+    classes = np.rint(_PER_OCTAVE / 2 * np.log2(mean_squares)).astype(np.int64)
     streams = np.zeros(len(vectors), np.uint8)
     kinds: list[int] = []
     for place, fit in enumerate(PER_BYTE):
@@ -53,6 +51,19 @@ def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
             if held >= _FULL and len(kinds) < most:
                 held = 0
     return streams, np.array(kinds, np.uint8)
+
+
+def measure(vectors: Sequence[Vector]) -> tuple[Integers, Integers]:
+    """The largest absolute value and the sum of the squares of every vector."""
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    for start in range(0, len(vectors), _AT_ONCE):
+        some = vectors[start : start + _AT_ONCE]
+        flat = np.concatenate(some).astype(np.int32)
+        starts = np.cumsum([0, *map(len, some[:-1])])
+        squares = np.add.reduceat(np.square(flat), starts, dtype=np.int64)
+        found.append((np.maximum.reduceat(np.abs(flat), starts).astype(np.int64), squares))
+    largest, norms = zip(*found, strict=True)
+    return np.concatenate(largest), np.concatenate(norms)
 
 
 def pack_streams(vectors: Sequence[Vector], streams: Bytes, kinds: Bytes) -> bytes:
