@@ -28,9 +28,9 @@ from ..bundle.manifest import (
 from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
 from ..schemes.scheme import SharedScheme
-from .individual import Kept, individual_piece
+from .individual import Kept
 from .packed import pack, packed_files
-from .pieces import Pieces
+from .pieces import Pieces, individual_piece
 from .shards import ClusterFiles
 from .shared import Encoded
 
@@ -70,7 +70,7 @@ class Assembly:
     def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
         files = packed_files({number: each.scheme for number, each in kept.items()}, attempt)
-        pack(files, attempt, [module.name for module in self.scan.collection.modules], self.has, self.pieces)
+        pack(files, attempt, self.pieces)
         for file in files:
             self.writer.add_file(file.path, *self.pieces.file(file.piece))
             self._paths |= dict.fromkeys(file.adapters, file.path)

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
-from ..schemes.registry import EXACT, FALLBACKS, individual_scheme
+from ..schemes.registry import EXACT, FALLBACKS, individual_scheme, packed_scheme
 from ..schemes.scheme import Encoding, ModuleGroup, Ranks, Target
-from .pieces import Pieces
+from .packed import joined
+from .pieces import Pieces, individual_piece
 
 _SCHEME, _RANK, _ASKED, _ERRORS = "scheme", "rank", "as_asked", "squared_errors"
 
@@ -52,13 +53,10 @@ class Individual(NamedTuple):
             _ERRORS: kept.squared_errors,
         }
         pieces.write(_kept_piece(number, attempt), told)
-        pieces.write(individual_piece(number, attempt), self.encoding.tensors)
+        packed = packed_scheme(self.scheme)
+        tensors = self.encoding.tensors
+        pieces.write(individual_piece(number, attempt), joined(packed, tensors) if packed else tensors)
         return kept
-
-
-def individual_piece(number: int, attempt: int) -> str:
-    """The name of the piece with the tensors of adapter ``number``: its file in the bundle, if it has one alone."""
-    return f"individual-{number}-{attempt}"
 
 
 def _kept_piece(number: int, attempt: int) -> str:

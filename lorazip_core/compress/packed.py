@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
@@ -14,8 +15,7 @@ from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..schemes.registry import packed_scheme
 from ..schemes.scheme import PackedScheme
-from .individual import individual_piece
-from .pieces import Pieces
+from .pieces import Pieces, individual_piece
 
 PACKED_ADAPTERS = 32
 """In one file: enough to share tables of codes, and few enough that unpacking all for one of them takes no time."""
@@ -51,21 +51,38 @@ def packed_files(schemes: Mapping[int, str], attempt: int) -> list[PackedFile]:
     return files
 
 
-def pack(files: list[PackedFile], attempt: int, modules: list[str], has: Tensor, pieces: Pieces) -> None:
-    """Make the pieces that are ``files``. ``has`` [n, M] says which adapter has which of the ``modules``."""
+def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors, by module and suffix, as few large ones: a piece of hundreds of small ones takes long.
+
+    Of every suffix, all modules in the order of their names, flat, and their shapes [modules, dimensions].
+    """
+    modules = sorted({name.removesuffix(f".{scheme.own[0]}") for name in tensors if name.endswith(f".{scheme.own[0]}")})
+    few = {}
+    for suffix in scheme.own:
+        own = [tensors[f"{module}.{suffix}"] for module in modules]
+        few[suffix] = torch.cat([tensor.reshape(-1) for tensor in own])
+        few[f"{suffix}.shapes"] = torch.tensor([tensor.shape for tensor in own], dtype=torch.int64)
+    return few
+
+
+def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What was `joined`, module by module."""
+    own: dict[str, list[Tensor]] = {}
+    for suffix in scheme.own:
+        shapes = few[f"{suffix}.shapes"].tolist()
+        flat = torch.split(few[suffix], [math.prod(shape) for shape in shapes])
+        own[suffix] = [tensor.reshape(shape) for tensor, shape in zip(flat, shapes, strict=True)]
+    return [dict(zip(own, tensors, strict=True)) for tensors in zip(*own.values(), strict=True)]
+
+
+def pack(files: list[PackedFile], attempt: int, pieces: Pieces) -> None:
+    """Make the pieces that are ``files``."""
 
     def one(file: PackedFile) -> None:
         check_stop()
-        if file.piece in pieces:
-            return
-        adapters = []
-        for number in file.adapters:
-            reader = pieces.read(individual_piece(number, attempt))
-            names = [modules[module] for module in has[number].nonzero()[:, 0].tolist()]
-            adapters.append(
-                [{suffix: reader.tensor(f"{name}.{suffix}") for suffix in file.scheme.own} for name in names]
-            )
-        pieces.write(file.piece, file.scheme.pack(adapters))
+        if file.piece not in pieces:
+            own = (pieces.load(individual_piece(number, attempt)) for number in file.adapters)
+            pieces.write(file.piece, file.scheme.pack([_apart(file.scheme, few) for few in own]))
 
     with closing(in_order(one, files, _CPU)) as done:
         for _ in done:

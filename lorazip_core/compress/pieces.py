@@ -74,6 +74,11 @@ class Pieces:
         return path, path.suffix[1:]
 
 
+def individual_piece(number: int, attempt: int) -> str:
+    """The name of the piece with the tensors of adapter ``number``: its file in the bundle, if it has one alone."""
+    return f"individual-{number}-{attempt}"
+
+
 def note_left(pieces: Pieces, names: Sequence[str], progress: Progress) -> None:
     """Say how many of the pieces called ``names`` an interrupted run has left, if any."""
     left = sum(name in pieces.left for name in names)

@@ -43,9 +43,9 @@ from ..schemes.registry import shared_scheme
 from ..schemes.scheme import Target
 from .assemble import Assembly
 from .attempt import Attempt, first_attempt
-from .individual import Kept, individual_piece, keep_exactly, keep_individually, stored
+from .individual import Kept, keep_exactly, keep_individually, stored
 from .key import work_key
-from .pieces import Pieces, note_left
+from .pieces import Pieces, individual_piece, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
