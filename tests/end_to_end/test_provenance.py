@@ -118,7 +118,7 @@ class TestManifest:
 
     def test_is_as_specified(self, bundle: Path) -> None:
         fields = json.loads((bundle / "manifest.json").read_bytes())
-        jsonschema.validate(fields, schemas.schema("bundle-1"))
+        jsonschema.validate(fields, schemas.schema("bundle-2"))
         assert fields["adapters"][0]["origin"] == {
             "repository": "alice/loras",
             "revision": "main",
