@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OPEN_FILES = 128
-_UNPACKED_FILES = 8  # in memory at a time: neighbours in a bundle are in one file, and used at about the same time
+_UNPACKED_BYTES = 2**28  # kept at a time: neighbours in a bundle are in one file, and used at about the same time
 # Any other OSError is trouble with reading here, and no damage to the bundle.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _RESTORE = "restore the bundle, or compress again; 'lorazip verify' names all damage"
@@ -138,9 +138,19 @@ class Bundle:
                 found = self._unpack(path)
                 with self._lock:
                     self._unpacked[path] = found
-                    while len(self._unpacked) > _UNPACKED_FILES:
+                    while len(self._unpacked) > 1 and self._unpacked_bytes() > _UNPACKED_BYTES:
                         self._unpacked.popitem(last=False)
         return found[self.index(adapter)]
+
+    def _unpacked_bytes(self) -> int:
+        """Of all unpacked files that are kept."""
+        return sum(
+            tensor.nbytes
+            for adapters in self._unpacked.values()
+            for modules in adapters.values()
+            for tensors in modules.values()
+            for tensor in tensors.values()
+        )
 
     def _unpack(self, path: str) -> dict[int, dict[str, dict[str, Tensor]]]:
         """Of every adapter in a file of several, by its index, what `unpacked` returns."""

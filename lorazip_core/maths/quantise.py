@@ -62,13 +62,20 @@ class Components(NamedTuple):
         """
         b, a = exact
         gram_b, gram_a = b.mT @ b, a @ a.mT
+        norm = (gram_b * gram_a).sum((-2, -1)).clamp_min(0)
+        # Columns of B and rows of A may be of any size, as long as their products matter alike: made equally large.
+        of_b, of_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_b, gram_a))
+        even = torch.where(torch.minimum(of_b, of_a) > TINY, (of_a / of_b.clamp_min(TINY)) ** 0.25, 1.0)
+        both = even.unsqueeze(-1) * even.unsqueeze(-2)
+        gram_b, gram_a = gram_b * both, gram_a / both
         energies, vectors = torch.linalg.eigh(gram_b)
         half = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
         squares, turned = torch.linalg.eigh(half.mT @ gram_a @ half)
         s = squares.clamp_min(0).sqrt().flip(-1)
         inverse = torch.where(s > _NOISE * s[..., :1], 1 / s.clamp_min(TINY), 0.0)
         mixed = half @ turned.flip(-1) * inverse.unsqueeze(-2)
-        return cls(b, a, s, gram_a @ mixed, mixed.mT, (gram_b * gram_a).sum((-2, -1)).clamp_min(0))
+        x, y = gram_a @ mixed * even.unsqueeze(-1), mixed.mT / even.unsqueeze(-2)
+        return cls(b, a, s, x, y, norm)
 
     @property
     def deviations(self) -> Tensor:

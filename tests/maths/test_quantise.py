@@ -129,6 +129,14 @@ def test_a_rank_that_is_not_there_is_not_kept() -> None:
     torch.testing.assert_close(codes.squared_errors, lost(codes, 2 * b @ a), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("power", [20, 60])
+def test_factors_of_any_size_that_make_up_for_each_other(power: int) -> None:
+    b, a = factors(2, 40, 30, 4)
+    apart = 2.0 ** torch.tensor([power, 0.0, -power, 3.0], dtype=torch.float64)
+    usual, odd = (quantise(components_of(*each), 0.1) for each in ((b, a), (b * apart, a / apart[:, None])))
+    torch.testing.assert_close(odd.squared_errors, usual.squared_errors, rtol=1e-3, atol=0)
+
+
 def test_an_outlier_is_the_largest_code_and_makes_its_component_coarser() -> None:
     b, a = factors(1, 64, 48, 1)
     b[0, 5] = 1e4
