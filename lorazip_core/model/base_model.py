@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,10 @@ class BaseModel(NamedTuple):
     def logits(self, ids: Tensor, mask: Tensor, wanted: range) -> Tensor:
         """Logits [n, wanted, vocabulary] at some positions of ids [n, t], of which ``mask`` says what is no padding."""
         positions = torch.arange(wanted.start, wanted.stop, device=ids.device)
-        out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions).logits
-        # A model that does not know the argument gives the logits of all positions.
+        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": positions} if known else {}
+        out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **few).logits
+        # A model that passes the argument over gives the logits of all positions, too.
         found: Tensor = out if out.shape[1] == len(positions) else out[:, wanted.start : wanted.stop]
         return found
 

@@ -47,9 +47,13 @@ def _linear(b: Tensor, a: Tensor) -> Hook:
 
 
 def _embedding(b: Tensor, a: Tensor) -> Hook:
-    """Of a table [num, dim], whose update is transposed: token i gets column i of A."""
+    """Of a table [num, dim], whose update is transposed: token i gets column i of A.
+
+    Some models (Gemma's) multiply what they look up, and so the update: ``embed_scale``.
+    """
 
     def hook(module: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor:
-        return y + (nn.functional.embedding(given[0], a.mT) @ b.mT).to(y.dtype)
+        looked_up = nn.functional.embedding(given[0], a.mT) @ b.mT
+        return y + (looked_up * getattr(module, "embed_scale", 1.0)).to(y.dtype)
 
     return hook

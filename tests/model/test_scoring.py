@@ -80,6 +80,22 @@ def test_hooks_give_the_logits_of_peft(name: str, tmp_path: Path) -> None:
     assert torch.equal(before, after)
 
 
+def test_an_embedding_that_scales_scales_its_update() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * self.embed_scale
+
+    model = nn.Sequential(Scaled(5, 4))
+    b, a, ids = torch.randn(4, 2), torch.randn(2, 5), torch.tensor([[0, 3, 4]])
+    with torch.no_grad():
+        with applied(model, {"0": (b, a)}):
+            found = model(ids)
+        model[0].weight += (b @ a).mT  # type: ignore[operator]
+        torch.testing.assert_close(found, model(ids))
+
+
 def alone(model: nn.Module, example: Example) -> Tensor:
     """log p of each answer token, [answer, vocabulary], of one row without any padding."""
     with torch.no_grad():
