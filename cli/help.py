@@ -43,9 +43,9 @@ TEXTS = {
     "verify": Text(
         "BUNDLE",
         (
-            "lorazip verify bundle",
             "lorazip verify bundle --against adapters --max-error 0.25",
             "lorazip verify bundle --against adapters --report page.html --junit verify.xml",
+            "lorazip verify bundle --against adapters --model owner/base --rows rows.jsonl --min-kept 0.99",
         ),
     ),
     "export": Text(
@@ -56,6 +56,13 @@ TEXTS = {
         ),
     ),
     "info": Text("BUNDLE", ("lorazip info bundle", "lorazip info bundle --json")),
+    "calibrate": Text(
+        "MODEL FILE -o FILE.safetensors",
+        (
+            "lorazip calibrate owner/base rows.jsonl -o moments.safetensors",
+            "lorazip calibrate owner/base rows.jsonl -o moments.safetensors --adapters adapters --max-rows 100",
+        ),
+    ),
     "demo": Text("", ("lorazip demo", "lorazip demo -o elsewhere --force")),
 }
 

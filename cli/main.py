@@ -17,6 +17,7 @@ from lorazip_core.base.errors import Interrupted, UsageError
 from lorazip_core.base.stopping import stop_requested
 
 from . import console
+from .calibrate import calibrate
 from .cluster import cluster
 from .compress import compress
 from .demo import demo
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fetch, cluster, compress, verify, export, info, demo):
+for verb in (fetch, cluster, compress, verify, export, info, calibrate, demo):
     app.command(cls=Verb)(verb)
 
 

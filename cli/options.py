@@ -12,6 +12,7 @@ import typer
 
 from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.kinds import is_bundle
+from lorazip_core.model.prompts import LEAST as PROMPTS_LEAST
 
 Dtype = Literal["bf16", "f16", "f32"]
 
@@ -87,6 +88,13 @@ def clusters(value: str) -> int | Literal["auto"] | Path:
     return Path(value)
 
 
+def not_negative(value: float | None) -> float | None:
+    """A limit that has no upper bound."""
+    if value is not None and not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{value} is not a number of 0 or more")
+    return value
+
+
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as `lorazip compress` writes it.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of lorazip that exists.")]
 ForceFiles = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
@@ -125,6 +133,23 @@ AllowMixedBase = Annotated[
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without adapters that cannot be used.")]
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Every folder in it with an adapter_config.json is an adapter.")
+]
+ModelDtype = Annotated[
+    Literal["f32", "bf16", "f16"],
+    typer.Option("--model-dtype", metavar="f32|bf16|f16", help="What the model computes in."),
+]
+PromptTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens",
+        metavar="N",
+        callback=between(PROMPTS_LEAST, 2**20),
+        help="Tokens that prompts keep: of longer ones the first 24 and the last.",
+    ),
+]
+MaxRows = Annotated[
+    int | None,
+    typer.Option("--max-rows", metavar="N", callback=between(1, 2**40), help="Only the first N rows of each adapter."),
 ]
 MaxMeanError = Annotated[
     float | None,

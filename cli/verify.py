@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.kinds import check_adapters_path, check_bundle_path
+from lorazip_core.model.options import ModelOptions
+from lorazip_core.model.prompts import DEFAULT
 from lorazip_core.report.html import verify_page
 
 from . import console
-from .options import AllowPickle, Bundle, Device, ForceFiles, Json, MaxMeanError, Quiet, ReportPage, squared_error
+from .options import (
+    AllowPickle,
+    Bundle,
+    Device,
+    ForceFiles,
+    Json,
+    MaxMeanError,
+    MaxRows,
+    ModelDtype,
+    PromptTokens,
+    Quiet,
+    ReportPage,
+    not_negative,
+    squared_error,
+)
 from .progress import progress
 from .report_file import check_report_files, write_report_files
 from .table import count, error, megabytes, saving, table, times
 from .wording import report_in_options
 
 if TYPE_CHECKING:
+    from lorazip_core.model.report import ModelReport
     from lorazip_core.verify.run import AdapterReport, VerifyReport
 
 
@@ -41,6 +60,27 @@ def verify(
     summary: Annotated[
         Path | None, typer.Option("--summary", metavar="FILE.md", help="Write Markdown, for the summary of a CI job.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="BASE", help="Ask this base model, a directory or of the Hub.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", metavar="FILE", help="What to ask: JSON lines of input and output.")
+    ] = None,
+    min_kept: Annotated[
+        float | None,
+        typer.Option(
+            "--min-kept", metavar="K", callback=not_negative, help="Fail if less of the exact match than K is kept."
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl", metavar="X", callback=not_negative, help="Fail if any adapter's answers diverge by more."
+        ),
+    ] = None,
+    model_dtype: ModelDtype = "f32",
+    prompt_tokens: PromptTokens = DEFAULT,
+    max_rows: MaxRows = None,
     allow_pickle: AllowPickle = False,
     device: Device = "auto",
     force: ForceFiles = False,
@@ -56,7 +96,12 @@ def verify(
     check_bundle_path(bundle)
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
-    check_report_files(files, inputs=[bundle, *([against] if against else [])], force=force, json=json)
+    answers = None
+    if model is not None and rows is not None:
+        answers = ModelOptions(model, rows, min_kept, max_kl, model_dtype, prompt_tokens, max_rows)
+    _check_answers(answers, against, {"--model": model, "--rows": rows, "--min-kept": min_kept, "--max-kl": max_kl})
+    inputs = [bundle, *([against] if against else []), *([rows] if rows else [])]
+    check_report_files(files, inputs=inputs, force=force, json=json)
     from lorazip_core.report.junit import junit
     from lorazip_core.report.markdown import markdown
     from lorazip_core.report.outcome import finding_lines
@@ -69,6 +114,7 @@ def verify(
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
         device=device,
+        answers=answers,
         progress=progress(quiet),
     )
     report = report_in_options(result.report)
@@ -87,6 +133,18 @@ def verify(
     if not quiet:
         console.warn_of(report.warnings)
     return report.exit_code
+
+
+def _check_answers(answers: ModelOptions | None, against: Path | None, given: Mapping[str, object]) -> None:
+    """Refuse options that make no sense without others, and what is no model or has no rows."""
+    if answers is None:
+        named = [option for option, value in given.items() if value is not None]
+        if named:
+            raise UsageError(f"{named[0]} needs --model, --rows and --against", "what to ask, of which model")
+        return
+    if against is None:
+        raise UsageError("--model: answers are compared with the original adapters'", "name these with --against")
+    answers.read()
 
 
 def _render(report: VerifyReport) -> None:
@@ -120,6 +178,22 @@ def _render(report: VerifyReport) -> None:
     console.say(table(("adapter", "squared error", "kept as", "worst module", "its error"), rows))
     if len(report.adapters) > console.LISTED:
         console.say(f"(the worst {console.LISTED} of {len(report.adapters)}; --json has them all)")
+    if report.model is not None:
+        _render_answers(report.model)
+
+
+def _render_answers(model: ModelReport) -> None:
+    from lorazip_core.report.answers import HEAD, figures, largest_first, remarks, row
+
+    console.say()
+    for text in (figures(model), *remarks(model)):
+        console.say(text)
+    shown = largest_first(model)[: console.LISTED]
+    if shown:
+        console.say()
+        console.say(table(HEAD, map(row, shown)))
+    if len(model.adapters) > len(shown):
+        console.say(f"(those of the largest KL, {len(shown)} of {len(model.adapters)}; --json has them all)")
 
 
 def _squared_error(adapter: AdapterReport) -> float:

@@ -11,6 +11,7 @@ Report = TypeVar("Report", bound=msgspec.Struct)
 
 OPTIONS = {
     "adapters": "--adapter",
+    "against": "--against",
     "allow_mixed_base": "--allow-mixed-base",
     "allow_pickle": "--allow-pickle",
     "budget": "--budget",
@@ -24,10 +25,14 @@ OPTIONS = {
     "limit": "--limit",
     "locked": "--locked",
     "max_error": "--max-error",
+    "max_kl": "--max-kl",
     "max_mean_error": "--max-mean-error",
     "memory": "--memory",
     "method": "--method",
+    "min_kept": "--min-kept",
+    "model": "--model",
     "output": "-o",
+    "prompt_tokens": "--prompt-tokens",
     "prune": "--prune",
     "rank": "--rank",
     "search": "--search",

@@ -13,7 +13,9 @@ from typing import NamedTuple
 from ..base.text import error, plain
 from ..bundle.finding import Finding
 from ..verify.run import AdapterReport, VerifyReport
-from .outcome import Gate, gates, kept_as, limits, made_with, squared_error
+from .answers import answer_gates, bound, divergence, figures, found, kept
+from .gate import Gate
+from .outcome import gates, kept_as, limits, made_with, squared_error
 
 
 class _Case(NamedTuple):
@@ -66,6 +68,8 @@ def _properties(report: VerifyReport) -> list[tuple[str, str]]:
     properties = [("errors_are", report.errors_are), ("against", report.against or "-")]
     properties += [("made_with", made_with(report) or "-"), ("limits", limits(report))]
     properties += [(f"warning.{warning.kind}", warning.message) for warning in report.warnings]
+    if report.model is not None:
+        properties.append(("answers", figures(report.model)))
     if summary := report.summary:
         for field in summary.__struct_fields__:
             value = getattr(summary, field)
@@ -77,17 +81,23 @@ def _cases(report: VerifyReport) -> list[_Case]:
     """Every finding is in one of the cases at least, so that a report that is not ok has a failure."""
     names = {adapter.name for adapter in report.adapters}
     damage = [found for found in report.findings if found.damage]
-    of_gates = {kind: [found for found in report.findings if found.kind == kind] for kind in _KINDS.values()}
+    of_gates = {kind: [each for each in report.findings if each.kind == kind] for kind in _KINDS.values()}
     rest = [found for found in report.findings if not found.damage and found.kind not in of_gates]
     others = [found for found in rest if found.kind.startswith("source-") or found.adapter not in names]
     cases = [_Case("bundle", "the bundle is sound", damage)]
     if report.against is not None or others:
         cases.append(_Case("bundle", "the originals are those of the bundle", others))
     cases += [_gate(gate, of_gates[_KINDS[gate.option]]) for gate in gates(report)]
+    cases += [_answer_gate(gate, of_gates[_KINDS[gate.option]]) for gate in answer_gates(report)]
     return cases + [_adapter(report, adapter) for adapter in report.adapters]
 
 
-_KINDS = {"--max-error": "max-error", "--max-mean-error": "max-mean-error"}
+_KINDS = {
+    "--max-error": "max-error",
+    "--max-mean-error": "max-mean-error",
+    "--min-kept": "min-kept",
+    "--max-kl": "max-kl",
+}
 
 
 def _gate(gate: Gate, failures: Sequence[Finding]) -> _Case:
@@ -96,13 +106,23 @@ def _gate(gate: Gate, failures: Sequence[Finding]) -> _Case:
     return _Case("limits", name, failures, unknown, f"squared error: {error(gate.found)}")
 
 
+def _answer_gate(gate: Gate, failures: Sequence[Finding]) -> _Case:
+    unknown = "not every adapter with rows has answers that are known" if gate.held is None else None
+    return _Case("limits", bound(gate), failures, unknown, f"{gate.applies_to}: {found(gate)}")
+
+
 def _adapter(report: VerifyReport, adapter: AdapterReport) -> _Case:
     failures = [found for found in report.findings if found.adapter == adapter.name]
-    found = squared_error(report, adapter)
-    lines = [f"squared error: {error(found)} ({report.errors_are})", f"kept as: {kept_as(adapter)}"]
+    known = squared_error(report, adapter)
+    lines = [f"squared error: {error(known)} ({report.errors_are})", f"kept as: {kept_as(adapter)}"]
     if worst := adapter.worst_module:
         lines.append(f"worst module: {worst.name}: {error(worst.squared_error)}")
-    skipped = "its error could not be measured" if found is None else None
+    scored = report.model.adapters if report.model else []
+    for answers in (each for each in scored if each.name == adapter.name):
+        exact = answers.exact_match
+        lines.append(f"exact match: {exact.compressed:.3f}, original {exact.original:.3f}: kept {kept(answers.kept)}")
+        lines.append(f"KL: {divergence(answers.kl)}")
+    skipped = "its error could not be measured" if known is None else None
     return _Case("adapters", adapter.name, failures, skipped, "\n".join(lines))
 
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from ..base.text import error, megabytes, plain, saved, times
 from ..bundle.finding import Finding
 from ..verify.run import VerifyReport
+from .answers import HEAD, answer_gates, bound, figures, largest_first, remarks, row
+from .answers import found as found_by
 from .outcome import gates, kept_as, limits, made_with, verdict, worst_first
 
 _WORST = 10
+_MARKS = {True: "✅ held", False: "❌ failed", None: "❔ not known"}
 _MOST_FINDINGS = 50  # GitHub takes 1 MiB a step, and nobody reads it
 
 # All that could be Markdown or HTML. Numeric references are text to every Markdown, wherever they are.
@@ -22,7 +25,7 @@ def markdown(report: VerifyReport) -> str:
     mark = "✅" if report.ok else "❌"
     blocks = [f"### {mark} lorazip verify {name(report.bundle)}: {verdict(report)}"]
     if report.summary is not None:
-        blocks += [_figures(report), *_made(report), *_gates(report), *_worst(report)]
+        blocks += [_figures(report), *_made(report), *_gates(report), *_worst(report), *_answers(report)]
     blocks += _findings(report.findings)
     return "\n\n".join(blocks) + "\n"
 
@@ -62,13 +65,14 @@ def _figures(report: VerifyReport) -> str:
 
 
 def _gates(report: VerifyReport) -> list[str]:
-    marks = {True: "✅ held", False: "❌ failed", None: "❔ not known"}
     rows = [
-        (f"<code>{gate.option}</code>", gate.applies_to, f"{gate.limit:g}", error(gate.found), marks[gate.held])
+        (f"<code>{gate.option}</code>", gate.applies_to, f"{gate.limit:g}", error(gate.found), _MARKS[gate.held])
         for gate in gates(report)
     ]
     head = ("limit", "applies to the", "at most", report.errors_are, "result")
-    return [_table(head, rows, (2, 3))] if rows else [escape(limits(report))]
+    if not (rows or answer_gates(report)):
+        return [escape(limits(report))]
+    return [_table(head, rows, (2, 3))] if rows else []
 
 
 def _made(report: VerifyReport) -> list[str]:
@@ -94,6 +98,23 @@ def _worst(report: VerifyReport) -> list[str]:
         return []
     title = f"The worst {len(rows)} of {len(worst):,} adapters:" if len(rows) < len(worst) else "Adapters, worst first:"
     return [title, _table(("adapter", "squared error", "kept as", "worst module", "its error"), rows, (1, 4))]
+
+
+def _answers(report: VerifyReport) -> list[str]:
+    """What a model answered, if one was asked."""
+    model = report.model
+    blocks = []
+    limits_of_answers = [
+        (f"<code>{gate.option}</code>", bound(gate), found_by(gate), _MARKS[gate.held]) for gate in answer_gates(report)
+    ]
+    if limits_of_answers:
+        blocks.append(_table(("limit", "on answers", "found", "result"), limits_of_answers, (2,)))
+    if model is None:
+        return blocks
+    worst = largest_first(model)[:_WORST]
+    rows = [(name(each.name), *map(escape, row(each)[1:])) for each in worst]
+    blocks += [escape(line) for line in (figures(model), *remarks(model))]
+    return [*blocks, *([_table(HEAD, rows, range(1, len(HEAD)))] if rows else [])]
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..base.text import count
 from ..bundle.finding import Finding
 from ..bundle.quality import LARGE_ERROR, above
 from ..verify.run import AdapterReport, VerifyReport
+from .answers import answer_gates
+from .gate import Gate
 
 _ALL, _FEW = 10, 3  # so many findings of one kind are all shown; of more, so few
 # What else differs where the files are not those that the bundle was made from.
@@ -20,21 +20,6 @@ _CONSEQUENCES = {
     "not-zero",
     "source-differs",
 }
-
-
-class Gate(NamedTuple):
-    """A limit that was asked for, and what came of it."""
-
-    option: str
-    applies_to: str
-    limit: float
-    found: float | None
-    held: bool | None
-    """None where errors that could break it are not known."""
-
-    @property
-    def verdict(self) -> str:
-        return {True: "held", False: "failed", None: "not known"}[self.held]
 
 
 def gates(report: VerifyReport) -> list[Gate]:
@@ -52,6 +37,11 @@ def gates(report: VerifyReport) -> list[Gate]:
         for option, meaning, limit, value in found
         if limit is not None
     ]
+
+
+def all_gates(report: VerifyReport) -> list[Gate]:
+    """The limits on squared errors, and those on what a model answers."""
+    return [*gates(report), *answer_gates(report)]
 
 
 def squared_error(report: VerifyReport, adapter: AdapterReport) -> float | None:
@@ -75,7 +65,7 @@ def verdict(report: VerifyReport) -> str:
     """Sound or not, and for a sound bundle in the same breath what says how good it is: the limits, or what is lost."""
     if not report.ok:
         return count(len(report.findings), "finding")
-    if held := [f"{gate.option} {gate.limit:g}" for gate in gates(report) if gate.held]:
+    if held := [f"{gate.option} {gate.limit:g}" for gate in all_gates(report) if gate.held]:
         return f"sound, within {' and '.join(held)}"
     if not _loses_much(report):
         return "sound"
@@ -111,7 +101,7 @@ def made_with(report: VerifyReport) -> str:
 
 def limits(report: VerifyReport) -> str:
     """Which limits the errors had to keep, in a sentence."""
-    found = gates(report)
+    found = all_gates(report)
     if not found:
         return "No limit was given, so none was checked (--max-error, --max-mean-error)."
     return f"Limits: {', '.join(f'{gate.option} {gate.limit:g}: {gate.verdict}' for gate in found)}."

@@ -9,14 +9,18 @@ import numpy
 
 from ..base.text import count, error, megabytes, saved, times
 from ..bundle.quality import LARGE_ERROR, QualityWarning
+from ..model.report import ModelReport
 from ..verify.run import AdapterReport, ModuleErrors, VerifyReport
 from . import page as skeleton
+from .answers import HEAD, answer_gates, bound, divergence, figures, kept, largest_first, remarks, row
+from .answers import found as found_by
 from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
 from .outcome import gates, is_good, kept_as, limit_of_adapters, limits, made_with, squared_error, verdict, worst_first
 from .page import Chart, Page, Table, Tile
 
 _WORST = 20
 _MOST_FINDINGS = 200
+_MOST_ANSWERS = 200
 _MOST_GROUPS = 12
 
 
@@ -34,6 +38,10 @@ def page(report: VerifyReport, module_errors: ModuleErrors | None) -> str:
         sections.append(_modules(module_errors, worst))
     if worst:
         sections.append(_worst(report, worst))
+    if answer_gates(report):
+        sections.append(_answer_gates(report))
+    if report.model is not None:
+        sections.append(_answers(report.model))
     return skeleton.render(
         Page(
             kind="lorazip verify",
@@ -76,6 +84,24 @@ def _tiles(report: VerifyReport) -> list[Tile]:
         Tile("Mean error", error(mean), f"squared, {report.errors_are}", mean is not None and mean > mean_limit),
         Tile("p95 error", error(summary.p95_squared_error), f"squared, {report.errors_are}"),
         Tile("Worst error", error(worst), f"squared, {report.errors_are}", worst is not None and worst > limit),
+        *_answer_tiles(report),
+    ]
+
+
+def _answer_tiles(report: VerifyReport) -> list[Tile]:
+    summary = report.model.summary if report.model else None
+    if summary is None:
+        return []
+    failed = {gate.option for gate in answer_gates(report) if gate.held is False}
+    exact = summary.exact_match
+    return [
+        Tile(
+            "Exact match kept",
+            kept(summary.kept),
+            f"{exact.compressed:.3f} of {exact.original:.3f}, base {exact.base:.3f}",
+            "--min-kept" in failed,
+        ),
+        Tile("Worst KL", divergence(summary.max_kl), summary.worst_adapter, "--max-kl" in failed),
     ]
 
 
@@ -97,6 +123,21 @@ def _gates(report: VerifyReport) -> Table:
     head = ("option", "applies to the", "limit", report.errors_are, "result")
     bad = frozenset(row for row, gate in enumerate(gates(report)) if gate.held is False)
     return Table("Limits", head, rows, frozenset({2, 3}), bad=bad)
+
+
+def _answer_gates(report: VerifyReport) -> Table:
+    found = answer_gates(report)
+    rows = [(gate.option, bound(gate), found_by(gate), gate.verdict) for gate in found]
+    bad = frozenset(number for number, gate in enumerate(found) if gate.held is False)
+    return Table("Limits on answers", ("option", "limit", "found", "result"), rows, frozenset({2}), bad=bad)
+
+
+def _answers(model: ModelReport) -> Table:
+    shown = largest_first(model)[:_MOST_ANSWERS]
+    caption = " ".join([figures(model), *(f"{line[0].upper()}{line[1:]}." for line in remarks(model))])
+    rows = [row(each) for each in shown]
+    more = _only_worst(len(shown), len(model.adapters))
+    return Table("Answers of the model", HEAD, rows, frozenset(range(1, len(HEAD))), f"{caption} {more}".strip())
 
 
 def _errors(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Chart:

@@ -52,7 +52,7 @@ def compare(
 
     ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
     """
-    originals, bad, no_adapters = _open_originals(root, allow_pickle)
+    originals, bad, no_adapters = open_originals(root, allow_pickle)
     entries = bundle.manifest.adapters
     if not {entry.name for entry in entries} & {*originals, *bad}:
         message = f"none of the {len(entries)} adapters of the bundle is there: is it the right directory?"
@@ -133,7 +133,7 @@ def _judged(
     return losses, [*findings, *_claims(entry, losses)]
 
 
-def _open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
+def open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
     """Usable adapters by name, for each other one why it is not, and which of these are no adapters of their own."""
     try:
         found = open_collection(root, skip_bad=True, allow_mixed_base=True, allow_pickle=allow_pickle)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import msgspec
 import numpy
 from msgspec import Struct
 
@@ -18,11 +19,14 @@ from ..bundle.manifest import AdapterEntry, ModuleError, Parameters
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise
+from ..model.report import ModelReport
 
 if TYPE_CHECKING:
     from ..bundle.losses import Losses
+    from ..model.options import ModelOptions
 
 _SILENT = Silent()
+_UNUSABLE = {"source-missing", "source-unusable"}
 
 
 class AdapterReport(Struct, frozen=True, kw_only=True):
@@ -44,6 +48,8 @@ class Gates(Struct, frozen=True):
 
     max_error: float | None
     max_mean_error: float | None
+    min_kept: float | None = None
+    max_kl: float | None = None
 
 
 class VerifyReport(Struct, frozen=True, kw_only=True):
@@ -65,6 +71,8 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
     parameters: Parameters | None = None
     """What the bundle was made with, of its manifest."""
     manifest_sha256: str | None = None
+    model: ModelReport | None = None
+    """What a model answers; null if none was asked, also because the bundle is damaged."""
 
     @property
     def exit_code(self) -> int:
@@ -101,6 +109,7 @@ def verify(
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
+    answers: ModelOptions | None = None,
     progress: Progress = _SILENT,
 ) -> VerifyReport:
     """Check the bundle at ``path``, with ``against`` also every claim of its manifest against the original adapters.
@@ -109,6 +118,9 @@ def verify(
     are originals, else as claimed. Whatever does not hold is a finding of the report, and so is any damage. Raises
     UsageError for a path that is no directory or a limit outside of [0, 1], Unsupported for another format,
     LocalError for a ``device`` that is not there; errors are measured on it.
+
+    With ``answers`` a model says what compression did to what it answers: that takes the originals, and raises as
+    `ModelOptions.read`, `load_base_model` and `ask` do. A damaged bundle is not asked for answers.
     """
     return verify_by_module(
         path,
@@ -117,6 +129,7 @@ def verify(
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
         device=device,
+        answers=answers,
         progress=progress,
     ).report
 
@@ -129,6 +142,7 @@ def verify_by_module(
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
+    answers: ModelOptions | None = None,
     progress: Progress = _SILENT,
 ) -> Verification:
     """What `verify` does, with the errors of every module beside the report."""
@@ -138,6 +152,12 @@ def verify_by_module(
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
     gates = Gates(max_error, max_mean_error)
+    rows = None
+    if answers is not None:
+        if against is None:
+            raise UsageError("«model»: answers are compared with the original adapters'", "name these with «against»")
+        rows = answers.read()
+        gates = Gates(max_error, max_mean_error, answers.min_kept, answers.max_kl)
     try:
         bundle = Bundle(path)
     except BundleDamaged as error:
@@ -166,9 +186,22 @@ def verify_by_module(
             adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
             errors = [report.squared_error for report in adapters if report.squared_error is not None]
             module_errors = _module_errors(bundle, measured)
+    model = None
+    if answers is not None and rows is not None and against is not None:
+        if any(finding.damage for finding in findings):
+            progress.note("the bundle is damaged: the model is not asked")
+        else:
+            from .answers import ask
+
+            unusable = {found.adapter for found in findings if found.kind in _UNUSABLE and found.adapter is not None}
+            model, broken = ask(
+                bundle, against, rows, answers, unusable, allow_pickle=allow_pickle, device=where, progress=progress
+            )
+            findings += broken
     summary = _summary(bundle, errors)
     findings += _gates(gates, adapters, summary, measured=against is not None)
-    return Verification(_report(path, against, gates, adapters, summary, findings, bundle), module_errors)
+    report = _report(path, against, gates, adapters, summary, findings, bundle)
+    return Verification(msgspec.structs.replace(report, model=model), module_errors)
 
 
 def _report(

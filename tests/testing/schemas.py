@@ -19,12 +19,14 @@ from lorazip_core.compress.run import CompressReport
 from lorazip_core.export.exporter import ExportReport
 from lorazip_core.fetch.report import FetchReport
 from lorazip_core.info import InfoReport
+from lorazip_core.model.calibrate import CalibrateReport
 from lorazip_core.planning.plan import PlanReport
 from lorazip_core.verify.run import VerifyReport
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 TYPES: dict[str, type] = {
     "bundle-2": Manifest,
+    "calibrate-1": CalibrateReport,
     "cluster-1": ClusterReport,
     "clusters-1": Assignment,
     "compress-1": CompressReport,
