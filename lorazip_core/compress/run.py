@@ -126,7 +126,8 @@ def compress(
         run = _Run(scanned, options, device, within.budget, pieces, progress)
         encoded, clusters = run.encode()
         manifest, size = run.assemble(BundleWriter(building.path), encoded, clusters)
-        report = _report(output, manifest, size, time.monotonic() - started, device)
+        skipped = [SkippedEntry(*each) for each in scanned.collection.skipped]
+        report = _report(output, manifest, skipped, size, time.monotonic() - started, device)
     return report
 
 
@@ -283,7 +284,9 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
     return alternate(updates, tried.labels, rank, seed=seed, progress=progress).labels
 
 
-def _report(output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device) -> CompressReport:
+def _report(
+    output: Path, manifest: Manifest, skipped: list[SkippedEntry], size: int, seconds: float, device: torch.device
+) -> CompressReport:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)
     original = sum(file.size_bytes for adapter in adapters for file in adapter.files)
@@ -297,7 +300,7 @@ def _report(output: Path, manifest: Manifest, size: int, seconds: float, device:
         rank=parameters.rank,
         clusters=[sum(len(shard.adapters) for shard in cluster.shards) for cluster in manifest.clusters],
         individual=[adapter.name for adapter in adapters if adapter.cluster is None],
-        skipped=manifest.skipped,
+        skipped=skipped,
         zero=[adapter.name for adapter in adapters if adapter.squared_norm == 0],
         summary=summary,
         worst=WorstAdapter(worst.name, worst.squared_error),
