@@ -53,9 +53,10 @@ def export(
     """Write adapters of a bundle as ordinary PEFT adapters."""
     check_bundle_path(bundle)
     check_output_path(output, [bundle])
+    from lorazip_core.bundle.contradictions import refuse_contradictions
     from lorazip_core.bundle.manifest import read_manifest
 
-    read_manifest(bundle, ("read", "export"))
+    refuse_contradictions(bundle, read_manifest(bundle, ("read", "export")))
     check_new(output, force=force)
     from lorazip_core.export.exporter import export as export_adapters
 

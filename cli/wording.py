@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import TypeVar
 
 import msgspec
+
+from lorazip_core.base.text import PARAMETER
 
 Report = TypeVar("Report", bound=msgspec.Struct)
 
@@ -43,8 +44,6 @@ OPTIONS = {
 }
 """The option of every parameter that the core's messages name."""
 
-# No text of another library has these marks. Not within a longer word, a path or quotes: that is the name of a file.
-_PARAMETER = re.compile(r"""(?<![\w/'"])«([a-z_]+)»(?![\w/'"])""")
 # The lists of a report whose items have texts, and those texts; all else in it are names, paths, figures and kinds.
 _LISTS = ("warnings", "findings", "skipped", "left_out", "failures")
 _TEXTS = ("message", "hint", "reason")
@@ -52,11 +51,11 @@ _TEXTS = ("message", "hint", "reason")
 
 def in_options(text: str) -> str:
     """A message of the core with options in place of parameters."""
-    return _PARAMETER.sub(lambda found: OPTIONS.get(found[1], found[0]), text)
+    return PARAMETER.sub(lambda found: OPTIONS.get(found[1], found[0]), text)
 
 
 def report_in_options(report: Report) -> Report:
-    """A report whose texts are `in_options`, whether they are the core's of today or stored in a bundle."""
+    """A report whose texts are `in_options`."""
     lists = {name: getattr(report, name, None) for name in _LISTS}
     return msgspec.structs.replace(
         report, **{name: list(map(_item, items)) for name, items in lists.items() if isinstance(items, list)}

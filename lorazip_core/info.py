@@ -9,6 +9,7 @@ from typing import Literal
 from msgspec import Struct
 
 from .adapter.lock import Origin
+from .bundle.contradictions import refuse_contradictions
 from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
 from .bundle.reader import Bundle
 from .schemes.scheme import Size
@@ -74,10 +75,12 @@ class InfoReport(Struct, frozen=True, kw_only=True):
 def info(path: Path) -> InfoReport:
     """Describe the bundle at ``path`` as its manifest does, without reading tensors: what it claims, nothing proven.
 
-    Raises UsageError, BundleDamaged and Unsupported as opening a bundle does.
+    Raises UsageError, BundleDamaged and Unsupported as opening a bundle does, and BundleDamaged for a manifest that
+    contradicts itself.
     """
     bundle = Bundle(path)
     manifest = bundle.manifest
+    refuse_contradictions(path, manifest)
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     owners = Counter(
         path for adapter in manifest.adapters for path in (adapter.individual, adapter.config, adapter.extras) if path

@@ -56,7 +56,7 @@ PEFT_NAMES = re.compile(
 )
 EXCEPT = {
     # A feature that a manifest requires, so a word of bundles.
-    "bundle.check": {"target_parameters"},
+    "bundle.contradictions": {"target_parameters"},
     "bundle.manifest": {"target_parameters"},
     "compress.assemble": {"target_parameters"},
     # What of PEFT's vLLM refuses or ignores is known of vLLM.
@@ -299,7 +299,7 @@ def test_every_parameter_that_the_core_names_has_an_option() -> None:
         match
         for name in set(SPEAKS_OF_PARAMETERS) - markdown
         for text in texts(MODULES[name])
-        for match in re.findall("«([^«»{}]+)»", text)
+        for match in re.findall("«([^«»{}()]+)»", text)
     }
     assert named == OPTIONS.keys()
 

@@ -188,6 +188,11 @@ def _contradiction(lock: Lock) -> str | None:
     return None
 
 
+def is_path_below(name: str) -> bool:
+    """Whether the name of an adapter, which may have odd characters, is a path below the folder it is joined to."""
+    return not {"", ".", ".."}.intersection(name.split("/")) and "\0" not in name
+
+
 def is_inner_path(path: str) -> bool:
     """Whether a POSIX path stays below where it starts: no ``..``, not absolute, no empty or odd component."""
     return all(part not in ("", ".", "..") and not re.search(r"[\\\x00-\x1f\x7f]", part) for part in path.split("/"))

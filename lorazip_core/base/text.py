@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+# A parameter that a message names, as in «max_error»: no text of another library has these marks. Not within a longer
+# word, a path or quotes: that is the name of a file.
+PARAMETER = re.compile(r"""(?<![\w/'"])«([a-z_]+)»(?![\w/'"])""")
+
+
+def unmarked(message: str) -> str:
+    """A message as it is stored, for readers who know nothing of marks: parameters stand by their names alone."""
+    return PARAMETER.sub(r"\1", message)
+
 
 def plain(text: str) -> str:
     r"""``text`` on one line and harmless: control and format characters, which a file name may have, are escaped.

@@ -6,38 +6,28 @@ that each damaged file is named once and nothing is parsed that its writer did n
 
 from __future__ import annotations
 
-import math
 import os
 import stat
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
 import torch
-from msgspec import UNSET
 from torch import Tensor
 
 from ..base.errors import BundleDamaged
 from ..base.filesystem import tree
 from ..base.progress import Advance
-from ..base.safetensors_header import TORCH_DTYPES
 from ..base.text import printable
 from ..base.threads import in_order
 from ..schemes.registry import SCHEMES, packed_scheme
-from ..schemes.scheme import ANY, PackedScheme, Scheme, Shape, Size, TensorSpec
+from ..schemes.scheme import PackedScheme, Scheme, Shape, Size, TensorSpec
+from .contradictions import contradictions
 from .finding import Finding
 from .kinds import MANIFEST_NAME
-from .manifest import (
-    SHARED_EXTRAS,
-    AdapterEntry,
-    ClusterEntry,
-    FileEntry,
-    Manifest,
-    ModuleEntry,
-    ParameterEntry,
-    ShardEntry,
-)
+from .manifest import AdapterEntry, ClusterEntry, FileEntry, ModuleEntry, ShardEntry
 from .reader import Bundle
+from .stored import fault_of
 from .tensor_file import DTYPES
 
 # Entries beside the manifest that are no part of the bundle: what hosting, version control and downloads put there.
@@ -256,82 +246,10 @@ class _Check:
                 self._found("missing-tensor", path, f"tensor {name} is not there")
                 continue
             tensor = self.bundle.tensor(path, name)
-            allowed = [TORCH_DTYPES[dtype] for dtype in spec.dtypes] or [self._dtype]
-            if not spec.fits(tensor.shape):
-                message = f"tensor {name} is {list(tensor.shape)}, not {_shown(spec.shape)}"
-                self._found("wrong-shape", path, message)
-            elif tensor.dtype not in allowed:
-                message = f"tensor {name} is {tensor.dtype}, not {' or '.join(map(str, allowed))}"
-                self._found("wrong-dtype", path, message)
-            elif not finite(tensor):
-                self._found("not-finite", path, f"tensor {name} has NaN or Inf")
+            if fault := fault_of(tensor, spec, self._dtype):
+                self._found(fault.kind, path, f"tensor {name} {fault.message}")
             else:
                 yield key, tensor
-
-
-def contradictions(manifest: Manifest) -> Iterator[str]:
-    """What in a manifest contradicts itself, though every index and path points at something."""
-    for name, count in Counter(module.name for module in manifest.modules).items():
-        if count > 1:
-            yield f"two modules are named {name}"
-    for module in manifest.modules:
-        if (module.kind == "conv") != bool(module.kernel) or module.d_in % math.prod(module.kernel):
-            yield f"module {module.name}: kind, kernel and d_in do not fit"
-        if module.kind not in manifest.requires.get("export", []):
-            yield f"the kind {module.kind} is in use, but not required to export"
-        if module.parameter is not UNSET:
-            yield from _of_parameter(module, module.parameter, manifest)
-    for indices in manifest.module_sets:
-        if not indices or indices != sorted(set(indices)):
-            yield f"module set {indices} is empty or not ascending"
-    shards = [shard for cluster in manifest.clusters for shard in cluster.shards]
-    paths = Counter(cluster.basis for cluster in manifest.clusters) + Counter(shard.path for shard in shards)
-    digests = {entry.path: entry.sha256 for entry in manifest.files}
-    for cluster in manifest.clusters:
-        for shard in cluster.shards:
-            if shard.basis_sha256 != digests[cluster.basis]:
-                yield f"{shard.path} belongs to the basis {shard.basis_sha256}, not to {cluster.basis}"
-    extras = [adapter.extras for adapter in manifest.adapters if adapter.extras is not None]
-    shared_extras = manifest.format_version > 1 or SHARED_EXTRAS in manifest.requires.get("read", [])
-    paths.update(set(extras) if shared_extras else extras)
-    configs = [adapter.config for adapter in manifest.adapters]
-    paths.update(set(configs) if manifest.format_version > 1 else configs)
-    packed = {adapter.individual for adapter in manifest.adapters if packed_scheme(adapter.scheme)}
-    paths.update(filter(None, packed))
-    for adapter in manifest.adapters:
-        if adapter.individual is not None and not packed_scheme(adapter.scheme):
-            paths.update([adapter.individual])
-        if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
-            yield f"adapter {adapter.name!r} is {adapter.scheme}, its cluster is not"
-        scheme = SCHEMES[adapter.scheme]
-        if scheme.has_own_rank != (adapter.rank is not None):
-            yield f"adapter {adapter.name!r}: scheme {adapter.scheme} with rank {adapter.rank}"
-        names = {manifest.modules[index].name for index in manifest.module_sets[adapter.module_set]}
-        if adapter.worst_module is not None and adapter.worst_module.name not in names:
-            yield f"adapter {adapter.name!r}: its worst module is none of its modules"
-        if adapter.scheme not in manifest.requires.get("read", []):
-            yield f"the scheme {adapter.scheme} is in use, but not required to read"
-        if adapter.extras is not None and "extras" not in manifest.requires.get("export", []):
-            yield f"adapter {adapter.name!r} has extras, but they are not required to export"
-    for path, count in paths.items():
-        if count > 1:
-            yield f"{path} has two owners"
-
-
-def _of_parameter(module: ModuleEntry, parameter: ParameterEntry, manifest: Manifest) -> Iterator[str]:
-    number = f".{parameter.expert}" if parameter.experts > 1 else ""
-    if module.kind != "linear" or not module.name.endswith(f".{parameter.name}{number}"):
-        yield f"module {module.name}: kind, name and parameter do not fit"
-    if parameter.expert >= parameter.experts:
-        yield f"module {module.name} is expert {parameter.expert} of {parameter.experts}"
-    if "target_parameters" not in manifest.requires.get("export", []):
-        yield f"module {module.name} is of a parameter, but target_parameters are not required to export"
-
-
-def finite(tensor: Tensor) -> bool:
-    """No NaN or Inf: one pass, and only if the sum is neither a second one, as it can overflow."""
-    total = tensor.sum(dtype=torch.float64)
-    return bool(total.isfinite() or tensor.isfinite().all())
 
 
 def _name(key: tuple[str, str]) -> str:
@@ -341,13 +259,3 @@ def _name(key: tuple[str, str]) -> str:
 
 def _size(module: ModuleEntry) -> Size:
     return Size(module.d_out, module.d_in)
-
-
-def _shown(shape: tuple[int | range, ...]) -> str:
-    return f"[{', '.join(map(_shown_size, shape))}]"
-
-
-def _shown_size(size: int | range) -> str:
-    if size == ANY:
-        return "r"
-    return f"{size[0]}..{size[-1]}" if isinstance(size, range) else str(size)

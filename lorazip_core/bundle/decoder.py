@@ -13,18 +13,16 @@ from torch import Tensor
 from ..adapter.module import Part
 from ..maths.factored import Factors
 from ..schemes.scheme import Scheme, Shape
-from .manifest import AdapterEntry
+from .manifest import AdapterEntry, ModuleEntry
 from .reader import Bundle
+from .stored import stored
 
 _MOST_SHARDS = 16  # whose tensors are at hand: they are mapped, not in memory
 
 
-def decode(bundle: Bundle, adapter: AdapterEntry, module: str, dtype: torch.dtype = torch.float32) -> Factors:
-    """B̂ [d_out, k] and Â [k, d_in] with ΔŴ = B̂ Â, computed in ``dtype``."""
-    tensors = bundle.own(adapter, module)
-    if adapter.cluster is not None:
-        tensors |= bundle.shared(bundle.manifest.clusters[adapter.cluster], module)
-    return bundle.scheme(adapter).decode(tensors, dtype)
+def decode(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry, dtype: torch.dtype = torch.float32) -> Factors:
+    """B̂ [d_out, k] and Â [k, d_in] with ΔŴ = B̂ Â, computed in ``dtype``; raises as `stored`."""
+    return bundle.scheme(adapter).decode(stored(bundle, adapter, module), dtype)
 
 
 class _Stored(NamedTuple):

@@ -34,7 +34,7 @@ def quality_warnings(
     """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it."""
     warnings = []
     large = above(squared_errors)
-    alone = not SCHEMES[method].shared
+    alone = method in SCHEMES and not SCHEMES[method].shared  # else it may be a method of a later version
     if large and max_error is None:
         hint = "a higher «rank»" if alone else "a higher «rank», more «clusters» or «method» svd"
         warnings.append(

@@ -119,7 +119,13 @@ class Bundle:
         if adapter.individual is not None:
             return {suffix: self.tensor(adapter.individual, f"{module}.{suffix}") for suffix in scheme.own}
         shard = self.shard(adapter)
-        row = self.rows(shard, module)[self.index(adapter)]
+        rows = self.rows(shard, module)
+        for suffix in scheme.own:
+            shape = self._shape(shard.path, f"{module}.{suffix}")
+            if shape[:1] != (len(rows),):  # a row would be another adapter's, or none
+                where = f"{self.path / shard.path}: tensor {module}.{suffix}"
+                raise BundleDamaged(f"{where} is {list(shape)}, not of {len(rows)} rows", _RESTORE)
+        row = rows[self.index(adapter)]
         return {suffix: self.tensor(shard.path, f"{module}.{suffix}", row=row) for suffix in scheme.own}
 
     def packed_in(self, path: str) -> list[AdapterEntry]:
@@ -177,7 +183,10 @@ class Bundle:
         }
 
     def rank(self, adapter: AdapterEntry, module: str) -> int:
-        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read."""
+        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read.
+
+        Raises BundleDamaged for tensors of too few dimensions; else their shapes are taken as they are.
+        """
         scheme = self.scheme(adapter)
 
         def shape_of(suffix: str) -> tuple[int, ...]:
@@ -190,7 +199,11 @@ class Bundle:
                 return self._shape(self.manifest.clusters[adapter.cluster].basis, f"{module}.{suffix}")
             return self._shape(self.shard(adapter).path, f"{module}.{suffix}")[1:]
 
-        return scheme.decoded_rank(shape_of)
+        try:
+            return scheme.decoded_rank(shape_of)
+        except IndexError:
+            where = adapter.individual or self.shard(adapter).path
+            raise BundleDamaged(f"{self.path / where}: a tensor of {module} has too few dimensions", _RESTORE) from None
 
     def extras(self, adapter: AdapterEntry) -> dict[str, Tensor]:
         """The tensors of an adapter that are no LoRA factors, by their names in the source."""
@@ -223,6 +236,19 @@ class Bundle:
         if found := _differs(entry, len(data), sha256_bytes(data)):
             raise BundleDamaged(f"{path}: {found[1]}", _RESTORE)
         return data
+
+    def check_sizes(self, files: Iterable[str]) -> None:
+        """Raise BundleDamaged for the first file that is not there, or not as long as the manifest says: no reading."""
+        for file in dict.fromkeys(files):
+            path, entry = self.path / file, self._files[file]
+            try:
+                status = path.stat()
+            except _NOT_THERE as error:
+                raise BundleDamaged(f"{path}: {error.strerror}", _RESTORE) from None
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleDamaged(f"{path}: not a file", _RESTORE)
+            if found := _differs(entry, status.st_size, entry.sha256):
+                raise BundleDamaged(f"{path}: {found[1]}", _RESTORE)
 
     def check_files(self, files: Iterable[str]) -> None:
         """Check several files side by side, before they are used. Raises BundleDamaged for the first that is damaged.

@@ -14,6 +14,7 @@ from ..adapter.formats.names import CONFIG_NAME
 from ..adapter.module import Module
 from ..adapter.reader import Adapter
 from ..base.digests import safe_name
+from ..base.text import unmarked
 from ..bundle.losses import Losses
 from ..bundle.manifest import (
     AdapterEntry,
@@ -108,7 +109,7 @@ class Assembly:
             module_sets=covered,
             clusters=self._clusters,
             adapters=entries,
-            skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
+            skipped=[SkippedEntry(skipped.name, unmarked(skipped.reason)) for skipped in collection.skipped],
             files=self.writer.files,
         )
         return manifest, self.writer.finish(manifest)

@@ -324,7 +324,7 @@ def _report(
         rank=parameters.rank,
         clusters=[sum(len(shard.adapters) for shard in cluster.shards) for cluster in manifest.clusters],
         individual=[adapter.name for adapter in adapters if adapter.cluster is None],
-        skipped=manifest.skipped,
+        skipped=[SkippedEntry(*each) for each in scanned.collection.skipped],
         zero=[adapter.name for adapter in adapters if adapter.squared_norm == 0],
         summary=summary,
         worst=WorstAdapter(worst.name, worst.squared_error),

@@ -22,11 +22,12 @@ from ..adapter.formats.writer import WRITTEN, write_adapter
 from ..adapter.module import Module, Parameter
 from ..base.atomic import atomic_directory, check_output
 from ..base.digests import canonical_json, safe_name
-from ..base.errors import AdapterError, BundleDamaged, Unsupported, UsageError
+from ..base.errors import AdapterError, Unsupported, UsageError
 from ..base.filesystem import check_space, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
+from ..bundle.contradictions import refuse_contradictions
 from ..bundle.kinds import EXPORT_NAME
 from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.output_path import check_output_path
@@ -35,13 +36,14 @@ from ..bundle.tensor_file import DTYPES
 from . import vllm
 from .factors import Written, folded_factors, own_factors
 from .readme import Changes, readme
-from .size import export_bytes
+from .size import check_room, export_bytes
 
 _SILENT = Silent()
 
 Format = Literal["peft"]
 Target = Literal["vllm"]
 _CPU = torch.device("cpu")
+_LONGEST_NAME = 255  # bytes of a name on the usual file systems
 
 
 class _Options(NamedTuple):
@@ -105,8 +107,11 @@ def export(
     """
     _check_options(bundle_path, output, format, target, rank, dtype, pad)
     bundle = Bundle(bundle_path, ("read", "export"))
+    refuse_contradictions(bundle_path, bundle.manifest)
     chosen = _choose(bundle, adapters)
-    folders = _folders(bundle, [adapter.name for adapter in chosen])
+    folders = _folders([adapter.name for adapter in chosen])
+    bundle.check_sizes(file for adapter in chosen for file in _files(bundle, adapter))
+    check_room(bundle, chosen)
     if target == "vllm":
         vllm.check_adapters(bundle, chosen)
     check_output(output, force=force, not_ours=not_of_export)
@@ -193,18 +198,23 @@ def _shared_files(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> list[str]
     return list(files)
 
 
-def _folders(bundle: Bundle, names: Sequence[str]) -> list[str]:
-    """Where each adapter goes: to its name, or to a safe one where that would collide with a file of an export."""
+def _files(bundle: Bundle, adapter: AdapterEntry) -> list[str]:
+    """The files that an adapter is exported from."""
+    own = [file for file in (adapter.config, adapter.individual, adapter.extras) if file is not None]
+    return own + _shared_files(bundle, [adapter])
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """Where each adapter goes: to its name, or to a safe one where that is too long or collides with a file."""
     folders = []
     for name in names:
         parts = name.split("/")
         if name == ".":
             folders.append("." if len(names) == 1 else safe_name(name))
-        elif {"", ".", ".."}.intersection(parts) or "\0" in name:
-            raise BundleDamaged(f"{bundle.path}: the adapter name {name!r} is no path below a folder")
         else:
             reserved = {EXPORT_NAME, *WRITTEN}.intersection(parts)
-            folders.append(safe_name(name) if reserved else name)
+            too_long = any(len(part.encode()) > _LONGEST_NAME for part in parts)
+            folders.append(safe_name(name) if reserved or too_long else name)
     return folders
 
 
@@ -270,10 +280,11 @@ def _measured(adapter: AdapterEntry, folder: str, rank: int, moved: float) -> Ex
     if moved == 0:
         claim = adapter.squared_error
         return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, claim, 0.0, claim)
-    if adapter.squared_norm == 0:
+    distance = moved / adapter.squared_norm if adapter.squared_norm else math.inf
+    if not math.isfinite(distance):  # of an update that is zero, or claimed to be next to it
         return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, None)
-    distance = moved / adapter.squared_norm
-    bound = (math.sqrt(adapter.squared_error) + math.sqrt(distance)) ** 2
+    root = math.sqrt(adapter.squared_error) + math.sqrt(distance)
+    bound = root * root if math.isfinite(root * root) else None
     return ExportedAdapter(adapter.name, folder, rank, adapter.scheme, None, distance, bound)
 
 

@@ -11,6 +11,7 @@ from ..base.errors import Unsupported
 from ..bundle.decoder import decode
 from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.reader import Bundle
+from ..bundle.stored import stored
 from ..bundle.tensor_file import DTYPES
 from ..maths.factored import Factors, squared_distance, squared_norm, truncated_svd
 
@@ -39,7 +40,7 @@ class Written(NamedTuple):
 
 def own_factors(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry, dtype: str | None) -> Written:
     """The factors and scale of an adapter whose scheme keeps them: bit for bit, unless another dtype is asked for."""
-    tensors = bundle.own(adapter, module.name)
+    tensors = stored(bundle, adapter, module)
     b, a, scale = tensors["B"], tensors["A"], float(tensors["scale"])
     if dtype is None:
         return Written(b, a, scale, 0.0)
@@ -54,7 +55,7 @@ def folded_factors(
 
     Without ``dtype`` they get that of the bundle, and those that a scheme keeps their own.
     """
-    exact = decode(bundle, adapter, module.name, torch.float64)
+    exact = decode(bundle, adapter, module, torch.float64)
     if dtype is not None:
         dtypes = DTYPES[dtype], DTYPES[dtype]
     elif bundle.scheme(adapter).keeps_factors:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapter.formats.registry import parse_config
-from ..base.errors import AdapterError
+from ..base.errors import AdapterError, BundleDamaged
 from ..bundle.manifest import AdapterEntry
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
 from ..schemes.registry import packed_scheme
+from ..schemes.scheme import Size, itemsize
 
 _ORIGINAL_ITEMSIZE = 2
 """Bytes of an element of the original factors: at least, as the manifest does not say their dtype."""
@@ -63,6 +64,27 @@ def export_bytes(
             size = max(size * written / kept, of_one_rank if padded else min(size, of_one_rank))
         total += size + (sizes[adapter.extras] if adapter.extras is not None else 0)
     return round(total)
+
+
+def check_room(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> None:
+    """Raise BundleDamaged where the manifest has modules larger than the files that their tensors are in.
+
+    So `export_bytes` is no more than what is there lets it be, and not a lack of space on the disk.
+    """
+    manifest = bundle.manifest
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    dtype = DTYPES[manifest.parameters.dtype].itemsize
+    least: dict[tuple[str, int], int] = {}
+    for adapter in adapters:
+        key = adapter.scheme, adapter.module_set
+        if key not in least:
+            scheme, modules = bundle.scheme(adapter), bundle.modules(adapter)
+            tensors_of = scheme.shared_tensors if scheme.shared else scheme.own_tensors
+            specs = [spec for each in modules for spec in tensors_of(Size(each.d_out, each.d_in), 1).values()]
+            least[key] = sum(spec.least_elements * min(map(itemsize, spec.dtypes), default=dtype) for spec in specs)
+        file = str(adapter.individual) if adapter.cluster is None else manifest.clusters[adapter.cluster].basis
+        if sizes[file] < least[key]:
+            raise BundleDamaged(f"{bundle.path / file}: {sizes[file]} bytes, too few for modules of these sizes")
 
 
 def _own_rank(bundle: Bundle, adapter: AdapterEntry) -> tuple[int | None, bool]:

@@ -14,6 +14,7 @@ from ..adapter.lock import LOCK_NAME, Filters, LeftOut, Lock, LockedAdapter, Loc
 from ..base.errors import CheckFailed, LorazipError
 from ..base.progress import Progress
 from ..base.stopping import check_stop
+from ..base.text import unmarked
 from .hub import Hub, license_in
 from .hub_errors import HubUnavailable, Outage
 from .listing import Candidate, Failure, Found, Limits, Lookup, adapter_of, candidates, local_adapters, lookups
@@ -244,6 +245,11 @@ class Planner:
     def _key(requested: RequestedAdapter) -> tuple[str, ...]:
         origin = requested.origin
         return origin.repository or "", origin.commit or "", origin.directory or "", origin.subfolder
+
+
+def stored(source: LockedSource) -> LockedSource:
+    """A source as the lock has it: without the marks that the reasons of this run have around parameters."""
+    return replace(source, left_out=_sorted(replace(each, reason=unmarked(each.reason)) for each in source.left_out))
 
 
 def _sorted(left_out: Iterable[LeftOut]) -> list[LeftOut]:

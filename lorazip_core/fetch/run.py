@@ -26,7 +26,7 @@ from .hub import Hub
 from .hub_errors import HubCorrupt, HubDiffers, HubUnavailable, Outage
 from .listing import Failure, Limits
 from .options import FetchOptions
-from .plan import Plan, Planner
+from .plan import Plan, Planner, stored
 from .report import FetchedAdapter, FetchFailure, FetchReport, FetchSummary
 from .requested import RequestedAdapter, folder_digests
 from .sources import is_within, read_sources, sources_of
@@ -257,7 +257,8 @@ class _Run:
         for name in self.removed:
             del adapters[name]
         lock = Lock(
-            sources=self.plan.sources, adapters=sorted(adapters.values(), key=lambda entry: entry.name.encode())
+            sources=[stored(source) for source in self.plan.sources],
+            adapters=sorted(adapters.values(), key=lambda entry: entry.name.encode()),
         )
         orphans = adapters.keys() - {name for source in lock.sources for name in source.adapters}
         if orphans:

@@ -58,6 +58,10 @@ class TensorSpec(NamedTuple):
     def most_elements(self) -> int:
         return math.prod(size[-1] if isinstance(size, range) else size for size in self.shape)
 
+    @property
+    def least_elements(self) -> int:
+        return math.prod(size[0] if isinstance(size, range) else size for size in self.shape)
+
 
 def itemsize(dtype: str) -> int:
     """Bytes of an element, by the name that safetensors gives its dtype: BF16, F8_E4M3, BOOL."""

@@ -80,7 +80,7 @@ def _candidate(bundle: Bundle, entry: AdapterEntry, adapter: Adapter) -> Candida
         return {name: adapter.factors(name) for name in adapter.parts}
 
     def compressed() -> dict[str, Factors]:
-        return {module.name: decode(bundle, entry, module.name) for module in bundle.modules(entry)}
+        return {module.name: decode(bundle, entry, module) for module in bundle.modules(entry)}
 
     return Candidate(entry.name, [part.module for part in adapter.parts.values()], original, compressed, _more(adapter))
 

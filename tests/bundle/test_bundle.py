@@ -17,9 +17,9 @@ from testing.random_bundle import EXTRA, HUB, LOCAL, OF_FORMAT_1, SKETCHES, as_j
 from testing.reference_reader import DamagedError, ReferenceReader
 
 from lorazip_core.base.errors import BundleDamaged
-from lorazip_core.bundle.check import finite
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
+from lorazip_core.bundle.stored import finite
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.info import info
 from lorazip_core.schemes.bases import orthonormality_tolerance
@@ -40,8 +40,9 @@ def test_the_reader_of_the_specification_agrees(path: Path) -> None:
     for adapter in bundle.manifest.adapters:
         names = [module.name for module in bundle.modules(adapter)]
         assert names == reference.modules(adapter.name)
-        for name in names:
-            b, a = decode(bundle, adapter, name, torch.float64)
+        for module in bundle.modules(adapter):
+            name = module.name
+            b, a = decode(bundle, adapter, module, torch.float64)
             np.testing.assert_allclose((b @ a).numpy(), reference.update(adapter.name, name), rtol=1e-12, atol=1e-12)
         assert bundle.config(adapter) == reference.config(adapter.name)
         extras, expected = bundle.extras(adapter), reference.extras(adapter.name)

@@ -49,7 +49,7 @@ def test_golden_bundles_decode_as_specified(name: str) -> None:
     for adapter in bundle.manifest.adapters:
         assert adapter.origin is None  # they are older than the field
         for module in bundle.modules(adapter):
-            b, a = decode(bundle, adapter, module.name, torch.float64)
+            b, a = decode(bundle, adapter, module, torch.float64)
             np.testing.assert_allclose((b @ a).numpy(), reference.update(adapter.name, module.name), atol=1e-12)
 
 

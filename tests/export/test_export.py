@@ -37,6 +37,7 @@ from lorazip_core.bundle.manifest import (
     Parameters,
     ShardEntry,
     SourceEntry,
+    required_to_read,
 )
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.tensor_file import DTYPES
@@ -116,10 +117,11 @@ def bundle_of(
     if packed:
         writer.add_tensors("individual/coded.safetensors", Coded().pack(packed))
     method = "svd" if scheme == "original" else scheme
+    features = {module.kind for module in modules} | ({"extras"} if any(entry.extras for entry in entries) else set())
     writer.finish(
         Manifest(
             created_by="a test",
-            requires={},
+            requires={"read": required_to_read(entries), "export": sorted(features)},
             base_model=collection.base_model,
             parameters=Parameters(method, rank, 1, dtype, 0, "adapter", None),
             modules=[
@@ -551,9 +553,10 @@ def test_what_an_export_adds_is_measured(tmp_path: Path, scheme: str, options: d
     (one,) = export(bundle, tmp_path / "out", **options).adapters
     opened, written = Bundle(bundle), open_adapter("a", tmp_path / "out" / "a")
     moved = 0.0
-    for module in written.parts:
-        b, a = decode(opened, opened.manifest.adapters[0], module, torch.float64)
-        exported_b, exported_a = written.factors(module, torch.float64)
+    entry = opened.manifest.adapters[0]
+    for module in opened.modules(entry):
+        b, a = decode(opened, entry, module, torch.float64)
+        exported_b, exported_a = written.factors(module.name, torch.float64)
         moved += float((b @ a - exported_b @ exported_a).square().sum())
     assert one.squared_error is None
     assert one.squared_distance == pytest.approx(moved, rel=1e-9)  # the bundle claims ‖ΔW‖² = 1
@@ -762,7 +765,7 @@ def test_collection_root_among_others(tmp_path: Path) -> None:
 def test_names_never_lead_outside(tmp_path: Path, name: str) -> None:
     fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), **Q_UP)
     bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 4, rename=lambda _: name)
-    with pytest.raises(BundleDamaged, match="adapter name"):
+    with pytest.raises(BundleDamaged, match="no path below a folder"):
         export(bundle, tmp_path / "deep" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "in"]
 
@@ -772,6 +775,13 @@ def test_name_of_a_file_that_export_writes(tmp_path: Path) -> None:
         fixtures.save_adapter(tmp_path / "in" / name, fixtures.tokens(), **Q_UP)
     report = export(bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 4), tmp_path / "out")
     assert [adapter.path for adapter in report.adapters] == [safe_name("README.md/x"), safe_name("export.json")]
+
+
+def test_a_name_too_long_for_a_file_system(tmp_path: Path) -> None:
+    fixtures.save_adapter(tmp_path / "in" / "a", fixtures.tokens(), **Q_UP)
+    long = f"b/{'é' * 128}"
+    bundle = bundle_of(tmp_path / "in", tmp_path / "bundle", "svd", 4, rename=lambda _: long)
+    assert export(bundle, tmp_path / "out").adapters[0].path == safe_name(long)
 
 
 def test_vllm_gets_one_rank_without_patterns(tmp_path: Path) -> None:

@@ -377,6 +377,20 @@ class TestAdapters:
         assert good.names == ["ann/a"]
         assert not (good.directory / ".lorazip-fetch").exists()
 
+    def test_the_lock_says_why_without_marks(self, good: Fetching) -> None:
+        """A report names the option; what is stored, the parameter."""
+        config = adapter_files(1)["adapter_config.json"]
+        good.hub.catalogue.add(Repository.of("ann/bad", {"adapter_config.json": config, "adapter_model.bin": b"x"}))
+        report = good.json("ann/a", "ann/bad", "--skip-bad")
+        reason = "adapter_model.bin is pickled, and a pickle can run code ({} fetches and reads it safely)"
+        assert [each["reason"] for each in report["left_out"]] == [reason.format("--allow-pickle")]
+        stored = [each.reason for source in good.lock.sources for each in source.left_out]
+        assert stored == [reason.format("allow_pickle")]
+        old = (good.directory / LOCK_NAME).read_text()
+        (good.directory / LOCK_NAME).write_text(old.replace("allow_pickle", "«allow_pickle»"))
+        assert good("ann/a", "ann/bad", "--skip-bad") == 0  # of a lock with marks, too
+        assert (good.directory / LOCK_NAME).read_text() == old
+
     def test_a_folder_without_an_adapter(self, good: Fetching) -> None:
         good("ann/a", "ann/a/sub")
         check(good, 3, "adapter 'ann/a': no adapter_config.json in sub: not an adapter")

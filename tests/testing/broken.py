@@ -132,6 +132,10 @@ def one_of_several(bundle: Path) -> None:
     edit_manifest(bundle, edit)
 
 
+def no_adapters(bundle: Path) -> None:
+    edit_manifest(bundle, lambda fields: fields.update(adapters=[], clusters=[], files=[], modules=[], module_sets=[]))
+
+
 def _set(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
     return lambda content: content.update({name: change(content[name]).contiguous()})
 
@@ -376,6 +380,40 @@ MANIFESTS = [
         "cores of a basis that is not there",
         manifest(lambda m: m["clusters"][0]["shards"][0].update(basis_sha256="0" * 64)),
         {"contradiction"},
+    ),
+    Broken("a module set that is empty", manifest(lambda m: m["module_sets"].__setitem__(0, [])), {"contradiction"}),
+    Broken("a module twice in a set", manifest(lambda m: m["module_sets"][0].insert(0, 0)), {"contradiction"}),
+    Broken("a module set backwards", manifest(lambda m: m["module_sets"][0].reverse()), {"contradiction"}),
+    Broken("a module set twice", manifest(lambda m: m["module_sets"].append(m["module_sets"][0])), {"contradiction"}),
+    Broken("a module listed twice", manifest(lambda m: m["modules"].append(m["modules"][0])), {"contradiction"}),
+    Broken("no adapters", no_adapters, {"contradiction", "unlisted-file"}),
+    Broken("an adapter without a name", manifest(lambda m: m["adapters"][0].update(name="")), {"contradiction"}),
+    Broken("a name that leads outside", manifest(lambda m: m["adapters"][0].update(name="../a")), {"contradiction"}),
+    Broken(
+        "a scheme of another cluster", manifest(lambda m: m["adapters"][0].update(scheme="diag")), {"contradiction"}
+    ),
+    Broken("an SVD without a rank", manifest(lambda m: m["adapters"][5].update(rank=None)), {"contradiction"}),
+    Broken(
+        "a module of more bytes than a basis", manifest(lambda m: m["modules"][0].update(d_in=2**62)), {"wrong-shape"}
+    ),
+    Broken(
+        "a kernel of more than the inputs",
+        manifest(lambda m: m["modules"][1].update(kernel=[2**62, 2])),
+        {"contradiction"},
+    ),
+    Broken(
+        "a parameter of an embedding",
+        manifest(lambda m: m["modules"][0].update(parameter={"name": "x"})),
+        {"contradiction"},
+    ),
+    Broken("a file of more bytes", manifest(lambda m: m["files"][0].update(size_bytes=2**62)), {"wrong-size"}),
+    Broken("a module of another size", manifest(lambda m: m["modules"][2].update(d_in=21)), {"wrong-shape"}),
+    Broken("a module of swapped sides", manifest(lambda m: m["modules"][3].update(d_out=20, d_in=8)), {"wrong-shape"}),
+    Broken("a cluster of a lower rank", manifest(lambda m: m["clusters"][0].update(rank=3)), {"wrong-shape"}),
+    Broken(
+        "an adapter of fewer modules",
+        manifest(lambda m: m["adapters"][1].update(module_set=m["module_sets"].index([2]))),
+        {"wrong-shape"},
     ),
     Broken("two modules of one name", manifest(lambda m: m["modules"][0].update(name=Q)), {"contradiction"}),
     Broken("a kernel of a linear layer", manifest(lambda m: m["modules"][2].update(kernel=[2])), {"contradiction"}),

@@ -166,8 +166,9 @@ def test_errors_are_those_of_dense_updates(twins: Path, kind: str) -> None:
         assert isinstance(original, Original)
         assert original.measured is not None
         assert list(original.measured.norms) == sorted(truth)
+        modules = {module.name: module for module in bundle.modules(entry)}
         for module, update in truth.items():
-            b, a = decode(bundle, entry, module, torch.float64)
+            b, a = decode(bundle, entry, modules[module], torch.float64)
             lost = float(np.square(update - (b @ a).numpy()).sum())
             assert original.measured.distances[module] == pytest.approx(lost, rel=1e-9)
             assert original.measured.norms[module] == pytest.approx(float(np.square(update).sum()), rel=1e-9)

@@ -17,7 +17,7 @@ from testing.broken import ALL, Broken, edit_manifest, find, flip, reseal, swap
 from testing.random_bundle import EXTRA, MODULES, SKETCHES, as_json, make_bundle
 
 from lorazip_core.base.errors import LocalError, Unsupported, UsageError
-from lorazip_core.bundle import check
+from lorazip_core.bundle import stored
 from lorazip_core.verify import compare as originals
 from lorazip_core.verify.run import VerifyReport, verify, verify_by_module
 
@@ -56,8 +56,8 @@ def test_a_sound_bundle_has_no_findings(tmp_path: Path, dtype: str) -> None:
 def test_each_step_takes_one_thread(root: Path, monkeypatch: pytest.MonkeyPatch, against: bool) -> None:
     """More of them wait for each other, longest on a machine that has other work."""
     seen = set()
-    real = check.finite
-    monkeypatch.setattr(check, "finite", lambda tensor: (seen.add(torch.get_num_threads()), real(tensor))[1])
+    real = stored.finite
+    monkeypatch.setattr(stored, "finite", lambda tensor: (seen.add(torch.get_num_threads()), real(tensor))[1])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
