@@ -18,7 +18,7 @@ _ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "f16": 2, "f32": 4}
 # Measured on real bundles, besides names: what a tensor adds to the header of its file, and what an adapter, a module,
 # a file and a cluster add to the manifest.
 _TENSOR_BYTES = 72
-_ADAPTER_BYTES = 560
+_ADAPTER_BYTES = 470
 _MODULE_BYTES = 40
 _FILE_BYTES = 130
 _CLUSTER_BYTES = 240

@@ -18,6 +18,8 @@ from lorazip_core.sample import sample_path
 
 FILE = Path(__file__).resolve().parents[1] / "results" / "sample.tsv"
 SCHEMES = (
+    "--method coded",
+    "--method coded --budget 100kB",
     "--method svd",
     "--method joint",
     "--method diag",
