@@ -91,7 +91,8 @@ def _of_adapters(manifest: Manifest) -> Iterator[str]:
             yield f"{called}: the name is no path below a folder"
         if adapter.cluster is not None and manifest.clusters[adapter.cluster].method != adapter.scheme:
             yield f"{called} is {adapter.scheme}, its cluster is not"
-        if SCHEMES[adapter.scheme].has_own_rank != (adapter.rank is not None):
+        nothing = adapter.rank == 0 and not packed_scheme(adapter.scheme)  # which may keep no component at all
+        if nothing or SCHEMES[adapter.scheme].has_own_rank != (adapter.rank is not None):
             yield f"{called}: scheme {adapter.scheme} with rank {adapter.rank}"
         if adapter.worst_module is not None and adapter.worst_module.name not in names[adapter.module_set]:
             yield f"{called}: its worst module is none of its modules"

@@ -34,9 +34,11 @@ def quality_warnings(
     """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it."""
     warnings = []
     large = above(squared_errors)
+    has_rank = method not in SCHEMES or SCHEMES[method].default_rank is not None
     alone = method in SCHEMES and not SCHEMES[method].shared  # else it may be a method of a later version
     if large and max_error is None:
-        hint = "a higher «rank»" if alone else "a higher «rank», more «clusters» or «method» svd"
+        more = "a higher «rank»" if has_rank else "a larger «budget»"
+        hint = more if alone else f"{more}, more «clusters» or «method» coded"
         warnings.append(
             QualityWarning(
                 "large-errors",
@@ -51,8 +53,9 @@ def quality_warnings(
                 "larger-than-originals",
                 f"the bundle is larger than the adapters that it was made from: {megabytes(summary.bytes_bundle)},"
                 f" which were {megabytes(summary.bytes_original)}",
-                f"compress with a lower «rank»{'' if alone else ', or «method» svd at a low rank'}"
-                f"{'' if max_error is None else ', or a larger «max_error»'}",
+                "compress with "
+                + (f"a lower «rank»{'' if alone else ', or «method» coded'}" if has_rank else "a «budget»")
+                + ("" if max_error is None else ", or a larger «max_error»"),
             )
         )
     return warnings

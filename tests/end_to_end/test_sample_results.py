@@ -22,8 +22,10 @@ def test_results_are_those_of_the_table(scheme: str) -> None:
     expected, made = sample_results.read()[scheme], Result.of(scheme)
     tolerance = 1e-6 if scheme == "--method svd" else 1e-3
     errors = {"mean_squared_error": 0.0, "max_squared_error": 0.0}
-    sizes = {"tensor_bytes": 0} if "--max-error" in scheme else {}  # the ranks of those above it may differ by one
-    assert made._replace(**errors, **sizes) == expected._replace(**errors, **sizes), AGAIN
+    # The ranks of those above it may differ by one, or a few codes, and which of several just below a limit is worst.
+    loose = {"tensor_bytes": 0, "worst": ""} if "coded" in scheme else {"tensor_bytes": 0}
+    given: dict[str, object] = errors | (loose if "coded" in scheme or "--max-error" in scheme else {})
+    assert made._replace(**given) == expected._replace(**given), AGAIN
     assert made.tensor_bytes == pytest.approx(expected.tensor_bytes, rel=0.01), AGAIN
     for name in errors:
         assert getattr(made, name) == pytest.approx(getattr(expected, name), rel=tolerance), f"{name}; {AGAIN}"
