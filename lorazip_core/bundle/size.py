@@ -23,6 +23,9 @@ _MODULE_BYTES = 40
 _FILE_BYTES = 130
 _CLUSTER_BYTES = 240
 
+PACKED_ADAPTERS = 32
+"""In one file of a scheme that packs them: enough to share tables of codes, few enough to be unpacked at no cost."""
+
 
 def equal_groups(adapters: int, clusters: int) -> list[range]:
     """Clusters of equal size, to plan with while nobody knows better."""
@@ -30,32 +33,46 @@ def equal_groups(adapters: int, clusters: int) -> list[range]:
 
 
 def bundle_bytes(
-    collection: Collection, method: Method | None, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
+    collection: Collection, method: Method, rank: int | None, groups: Sequence[Sequence[int]], dtype: Dtype
 ) -> int:
-    """About the bytes of a bundle; without a method, of all but the updates.
+    """About the bytes of a bundle. ``groups`` are the numbers of the adapters that share a basis; empty where none do.
 
-    ``groups`` are the numbers of the adapters that share a basis; empty where none do.
     Extras count for every adapter: that some are equal, and stored once, shows only when they are read.
     """
-    adapters = collection.adapters
-    item = _ITEM_BYTES[dtype]
-    scheme = SCHEMES[method] if method else None
-    if scheme is None:
-        tensors, files = 0, len(adapters) // 16
-    elif rank is None or not scheme.shared:
-        tensors, files = _individual_bytes(collection, scheme, rank, item), len(adapters)
+    item, scheme = _ITEM_BYTES[dtype], SCHEMES[method]
+    if rank is None or not scheme.shared:
+        tensors, files = _individual_bytes(collection, scheme, rank, item), _individual_files(collection, scheme)
     else:
         tensors = sum(_shared_bytes(collection, group, scheme, rank, item) for group in groups)
         files = 2 * len(groups)
-    for adapter in adapters:
-        tensors += sum(_tensor_bytes(key, info.size_bytes) for key, info in adapter.extras.items())
-    files += sum(bool(adapter.extras) for adapter in adapters)
+    return tensors + _other_bytes(collection, files) + len(groups) * _CLUSTER_BYTES
+
+
+def bytes_besides_updates(collection: Collection, scheme: Scheme) -> int:
+    """About the bytes of a bundle of adapters on their own, less those of the data of their own tensors."""
+    headers = 0
+    if not isinstance(scheme, PackedScheme):
+        names = (name for adapter in collection.adapters for name in adapter.parts)
+        headers = sum(len(scheme.own) * _tensor_bytes(name, 0) for name in names)
+    return headers + _other_bytes(collection, _individual_files(collection, scheme))
+
+
+def _individual_files(collection: Collection, scheme: Scheme) -> int:
+    """The files that adapters on their own have, when nothing sends one to another scheme."""
+    count = len(collection.adapters)
+    return -(-count // PACKED_ADAPTERS) if isinstance(scheme, PackedScheme) else count
+
+
+def _other_bytes(collection: Collection, files: int) -> int:
+    """Extras, configurations and the manifest, of a bundle with so many files of other tensors."""
+    adapters = collection.adapters
+    extras = sum(_tensor_bytes(key, info.size_bytes) for each in adapters for key, info in each.extras.items())
     configs = {adapter.config_text for adapter in adapters}
-    manifest = (files + len(configs)) * _FILE_BYTES
-    manifest += len(groups) * _CLUSTER_BYTES
+    files += len(configs) + sum(bool(adapter.extras) for adapter in adapters)
+    manifest = files * _FILE_BYTES
     manifest += sum(_ADAPTER_BYTES + len(adapter.name) for adapter in adapters)
     manifest += sum(_MODULE_BYTES + len(module.name) for module in collection.modules)
-    return tensors + sum(map(len, configs)) + manifest
+    return extras + sum(map(len, configs)) + manifest
 
 
 def _tensor_bytes(name: str, data: int) -> int:

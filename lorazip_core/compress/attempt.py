@@ -13,10 +13,8 @@ from ..bundle.manifest import Manifest
 from ..bundle.tensor_file import DTYPES
 from ..planning.options import CompressOptions
 from ..planning.spectra import Outlook, Spectra, planned_step
-from ..reading.packs import Budget
 from ..reading.scan import Scan
-from ..schemes.registry import individual_scheme
-from ..schemes.scheme import IndividualScheme
+from ..schemes.scheme import SteppedScheme
 
 _AIM = 0.9985
 """Of what is allowed: a prediction that knows of an attempt nearby is right to about 0.1%."""
@@ -33,7 +31,7 @@ class Attempt:
     number: int
     step: float
     spectra: Spectra
-    scheme: IndividualScheme
+    scheme: SteppedScheme
     itemsize: int
     max_bytes: int | None
     max_mean: float | None
@@ -60,13 +58,16 @@ class Attempt:
         errors = [adapter.squared_error for adapter in manifest.adapters]
         mean = sum(errors) / len(errors)
         used = size / self.max_bytes if self.max_bytes else mean / (self.max_mean or 1)
-        step = self._better(manifest, size, mean)
-        if used <= 1 and (used >= _NEAR or self.number + 1 >= _MOST or step >= self.step):
+        last = self.number + 1 >= _MOST
+        if used <= 1 and (used >= _NEAR or last):
             return None
-        if self.number + 1 >= _MOST:
-            raise UsageError(
-                f"the bound is not met: {size:,} bytes, mean squared error {mean:.4g}", "allow a little more"
-            )
+        if last:
+            bound = f"«max_mean_error» {self.max_mean}" if self.max_bytes is None else f"«budget» {self.max_bytes:,}"
+            reached = f"{mean:.4g}" if self.max_bytes is None else f"{size:,} bytes"
+            raise UsageError(f"{bound}: {self.scheme.name} gets no further than {reached}", "allow more")
+        step = self._better(manifest, size, mean)
+        if used <= 1 and step >= self.step:  # nothing finer fits, or there is nothing finer
+            return None
         return replace(self, number=self.number + 1, step=step)
 
     def _better(self, manifest: Manifest, size: int, mean: float) -> float:
@@ -79,6 +80,8 @@ class Attempt:
         tensors = sum(file.size_bytes for file in manifest.files if file.path in own)
         left = _AIM * self.max_bytes - (size - tensors)
         if left <= 0:
+            if size <= self.max_bytes:
+                return self.step
             least = size - tensors
             raise UsageError(
                 f"«budget» {megabytes(self.max_bytes)}: names, configurations and what is no LoRA factor take"
@@ -88,12 +91,11 @@ class Attempt:
         return self.spectra.step_for_bytes(self.scheme, left * self.predicted_bytes / tensors, self.itemsize)
 
 
-def first_attempt(
-    scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget, progress: Progress
-) -> Attempt:
+def first_attempt(scanned: Scan, options: CompressOptions, device: torch.device, progress: Progress) -> Attempt:
     """What the singular values of all updates say."""
-    scheme = individual_scheme(options.chosen)
-    spectra = Spectra.of(scanned.updates(options.weights, device, budget), progress)
+    scheme = options.scheme
+    assert isinstance(scheme, SteppedScheme)
+    spectra = Spectra.of(scanned, device, progress)
     step = planned_step(spectra, scheme, scanned, options)
     assert isinstance(step, float)
     most = options.most_bytes(len(scanned.collection.adapters))

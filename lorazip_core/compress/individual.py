@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
+from ..reading.module_groups import module_groups
 from ..schemes.registry import EXACT, FALLBACKS, individual_scheme, packed_scheme
-from ..schemes.scheme import Encoding, ModuleGroup, Ranks, Target
+from ..schemes.scheme import Encoding, Ranks, Target
 from .packed import joined
 from .pieces import Pieces, individual_piece
 
@@ -107,18 +107,3 @@ def keep_exactly(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> 
 
 def _largest(ranks: Ranks) -> int | None:
     return None if ranks is None else max(ranks.values())
-
-
-def module_groups(adapter: Adapter, device: torch.device) -> list[ModuleGroup]:
-    """The modules of an adapter, those together that can be."""
-    names: defaultdict[object, list[str]] = defaultdict(list)
-    for name, part in adapter.parts.items():
-        dtypes = tuple(adapter.layout.tensors[key].dtype for key in (part.key_b, part.key_a))
-        names[part.module.d_out, part.module.d_in, part.rank, dtypes].append(name)
-    return [_group(adapter, group, device) for group in names.values()]
-
-
-def _group(adapter: Adapter, names: list[str], device: torch.device) -> ModuleGroup:
-    b, a = (torch.stack(side) for side in zip(*adapter.each_stored(names), strict=True))
-    scales = torch.tensor([adapter.parts[name].scale for name in names], dtype=torch.float64)
-    return ModuleGroup(names, b, a, scales, device)

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ..base.stopping import check_stop
 from ..base.threads import in_order
+from ..bundle.size import PACKED_ADAPTERS
 from ..schemes.registry import packed_scheme
 from ..schemes.scheme import PackedScheme
 from .pieces import Pieces, individual_piece
-
-PACKED_ADAPTERS = 32
-"""In one file: enough to share tables of codes, and few enough that unpacking all for one of them takes no time."""
 
 _CPU = torch.device("cpu")
 

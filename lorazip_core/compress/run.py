@@ -22,7 +22,7 @@ from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
-from ..base.threads import in_order
+from ..base.threads import cores, in_order
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Manifest, Parameters, SkippedEntry
 from ..bundle.output_path import check_output_path
@@ -49,6 +49,7 @@ from .pieces import Pieces, individual_piece, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
+_GPU_WORKERS = 4
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -127,7 +128,7 @@ def compress(
         pieces.check()
         run = _Run(scanned, options, device, within.budget, pieces, progress)
         writer = BundleWriter(building.path)
-        attempt = first_attempt(scanned, options, device, within.budget, progress) if options.planned else None
+        attempt = first_attempt(scanned, options, device, progress) if options.planned else None
         while True:
             encoded, clusters = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
@@ -257,10 +258,11 @@ class _Run:
 
         notes: list[str] = []
         load_linear_algebra(self.device)
+        # Several also where a GPU computes, since most of the time is reading, copying and writing; each takes memory.
+        workers = cores() if self.device.type == "cpu" else min(_GPU_WORKERS, cores())
         with (
             self.progress.stage("keeping adapters individually", len(alone)) as advance,
-            # Also where a GPU computes: more than half of the time is reading, copying and writing.
-            closing(in_order(keep, alone, CPU)) as results,
+            closing(in_order(keep, alone, CPU, workers=workers)) as results,
         ):
             for number, kept in zip(alone, results, strict=True):
                 if kept.scheme != options.chosen:

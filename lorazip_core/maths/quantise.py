@@ -29,6 +29,7 @@ BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
 _ROUNDS, _TRIED = 3, 32  # of 14 octaves: to 0.0005 of one
+_RIDGE = 1e-12  # of ‖û v̂ᵀ‖²
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
 _EULER = 0.5772156649  # the mean of a Gumbel variable
 _CODE_RANGE = torch.iinfo(torch.int16)
@@ -166,7 +167,8 @@ def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
     """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖²; 0 for components that are not ``kept``."""
     alone = torch.diag_embed((~kept).to(gram.dtype))
     both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
-    return torch.linalg.solve((gram * both) + alone, (inner * kept).unsqueeze(-1))[..., 0]
+    ridge = torch.diag_embed(_RIDGE * gram.diagonal(dim1=-2, dim2=-1))  # coarse codes may be those of another component
+    return torch.linalg.solve(gram * both + ridge + alone, (inner * kept).unsqueeze(-1))[..., 0]
 
 
 class Rate:

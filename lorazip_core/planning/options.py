@@ -10,8 +10,8 @@ from msgspec import Struct
 from ..base.errors import UsageError
 from ..bundle.manifest import Dtype, Method, Weights
 from ..clustering.clusters_file import check_clusters
-from ..schemes.registry import AUTO, SCHEMES, default_method, methods
-from ..schemes.scheme import IndividualScheme, Scheme
+from ..schemes.registry import AUTO, SCHEMES, default_method, methods, stepped_schemes
+from ..schemes.scheme import Scheme, SteppedScheme
 
 
 class CompressOptions(Struct, frozen=True):
@@ -56,8 +56,7 @@ class CompressOptions(Struct, frozen=True):
     @property
     def by_spectrum(self) -> bool:
         """Whether singular values say how much is kept, and so what that takes and loses."""
-        scheme = self.scheme
-        return isinstance(scheme, IndividualScheme) and scheme.has_step and self.kept_rank is None
+        return isinstance(self.scheme, SteppedScheme) and self.kept_rank is None
 
     @property
     def largest_error(self) -> float | None:
@@ -114,5 +113,5 @@ class CompressOptions(Struct, frozen=True):
         if name != "«max_mean_error»" and value < 1:
             raise UsageError(f"{name} {value}: must be at least 1 byte")
         if not self.by_spectrum:
-            able = " or ".join(n for n in methods() if getattr(SCHEMES[n], "has_step", False))
+            able = " or ".join(scheme.name for scheme in stepped_schemes())
             raise UsageError(f"{name}: how much {self.chosen} has to keep for it is not known", f"use «method» {able}")

@@ -16,13 +16,13 @@ from ..base.errors import LocalError, UsageError
 from ..base.progress import Progress, Silent
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Method, SkippedEntry
-from ..bundle.size import bundle_bytes, equal_groups
+from ..bundle.size import bundle_bytes, bytes_besides_updates, equal_groups
 from ..bundle.tensor_file import DTYPES
 from ..clustering.clusters_file import Assignment, read_clusters
 from ..reading.memory import Bounds, Task, planned_bytes, working_within
 from ..reading.scan import scan_for
-from ..schemes.registry import SCHEMES, individual_scheme, methods
-from ..schemes.scheme import IndividualScheme
+from ..schemes.registry import SCHEMES, methods, stepped_schemes
+from ..schemes.scheme import SteppedScheme
 from .options import CompressOptions
 from .spectra import Spectra, planned_step
 
@@ -130,28 +130,27 @@ def _frontier(
     device = find_device(options.device)
     task = Task.of(options.chosen, 1, 1, len(collection.adapters))
     itemsize = DTYPES[options.dtype].itemsize
-    rest = bundle_bytes(collection, None, None, [], options.dtype)
     original = sum(adapter.size_bytes for adapter in collection.adapters)
     with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
         scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
-        spectra = Spectra.of(scanned.updates(options.weights, device, within.budget), progress)
+        spectra = Spectra.of(scanned, device, progress)
 
-        def point(scheme: IndividualScheme, step: float | Tensor, *, chosen: bool) -> FrontierPoint:
+        def point(scheme: SteppedScheme, step: float | Tensor, *, chosen: bool) -> FrontierPoint:
             outlook = spectra.outlook(scheme, step, itemsize)
             errors = outlook.squared_errors
-            size = round(rest + float(outlook.bytes.sum()))
+            size = round(bytes_besides_updates(collection, scheme) + float(outlook.bytes.sum()))
             return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
 
-        scheme = individual_scheme(options.chosen)
+        scheme = options.scheme
+        assert isinstance(scheme, SteppedScheme)
         points = [point(scheme, planned_step(spectra, scheme, scanned, options), chosen=True)]
-        for name in methods():
-            each = SCHEMES[name]
-            if isinstance(each, IndividualScheme) and each.has_step:
-                for times in _TIMES:
-                    wanted = original / times - rest
-                    found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), itemsize), chosen=False)
-                    if found.bytes_bundle <= 1.05 * original / times:
-                        points.append(found)
+        for each in stepped_schemes():
+            rest = bytes_besides_updates(collection, each)
+            for times in _TIMES:
+                wanted = original / times - rest
+                found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), itemsize), chosen=False)
+                if found.bytes_bundle <= 1.05 * original / times:  # else it cannot be as small
+                    points.append(found)
     return sorted(points, key=lambda each: (-each.bytes_bundle, each.method))
 
 

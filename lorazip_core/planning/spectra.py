@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.device import load_linear_algebra
 from ..base.progress import Progress
+from ..base.stopping import check_stop
 from ..base.threads import in_order
-from ..bundle.size import bundle_bytes
+from ..bundle.size import bytes_besides_updates
 from ..bundle.tensor_file import DTYPES
 from ..maths.factored import TINY, singular_values
+from ..reading.module_groups import module_groups
 from ..reading.scan import Scan
-from ..reading.updates import Updates
-from ..schemes.scheme import IndividualScheme, Size
+from ..schemes.scheme import Size, SteppedScheme
 from .options import CompressOptions
 
 FIRST_AIM = 0.995
@@ -27,7 +30,7 @@ _HALVINGS = 20
 
 
 class _Block(NamedTuple):
-    """Updates of one module and one rank."""
+    """Updates of one size and rank."""
 
     size: Size
     adapters: Tensor
@@ -54,29 +57,35 @@ class Spectra:
     """[n]: Σ‖ΔW‖² of every adapter."""
 
     @classmethod
-    def of(cls, updates: Updates, progress: Progress) -> Spectra:
-        """Read all updates once, or use what is on the device, and decompose them."""
+    def of(cls, scanned: Scan, device: torch.device, progress: Progress) -> Spectra:
+        """Read all adapters once more, each by itself, so that memory does not grow with the collection."""
+        adapters = scanned.collection.adapters
+        load_linear_algebra(device)
 
-        def of_module(module: int) -> list[_Block]:
-            stack = updates.load(module).exact()
-            numbers = torch.tensor(stack.adapters)
+        def of_adapter(number: int) -> list[tuple[Size, Tensor]]:
+            check_stop()
             return [
-                _Block(Size(*updates.shapes[module]), numbers[positions], singular_values(b, a).cpu())
-                for b, a, positions in stack.factors()
+                (Size(group.b.shape[1], group.a.shape[2]), singular_values(*group.exact).cpu())
+                for group in module_groups(adapters[number], device)
             ]
 
-        blocks: list[_Block] = []
-        modules = range(len(updates.shapes))
+        found: defaultdict[tuple[Size, int], list[tuple[int, Tensor]]] = defaultdict(list)
         with (
-            progress.stage("planning", len(modules)) as advance,
-            closing(in_order(of_module, modules, updates.device)) as results,
+            progress.stage("planning", len(adapters)) as advance,
+            closing(in_order(of_adapter, range(len(adapters)), device)) as results,
         ):
-            for found in results:
-                blocks += found
+            for number, groups in enumerate(results):
+                for size, s in groups:
+                    found[size, s.shape[1]].append((number, s))
                 advance(1)
-        return cls(blocks, updates.norms.sum(1))
+        scanned.check_unchanged()
+        blocks = []
+        for (size, _), owned in found.items():
+            numbers = torch.tensor([number for number, s in owned for _ in s])
+            blocks.append(_Block(size, numbers, torch.cat([s for _, s in owned])))
+        return cls(blocks, scanned.norms.sum(1))
 
-    def outlook(self, scheme: IndividualScheme, step: float | Tensor, itemsize: int) -> Outlook:
+    def outlook(self, scheme: SteppedScheme, step: float | Tensor, itemsize: int) -> Outlook:
         """At a ``step``, or one for each adapter [n], that is a share of the adapter's √Σ‖ΔW‖².
 
         One for all cuts errors where that costs the mean least.
@@ -90,15 +99,15 @@ class Spectra:
             lost.index_add_(0, block.adapters, own_lost)
         return Outlook(bits / 8, torch.where(self.energies > 0, lost / self.energies.clamp_min(TINY), 0.0))
 
-    def step_for_bytes(self, scheme: IndividualScheme, most: float, itemsize: int) -> float:
+    def step_for_bytes(self, scheme: SteppedScheme, most: float, itemsize: int) -> float:
         """The finest step at which all tensors together take at most so many bytes, about."""
-        return self._bisected(lambda step: float(self.outlook(scheme, step, itemsize).bytes.sum()) > most)
+        return _turn(lambda step: float(self.outlook(scheme, step, itemsize).bytes.sum()) > most)[1]
 
-    def step_for_mean(self, scheme: IndividualScheme, most: float, itemsize: int) -> float:
+    def step_for_mean(self, scheme: SteppedScheme, most: float, itemsize: int) -> float:
         """The coarsest step at which the mean squared error is at most so much, about."""
-        return self._bisected(lambda step: float(self.outlook(scheme, step, itemsize).squared_errors.mean()) <= most)
+        return _turn(lambda step: float(self.outlook(scheme, step, itemsize).squared_errors.mean()) <= most)[0]
 
-    def steps_for_each(self, scheme: IndividualScheme, most: float, itemsize: int) -> Tensor:
+    def steps_for_each(self, scheme: SteppedScheme, most: float, itemsize: int) -> Tensor:
         """For each adapter the coarsest step [n] at which its squared error is at most so much, about."""
         low, high = (torch.full_like(self.energies, end) for end in _STEPS)
         for _ in range(_HALVINGS):
@@ -107,24 +116,25 @@ class Spectra:
             low, high = torch.where(within, middle, low), torch.where(within, high, middle)
         return low.exp2()
 
-    def _bisected(self, too_fine: Callable[[float], bool]) -> float:
-        """The step where ``too_fine`` turns from true to false."""
-        low, high = _STEPS
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            if too_fine(2**middle):
-                low = middle
-            else:
-                high = middle
-        return float(2**high)
+
+def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """The coarsest step for which ``holds`` is true, as it is for all finer ones, and the finest where it is not."""
+    low, high = _STEPS
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if holds(2**middle):
+            low = middle
+        else:
+            high = middle
+    return float(2**low), float(2**high)
 
 
-def planned_step(spectra: Spectra, scheme: IndividualScheme, scanned: Scan, options: CompressOptions) -> float | Tensor:
+def planned_step(spectra: Spectra, scheme: SteppedScheme, scanned: Scan, options: CompressOptions) -> float | Tensor:
     """The step that ``options`` ask for, or one for each adapter, as singular values have it."""
     itemsize = DTYPES[options.dtype].itemsize
     most = options.most_bytes(len(scanned.collection.adapters))
     if most is not None:
-        rest = bundle_bytes(scanned.collection, None, None, [], options.dtype)
+        rest = bytes_besides_updates(scanned.collection, scheme)
         return spectra.step_for_bytes(scheme, max(FIRST_AIM * most - rest, 1.0), itemsize)
     if options.max_mean_error is not None:
         return spectra.step_for_mean(scheme, FIRST_AIM * options.max_mean_error, itemsize)

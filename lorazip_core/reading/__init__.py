@@ -10,5 +10,6 @@ What the modules do, each with the help of those above it:
 - `norms`, `first_pass`, `scan`: what that first pass tells: ‖ΔW‖² of every update, NaN and Inf, files that are not
   those of the lock. On a GPU the tensors stay in one array a layout, if all of them fit;
 - `runs`, `sources`, `stacks`: the factors of one module, out of these arrays or read again from the files, as a stack;
+- `module_groups`: one adapter by itself, its modules stacked by shape;
 - `updates`: what the later steps see: norms, weights, and a stack for the asking.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from .scheme import Encoding, ModuleGroup, PackedScheme, Shape, ShapeOf, Size, Target, TensorSpec
+from .scheme import Encoding, ModuleGroup, PackedScheme, Shape, ShapeOf, Size, SteppedScheme, Target, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ _FIRST_AIM = 0.995  # of the limit: what is lost is within 1% of what is predict
 _NEAR = 0.985  # of the limit: nearer is not worth another try
 
 
-class Coded(PackedScheme):
+class Coded(PackedScheme, SteppedScheme):
     """The smallest for nearly any error: a truncated SVD whose ranks and bits follow the spectrum."""
 
     name: ClassVar[str] = "coded"
@@ -34,7 +34,6 @@ class Coded(PackedScheme):
     own: ClassVar[tuple[str, ...]] = ("u", "v", "scale")
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = None
-    has_step: ClassVar[bool] = True
     default_error: ClassVar[float | None] = DEFAULT_ERROR
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
@@ -139,9 +138,11 @@ def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) ->
 
 
 def _near(of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float) -> Iterable[Encoding]:
-    """An encoding that loses at most ``limit``, but not much less; nothing if no step does."""
+    """An encoding that loses at most ``limit``, but not much less; nothing if no step does: some is always lost."""
     from ..maths.quantise import predicted_step
 
+    if limit <= 0:
+        return
     step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit)
     best = None
     for _ in range(_TRIES):

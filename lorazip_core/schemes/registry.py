@@ -6,7 +6,7 @@ from .coded import Coded
 from .diag import Diag
 from .joint import Joint
 from .original import Original
-from .scheme import IndividualScheme, PackedScheme, Scheme, SharedScheme
+from .scheme import IndividualScheme, PackedScheme, Scheme, SharedScheme, SteppedScheme
 from .svd import Svd
 
 SCHEMES: dict[str, Scheme] = {
@@ -55,3 +55,8 @@ def packed_scheme(name: str) -> PackedScheme | None:
 def default_method(*, shares: bool) -> str:
     """What serves those best who name no method; ``shares``: who ask for bases, by their rank or their number."""
     return Joint.name if shares else Coded.name
+
+
+def stepped_schemes() -> list[SteppedScheme]:
+    """The methods whose sizes and errors can be planned."""
+    return [scheme for name in methods() if isinstance(scheme := SCHEMES[name], SteppedScheme)]

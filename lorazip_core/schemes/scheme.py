@@ -221,7 +221,7 @@ class Target(NamedTuple):
     limit: float | None = None
     """The most that Σ‖ΔW − ΔŴ‖² may be."""
     step: float | None = None
-    """How coarse it may be, for a scheme that `IndividualScheme.has_step`."""
+    """How coarse it may be, for a `SteppedScheme`: the larger, the less is kept."""
 
 
 class Encoding(NamedTuple):
@@ -237,21 +237,22 @@ class Encoding(NamedTuple):
 class IndividualScheme(Scheme):
     """Every adapter on its own."""
 
-    has_step: ClassVar[bool] = False
-    """Whether `Target.step`, the coarser the larger, says how much is kept; then `predicted` tells what that is."""
-
-    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
-        """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
-
-        ``s`` [m, r] are their singular values, descending, and ``itemsize`` the bytes of an element of the bundle.
-        """
-        raise NotImplementedError
-
     @abstractmethod
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """What to try in turn until it meets the limit of ``target``, rounded to ``dtype``, on the CPU.
 
         All modules of an adapter are in ``groups``. Nothing is tried where the scheme cannot do what is wanted.
+        """
+
+
+class SteppedScheme(IndividualScheme):
+    """One whose `Target.step` says how much is kept, and whose sizes and errors follow from singular values."""
+
+    @abstractmethod
+    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+        """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
+
+        ``s`` [m, r] are their singular values, descending, and ``itemsize`` the bytes of an element of the bundle.
         """
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from .factors import FactorsScheme
-from .scheme import Encoding, ModuleGroup, Shape, Size, Target, TensorSpec
+from .scheme import Encoding, ModuleGroup, Shape, Size, SteppedScheme, Target, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from ..maths.spectrum import Spectrum
 
 
-class Svd(FactorsScheme):
+class Svd(FactorsScheme, SteppedScheme):
     """The best approximation of each update at its rank, before it is rounded."""
 
     name: ClassVar[str] = "svd"
     about: ClassVar[str] = "a truncated SVD of each update on its own, rank {rank}"
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = 4
-    has_step: ClassVar[bool] = True
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """At the mean rank asked for, or with the components worth a step; then with ever more, from the fewest."""

@@ -1,0 +1,133 @@
+"""Bundles that meet a budget or a mean error: never beyond it, not far below it, and as the plan has said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testing import random_adapters as ra
+
+from lorazip_cli.main import main
+from lorazip_core.adapter.module import Module
+from lorazip_core.bundle.reader import Bundle
+from lorazip_core.compress.run import CompressReport, compress
+from lorazip_core.planning.options import CompressOptions
+from lorazip_core.planning.plan import plan
+from lorazip_core.verify.run import verify
+
+MODULES = tuple(Module(f"layers.{i}.proj", "linear", 768, 512 + 256 * (i % 2)) for i in range(6))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ra.write_collection(tmp_path_factory.mktemp("adapters"), ra.plain(10, groups=3, rank=6, modules=MODULES))
+
+
+def made(root: Path, bundle: Path, **wanted: Any) -> CompressReport:
+    """A bundle that `verify` finds to be sound and true."""
+    report = compress(root, bundle, CompressOptions(**wanted))
+    assert verify(bundle, against=root).ok
+    files = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    assert report.summary.bytes_bundle == files
+    return report
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("auto", 40_000), ("coded", 80_000), ("coded", 200_000), ("svd", 400_000), ("svd", 700_000)]
+)
+def test_a_budget_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, budget: int) -> None:
+    report = made(adapters, tmp_path / "out", method=method, budget=budget)
+    assert 0.95 * budget <= report.summary.bytes_bundle <= budget
+    [chosen] = [
+        point for point in plan(adapters, CompressOptions(method=method, budget=budget)).frontier if point.chosen
+    ]
+    assert chosen.bytes_bundle == pytest.approx(report.summary.bytes_bundle, rel=0.05)
+    assert chosen.mean_squared_error == pytest.approx(report.summary.mean_squared_error, rel=0.1)
+
+
+def test_more_bytes_lose_less(adapters: Path, tmp_path: Path) -> None:
+    errors = [
+        made(adapters, tmp_path / str(budget), budget=budget).summary.mean_squared_error
+        for budget in (40_000, 80_000, 160_000)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["coded", "svd"])
+@pytest.mark.parametrize("mean", [0.02, 0.1, 0.3])
+def test_a_mean_error_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, mean: float) -> None:
+    report = made(adapters, tmp_path / "out", method=method, max_mean_error=mean)
+    assert report.summary.mean_squared_error <= mean
+    assert method == "svd" or report.summary.mean_squared_error >= 0.95 * mean  # a rank is no fine measure
+
+
+def test_a_budget_by_the_adapter_is_one_for_all(adapters: Path, tmp_path: Path) -> None:
+    made(adapters, tmp_path / "each", budget_per_adapter=8_000)
+    made(adapters, tmp_path / "all", budget=80_000)
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("each", "all")]
+    assert manifests[0] == manifests[1]
+
+
+def test_an_attempt_that_misses_is_followed_by_one_that_does_not(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 1.5)
+    report = made(adapters, tmp_path / "over", budget=80_000)
+    assert 76_000 <= report.summary.bytes_bundle <= 80_000
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 0.5)
+    report = made(adapters, tmp_path / "under", budget=80_000)
+    assert 76_000 <= report.summary.bytes_bundle <= 80_000
+
+
+def test_more_adapters_than_a_packed_file_holds(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(adapters, tmp_path / "one", max_error=0.1)
+    monkeypatch.setattr("lorazip_core.compress.packed.PACKED_ADAPTERS", 3)
+    made(adapters, tmp_path / "several", max_error=0.1)
+    one, several = (Bundle(tmp_path / name) for name in ("one", "several"))
+    paths = [adapter.individual for adapter in several.manifest.adapters]
+    assert [paths.count(path) for path in dict.fromkeys(paths)] == [3, 3, 3, 1]
+    for a, b in zip(one.manifest.adapters, several.manifest.adapters, strict=True):
+        for module in one.modules(a):
+            own, other = one.own(a, module.name), several.own(b, module.name)
+            assert all(own[suffix].equal(other[suffix]) for suffix in own)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "2kB"], "--budget 2,000 bytes: names, configurations and what is no LoRA factor take "),
+        (["--max-mean-error", "1e-9"], "--max-mean-error 1e-09: coded gets no further than "),
+        (["--method", "svd", "--budget", "30kB"], "--budget 30,000: svd gets no further than "),
+        (["--budget", "30kB", "--max-error", "0.1"], "--max-error and --budget exclude each other"),
+        (["--method", "svd", "--rank", "2", "--budget", "30kB"], "--budget and --rank exclude each other"),
+        (["--method", "joint", "--budget", "30kB"], "--budget: how much joint has to keep for it is not known"),
+        (["--clusters", "2", "--max-mean-error", "0.1"], "--max-mean-error: how much joint has to keep"),
+        (["--max-mean-error", "0"], "--max-mean-error 0.0: it has to be above 0"),
+        (["--method", "coded", "--rank", "3"], "--rank 3: coded has no rank"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_met_is_one_line_and_leaves_nothing(
+    adapters: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(adapters, tmp_path / "out", max_error=0.1)
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "--force", "-q", *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lorazip: error: {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_what_was_asked_for_is_in_the_manifest(adapters: Path, tmp_path: Path) -> None:
+    made(adapters, tmp_path / "budget", budget=80_000)
+    made(adapters, tmp_path / "mean", max_mean_error=0.1)
+    told = [json.loads((tmp_path / name / "manifest.json").read_bytes())["parameters"] for name in ("budget", "mean")]
+    assert (told[0]["budget"], told[0]["method"], told[0]["rank"]) == (80_000, "coded", None)
+    assert "max_mean_error" not in told[0]
+    assert told[1]["max_mean_error"] == 0.1
