@@ -95,7 +95,7 @@ def test_the_line_names_it(bundle: Path, edit: Any, message: str, capsys: pytest
 def test_the_first_of_many_and_their_number(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_manifest(bundle, lambda m: m.update(requires={}))
     assert main(["info", str(bundle)]) == 4
-    assert "the kind embedding is in use, but not required to export, and 7 more (restore" in said(capsys)
+    assert "the kind embedding is in use, but not required to export, and 8 more (restore" in said(capsys)
 
 
 def test_an_error_that_no_number_holds_is_left_out(bundle: Path, tmp_path: Path) -> None:

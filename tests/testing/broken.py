@@ -394,7 +394,9 @@ MANIFESTS = [
     ),
     Broken("an SVD without a rank", manifest(lambda m: m["adapters"][5].update(rank=None)), {"contradiction"}),
     Broken(
-        "a module of more bytes than a basis", manifest(lambda m: m["modules"][0].update(d_in=2**62)), {"wrong-shape"}
+        "a module of more bytes than a basis",
+        manifest(lambda m: m["modules"][0].update(d_in=2**62)),
+        {"wrong-shape", "unreadable"},  # a packed file has no shapes of its own
     ),
     Broken(
         "a kernel of more than the inputs",
@@ -407,7 +409,11 @@ MANIFESTS = [
         {"contradiction"},
     ),
     Broken("a file of more bytes", manifest(lambda m: m["files"][0].update(size_bytes=2**62)), {"wrong-size"}),
-    Broken("a module of another size", manifest(lambda m: m["modules"][2].update(d_in=21)), {"wrong-shape"}),
+    Broken(
+        "a module of another size",
+        manifest(lambda m: m["modules"][2].update(d_in=21)),
+        {"wrong-shape", "unreadable"},
+    ),
     Broken("a module of swapped sides", manifest(lambda m: m["modules"][3].update(d_out=20, d_in=8)), {"wrong-shape"}),
     Broken("a cluster of a lower rank", manifest(lambda m: m["clusters"][0].update(rank=3)), {"wrong-shape"}),
     Broken(
