@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,14 +34,20 @@ class TensorInfo(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its data; the dtypes of safetensors carry their bits in their names (BF16, F8_E4M3), BOOL is 8."""
-        bits = re.match(r"[A-Z]+(\d+)", self.dtype)
-        return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
+        """Bytes of its data."""
+        return math.prod(self.shape) * _bits(self.dtype) // 8
 
     @property
     def end(self) -> int:
         """The byte after its last one."""
         return self.begin + self.size_bytes
+
+
+@cache
+def _bits(dtype: str) -> int:
+    """Of an element; the dtypes of safetensors carry them in their names (BF16, F8_E4M3), BOOL is 8."""
+    bits = re.match(r"[A-Z]+(\d+)", dtype)
+    return int(bits[1]) if bits else 8
 
 
 class Cut(NamedTuple):

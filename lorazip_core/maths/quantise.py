@@ -29,6 +29,7 @@ BITS_OF_INDEX = 12
 """About what a component takes in the index of a file, its scale included."""
 _REDUNDANCY = 1.01  # of Huffman codes
 _ROUNDS, _TRIED = 3, 32  # of 14 octaves: to 0.0005 of one
+_OCTAVES, _PER_OCTAVE = 16, 64  # of a curve; beyond, no code gets larger
 _RIDGE = 1e-12  # of ‖û v̂ᵀ‖²
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
 _EULER = 0.5772156649  # the mean of a Gumbel variable
@@ -124,18 +125,39 @@ def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     return predicted_of(components.s.cpu(), components.b.shape[-2], components.a.shape[-1], step)
 
 
-def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """`predicted` from singular values alone, [..., r], on the CPU."""
-    sizes = (torch.as_tensor(size, dtype=torch.float64) for size in (d_out, d_in))
+    curve = _curve(d_out, d_in)
+    place = ((s / step).clamp_min(TINY).log2() - curve.start) * _PER_OCTAVE
+    kept = place >= 0
+    place = place.clamp(0, len(curve.bits) - 1 - 1e-9)
+    below = place.floor().long()
+    share = place - below
+    bits = torch.lerp(curve.bits[below], curve.bits[below + 1], share)
+    left = torch.lerp(curve.left[below], curve.left[below + 1], share)
+    return (s.square() * torch.where(kept, left, 1.0)).sum(-1), (bits * kept).sum(-1)
+
+
+class _Curve(NamedTuple):
+    """Components of updates of one size, over log2(s / Δ) from ``start`` on, where the weakest are that are kept."""
+
+    start: float
+    bits: Tensor
+    left: Tensor
+    """The share of its energy that is lost."""
+
+
+@cache
+def _curve(d_out: int, d_in: int) -> _Curve:
+    start = 0.25 * math.log2(d_out * d_in) - math.log2(WEAKEST)
+    ratio = (start + torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64) / _PER_OCTAVE).exp2()
     rate = _rate()
-    kept_energy, bits, deviation = s.square() * (1 - _LOST_BY_SCALES), torch.zeros_like(s), torch.ones_like(s)
-    for size in sizes:
-        own = torch.minimum(s / size.sqrt() / step, MOST / _greatest(size))
-        kept_energy = kept_energy * (1 - rate.left(own))
-        bits = bits + size * rate.bits(own) * _REDUNDANCY
-        deviation = deviation * own
-    kept = deviation.sqrt() >= 1 / WEAKEST
-    return (s.square() - kept_energy * kept).sum(-1), ((bits + BITS_OF_INDEX) * kept).sum(-1)
+    energy, bits = torch.full_like(ratio, 1 - _LOST_BY_SCALES), torch.full_like(ratio, BITS_OF_INDEX)
+    for size in (d_out, d_in):
+        own = (ratio / size**0.5).clamp_max(MOST / _greatest(size))
+        energy *= 1 - rate.left(own)
+        bits += size * rate.bits(own) * _REDUNDANCY
+    return _Curve(start, bits, 1 - energy)
 
 
 def predicted_step(components: Sequence[Components], limit: float) -> float:
@@ -216,11 +238,11 @@ def _phi(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
 
 
-def _greatest(count: Tensor) -> Tensor:
+def _greatest(count: int) -> float:
     """About the greatest of the absolute values of so many Gaussian entries, in deviations."""
-    logarithm = (2 * count.clamp_min(2)).log()
-    most = (2 * logarithm).sqrt()
-    return most + (_EULER - 0.5 * (logarithm.log() + math.log(4 * math.pi))) / most
+    logarithm = math.log(2 * max(count, 2))
+    most = math.sqrt(2 * logarithm)
+    return most + (_EULER - 0.5 * (math.log(logarithm) + math.log(4 * math.pi))) / most
 
 
 def _density(x: Tensor) -> Tensor:

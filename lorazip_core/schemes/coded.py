@@ -126,14 +126,14 @@ def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) ->
     for group, components in of_groups:
         check_stop()
         codes = quantise(components, step)
-        u, v, scale, kept = (each.cpu() for each in codes[:4])
-        for place, (name, error) in enumerate(zip(group.names, codes.squared_errors.tolist(), strict=True)):
-            own = kept[place]
-            encoding.tensors[f"{name}.u"] = u[place].mT[own].contiguous()
-            encoding.tensors[f"{name}.v"] = v[place][own].contiguous()
-            encoding.tensors[f"{name}.scale"] = scale[place][own]
-            encoding.squared_errors[name] = error
-            ranks[name] = int(own.sum())
+        of, place = codes.kept.nonzero(as_tuple=True)  # module by module
+        counts = codes.kept.sum(-1).tolist()
+        flat = {"u": codes.u.mT[of, place], "v": codes.v[of, place], "scale": codes.scale[of, place]}
+        for suffix, tensor in flat.items():
+            for name, own in zip(group.names, tensor.cpu().split(counts), strict=True):
+                encoding.tensors[f"{name}.{suffix}"] = own
+        encoding.squared_errors.update(zip(group.names, codes.squared_errors.tolist(), strict=True))
+        ranks.update(zip(group.names, counts, strict=True))
     return encoding
 
 
