@@ -130,7 +130,7 @@ def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) ->
         counts = codes.kept.sum(-1).tolist()
         flat = {"u": codes.u.mT[of, place], "v": codes.v[of, place], "scale": codes.scale[of, place]}
         for suffix, tensor in flat.items():
-            for name, own in zip(group.names, tensor.cpu().split(counts), strict=True):
+            for name, own in zip(group.names, tensor.cpu().split_with_sizes(counts), strict=True):
                 encoding.tensors[f"{name}.{suffix}"] = own
         encoding.squared_errors.update(zip(group.names, codes.squared_errors.tolist(), strict=True))
         ranks.update(zip(group.names, counts, strict=True))
