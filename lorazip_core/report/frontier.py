@@ -95,7 +95,7 @@ def _add(figure: Figure, name: str, rows: Sequence[_Row], which: str, **look: ob
 def _table(rows: Sequence[_Row], original: int) -> Table:
     return Table(
         "Sizes and errors",
-        ("method", "figures are", "bundle", "times smaller", "mean squared error", "worst squared error"),
+        ("method", "figures are", "bundle", "against the originals", "mean squared error", "worst squared error"),
         [
             (
                 row.method,
