@@ -409,6 +409,7 @@ class TestHarmless:
         assert len(ids) == len(set(ids)) > 0
         assert all(re.fullmatch(r"chart-\d+", each or "") for each in ids)
 
+    @pytest.mark.slow
     def test_same_result_same_bytes(self) -> None:
         code = "import sys; sys.path[:0] = sys.argv[1:]; from test_report_pages import *; import hashlib\n"
         code += "print([hashlib.sha256(make(HOSTILE).encode()).hexdigest() for make in all_pages()])"
