@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazip_core.base.errors import UsageError
 from lorazip_core.base.text import plain
 from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.bundle.output_path import check_output_path
+from lorazip_core.report.html import compress_page, plan_page
 from lorazip_core.schemes.registry import AUTO, SCHEMES, methods
 
 from . import console
@@ -25,6 +28,7 @@ from .options import (
     Json,
     Memory,
     Quiet,
+    ReportPage,
     Seed,
     SkipBad,
     Weights,
@@ -35,6 +39,7 @@ from .options import (
 )
 from .options import clusters as parse_clusters
 from .progress import progress
+from .report_file import check_report_files, write_report_files
 from .table import by_file, count, error, megabytes, saved, saving, table, times
 from .wording import report_in_options
 
@@ -105,6 +110,7 @@ def compress(
     device: Device = "auto",
     memory: Memory = None,
     device_memory: DeviceMemory = None,
+    html: ReportPage = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     allow_mixed_base: AllowMixedBase = False,
@@ -139,21 +145,41 @@ def compress(
     if output is not None:
         check_output_path(output, [directory])
     reading = {"allow_pickle": allow_pickle, "allow_mixed_base": allow_mixed_base, "skip_bad": skip_bad}
+    files = {"--report": html}
+    check_report_files(files, inputs=[directory, *_file_of(number_or_file)], force=force, json=json)
+    if html is not None and output is not None:
+        _check_apart(html, output)
     if output is None or dry_run:
         from lorazip_core.planning.plan import plan
 
         planned = report_in_options(plan(directory, options, output=output, progress=progress(quiet), **reading))
+        write_report_files(files, {"--report": lambda: plan_page(planned, options).encode()})
         console.show(planned, lambda report: _render_plan(report, output), as_json=json, quiet=False)
         return 0
     check_new(output, force=force)
-    from lorazip_core.compress.run import compress as compress_adapters
+    from lorazip_core.compress.run import compress_by_frontier
 
-    made = compress_adapters(directory, output, options, force=force, progress=progress(quiet), **reading)
-    report = report_in_options(made)
+    made = compress_by_frontier(
+        directory, output, options, predict=html is not None, force=force, progress=progress(quiet), **reading
+    )
+    report = report_in_options(made.report)
+    write_report_files(files, {"--report": lambda: compress_page(made._replace(report=report), options).encode()})
     console.show(report, _render, as_json=json, quiet=quiet)
     if not quiet:
         console.warn_of(report.warnings)
     return 0
+
+
+def _check_apart(page: Path, bundle: Path) -> None:
+    """Refuse a page within the bundle, which has no room for it, or in the place of it or of a folder that it is in."""
+    there, written = (Path(os.path.realpath(path)) for path in (page, bundle))
+    if there.is_relative_to(written) or written.is_relative_to(there):
+        raise UsageError(f"--report {page}: it is where the bundle {bundle} goes", "choose another --report")
+
+
+def _file_of(clusters: int | str | Path) -> list[Path]:
+    """The file of clusters, if that is what --clusters named."""
+    return [clusters] if isinstance(clusters, Path) else []
 
 
 def _render(report: CompressReport) -> None:
@@ -202,6 +228,8 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
         ]
         console.line("predicted from the singular values of all updates, squared errors:")
         console.line(table(("method", "bundle", "", "mean", "worst"), points))
+    if report.comparison:
+        console.line(f"compared {report.comparison}")
     for skipped in report.skipped:
         console.line(f"left out: {skipped.name}: {skipped.reason}")
     bases = (

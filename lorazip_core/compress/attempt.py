@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..base.errors import UsageError
-from ..base.progress import Progress
 from ..base.text import megabytes
 from ..bundle.manifest import Manifest
 from ..bundle.tensor_file import DTYPES
 from ..planning.options import CompressOptions
-from ..planning.spectra import Outlook, Spectra, planned_step
+from ..planning.spectra import Outlook, Spectra
 from ..reading.scan import Scan
 from ..schemes.scheme import SteppedScheme
 
@@ -91,12 +88,9 @@ class Attempt:
         return self.spectra.step_for_bytes(self.scheme, left * self.predicted_bytes / tensors, self.itemsize)
 
 
-def first_attempt(scanned: Scan, options: CompressOptions, device: torch.device, progress: Progress) -> Attempt:
-    """What the singular values of all updates say."""
+def first_attempt(spectra: Spectra, scanned: Scan, step: float, options: CompressOptions) -> Attempt:
+    """With the ``step`` that the singular values of all updates ask for."""
     scheme = options.scheme
     assert isinstance(scheme, SteppedScheme)
-    spectra = Spectra.of(scanned, device, progress)
-    step = planned_step(spectra, scheme, scanned, options)
-    assert isinstance(step, float)
     most = options.most_bytes(len(scanned.collection.adapters))
     return Attempt(0, step, spectra, scheme, DTYPES[options.dtype].itemsize, most, options.max_mean_error)

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from msgspec import UNSET, Struct
@@ -34,7 +34,9 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..clustering.alternation import Probes, alternate
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import read_clusters
+from ..planning.frontier import Frontier, frontier
 from ..planning.options import CompressOptions
+from ..planning.spectra import Spectra, planned_step
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.packs import Budget
 from ..reading.scan import Scan, scan_for
@@ -84,6 +86,15 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
 
 
+class Compression(NamedTuple):
+    """The report, and the figures behind it that are too many for its JSON."""
+
+    report: CompressReport
+    manifest: Manifest
+    frontier: Frontier | None
+    """What was predicted; None where nobody asked for it, or no singular values say how much is kept."""
+
+
 def compress(
     root: Path,
     output: Path,
@@ -102,6 +113,36 @@ def compress(
 
     Raises AdapterErrors for adapters that cannot be used (unless ``skip_bad``), OutputExists, UsageError for options
     that make no sense, LocalError for a device that is not there, and for the lock of ``root`` as `read_lock` does.
+    """
+    return compress_by_frontier(
+        root,
+        output,
+        options,
+        predict=False,
+        allow_pickle=allow_pickle,
+        allow_mixed_base=allow_mixed_base,
+        skip_bad=skip_bad,
+        force=force,
+        progress=progress,
+    ).report
+
+
+def compress_by_frontier(
+    root: Path,
+    output: Path,
+    options: CompressOptions,
+    *,
+    predict: bool = True,
+    allow_pickle: bool = False,
+    allow_mixed_base: bool = False,
+    skip_bad: bool = False,
+    force: bool = False,
+    progress: Progress = _SILENT,
+) -> Compression:
+    """As `compress`, with the figures of every adapter and, to ``predict``, the frontier that ``plan`` would give.
+
+    For a frontier all adapters are read once more, but where a budget or a mean error has to be met: then they are in
+    any case.
     """
     started = time.monotonic()
     device = find_device(options.device)
@@ -128,7 +169,7 @@ def compress(
         pieces.check()
         run = _Run(scanned, options, device, within.budget, pieces, progress)
         writer = BundleWriter(building.path)
-        attempt = first_attempt(scanned, options, device, progress) if options.planned else None
+        predicted, attempt = _planned(scanned, options, device, progress, predict=predict)
         while True:
             encoded, clusters = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
@@ -138,7 +179,23 @@ def compress(
             attempt = following
             writer.clear()
         report = _report(scanned, output, manifest, size, time.monotonic() - started, device)
-    return report
+    return Compression(report, manifest, predicted)
+
+
+def _planned(
+    scanned: Scan, options: CompressOptions, device: torch.device, progress: Progress, *, predict: bool
+) -> tuple[Frontier | None, Attempt | None]:
+    """The frontier if it is to be predicted, and where how much to keep has to be found out, what to begin with."""
+    predict = predict and options.by_spectrum
+    if not (predict or options.planned):
+        return None, None
+    spectra = Spectra.of(scanned, device, progress)
+    step = planned_step(spectra, scanned, options)
+    attempt = None
+    if options.planned:
+        assert isinstance(step, float)
+        attempt = first_attempt(spectra, scanned, step, options)
+    return frontier(spectra, scanned, step, options) if predict else None, attempt
 
 
 def _bytes_needed(collection: Collection, options: CompressOptions) -> int:

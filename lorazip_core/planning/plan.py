@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
-from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..base.device import find_device
@@ -16,19 +15,16 @@ from ..base.errors import LocalError, UsageError
 from ..base.progress import Progress, Silent
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Method, SkippedEntry
-from ..bundle.size import bundle_bytes, bytes_besides_updates, equal_groups
-from ..bundle.tensor_file import DTYPES
+from ..bundle.size import bundle_bytes, equal_groups
 from ..clustering.clusters_file import Assignment, read_clusters
 from ..reading.memory import Bounds, Task, planned_bytes, working_within
 from ..reading.scan import scan_for
-from ..schemes.registry import SCHEMES, methods, stepped_schemes
-from ..schemes.scheme import SteppedScheme
+from ..schemes.registry import SCHEMES, methods
+from .frontier import Frontier, FrontierPoint, frontier
 from .options import CompressOptions
 from .spectra import Spectra, planned_step
 
 _SILENT = Silent()
-_TIMES = (4, 8, 16, 32, 64, 128)
-"""How many times smaller the bundles of a frontier are."""
 
 
 class PlannedScheme(Struct, frozen=True):
@@ -39,16 +35,6 @@ class PlannedScheme(Struct, frozen=True):
     clusters: int
     bytes_bundle: int
     saved_ratio: float
-    chosen: bool
-
-
-class FrontierPoint(Struct, frozen=True):
-    """What the collection would take and lose at one size, predicted from the singular values of all updates."""
-
-    method: Method
-    bytes_bundle: int
-    mean_squared_error: float
-    max_squared_error: float
     chosen: bool
 
 
@@ -64,6 +50,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     schemes: list[PlannedScheme]
     frontier: list[FrontierPoint] = []
     """By size, where the method is one whose errors can be predicted; the chosen one among them."""
+    comparison: str | None = None
+    """How the method that ``auto`` is compares with others at the same size, in a line; null for a named method."""
     problems: int = 0
     """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
     memory_bytes: int | None = None
@@ -106,7 +94,7 @@ def plan(
     else:
         groups = equal_groups(len(collection.adapters), options.clusters)
     memory = _planned_memory(collection, options)
-    points = _frontier(collection, options, skip_bad=skip_bad, progress=progress) if options.by_spectrum else []
+    predicted = _frontier(collection, options, skip_bad=skip_bad, progress=progress)
     return PlanReport(
         base_model=collection.base_model,
         adapters=len(collection.adapters),
@@ -114,7 +102,8 @@ def plan(
         skipped=[SkippedEntry(*skipped) for skipped in collection.skipped],
         bytes_original=sum(adapter.size_bytes for adapter in collection.adapters),
         schemes=planned_schemes(collection, options, groups),
-        frontier=points,
+        frontier=predicted.points if predicted else [],
+        comparison=predicted.comparison(options) if predicted else None,
         problems=_problems(collection, groups) if options.scheme.shared else 0,
         memory_bytes=memory and memory[0],
         least_memory_bytes=memory and memory[1],
@@ -125,33 +114,16 @@ def plan(
 
 def _frontier(
     collection: Collection, options: CompressOptions, *, skip_bad: bool, progress: Progress
-) -> list[FrontierPoint]:
-    """The sizes of `_TIMES`, with every method that can be planned, and what is chosen; the largest bundles first."""
+) -> Frontier | None:
+    """What singular values say; None for a method of which they say nothing, without reading a weight."""
+    if not options.by_spectrum:
+        return None
     device = find_device(options.device)
     task = Task.of(options.chosen, 1, 1, len(collection.adapters))
-    itemsize = DTYPES[options.dtype].itemsize
-    original = sum(adapter.size_bytes for adapter in collection.adapters)
     with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
         scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
         spectra = Spectra.of(scanned, device, progress)
-
-        def point(scheme: SteppedScheme, step: float | Tensor, *, chosen: bool) -> FrontierPoint:
-            outlook = spectra.outlook(scheme, step, itemsize)
-            errors = outlook.squared_errors
-            size = round(bytes_besides_updates(collection, scheme) + float(outlook.bytes.sum()))
-            return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
-
-        scheme = options.scheme
-        assert isinstance(scheme, SteppedScheme)
-        points = [point(scheme, planned_step(spectra, scheme, scanned, options), chosen=True)]
-        for each in stepped_schemes():
-            rest = bytes_besides_updates(collection, each)
-            for times in _TIMES:
-                wanted = original / times - rest
-                found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), itemsize), chosen=False)
-                if found.bytes_bundle <= 1.05 * original / times:  # else it cannot be as small
-                    points.append(found)
-    return sorted(points, key=lambda each: (-each.bytes_bundle, each.method))
+        return frontier(spectra, scanned, planned_step(spectra, scanned, options), options)
 
 
 def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:

@@ -129,8 +129,10 @@ def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
     return float(2**low), float(2**high)
 
 
-def planned_step(spectra: Spectra, scheme: SteppedScheme, scanned: Scan, options: CompressOptions) -> float | Tensor:
+def planned_step(spectra: Spectra, scanned: Scan, options: CompressOptions) -> float | Tensor:
     """The step that ``options`` ask for, or one for each adapter, as singular values have it."""
+    scheme = options.scheme
+    assert isinstance(scheme, SteppedScheme)
     itemsize = DTYPES[options.dtype].itemsize
     most = options.most_bytes(len(scanned.collection.adapters))
     if most is not None:

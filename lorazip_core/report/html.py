@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import numpy
 
     from ..clustering.clusters_file import Assignment
+    from ..compress.run import Compression
+    from ..planning.options import CompressOptions
+    from ..planning.plan import PlanReport
     from ..verify.run import Verification
 
 _NEEDED = ("jinja2", "plotly")
@@ -41,3 +44,25 @@ def cluster_page(assignment: Assignment, similarity: numpy.ndarray) -> str:
     from .clustering import page
 
     return page(assignment, similarity)
+
+
+def compress_page(compression: Compression, options: CompressOptions) -> str:
+    """A result of ``compress`` with these ``options`` as one HTML page that loads nothing.
+
+    The same result gives the same text.
+    """
+    check_available()
+    from .compression import page
+
+    return page(compression, options)
+
+
+def plan_page(plan: PlanReport, options: CompressOptions) -> str:
+    """What ``compress`` would do with these ``options`` as one HTML page that loads nothing.
+
+    The same plan gives the same text.
+    """
+    check_available()
+    from .compression import plan_page
+
+    return plan_page(plan, options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from ..base.text import count
 from ..bundle.finding import Finding
+from ..bundle.manifest import ModuleError
 from ..bundle.quality import LARGE_ERROR, above
 from ..verify.run import AdapterReport, VerifyReport
 from .answers import answer_gates
@@ -57,7 +60,21 @@ def worst_first(report: VerifyReport) -> list[tuple[AdapterReport, float]]:
     )
 
 
-def kept_as(adapter: AdapterReport) -> str:
+class KeptAdapter(Protocol):
+    """An adapter of a bundle, of a report or of the manifest."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def cluster(self) -> int | None: ...
+    @property
+    def worst_module(self) -> ModuleError | None: ...
+
+
+def kept_as(adapter: KeptAdapter) -> str:
+    """The scheme, and the cluster of one that shares a basis."""
     return adapter.scheme if adapter.cluster is None else f"{adapter.scheme}, cluster {adapter.cluster}"
 
 

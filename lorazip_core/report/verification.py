@@ -12,13 +12,13 @@ from ..bundle.quality import LARGE_ERROR, QualityWarning
 from ..model.report import ModelReport
 from ..verify.run import AdapterReport, ModuleErrors, VerifyReport
 from . import page as skeleton
+from .adapter_errors import errors_chart, only_worst, worst_table
 from .answers import HEAD, answer_gates, bound, divergence, figures, kept, largest_first, remarks, row
 from .answers import found as found_by
-from .charts import MOST_ROWS, Bars, Grid, Ticks, bars, heat_map, limit_lines, literal, natural_key, short
-from .outcome import gates, is_good, kept_as, limit_of_adapters, limits, made_with, squared_error, verdict, worst_first
+from .charts import MOST_ROWS, Grid, Ticks, heat_map, natural_key, short
+from .outcome import gates, is_good, limit_of_adapters, limits, made_with, squared_error, verdict, worst_first
 from .page import Chart, Page, Table, Tile
 
-_WORST = 20
 _MOST_FINDINGS = 200
 _MOST_ANSWERS = 200
 _MOST_GROUPS = 12
@@ -136,32 +136,15 @@ def _answers(model: ModelReport) -> Table:
     shown = largest_first(model)[:_MOST_ANSWERS]
     caption = " ".join([figures(model), *(f"{line[0].upper()}{line[1:]}." for line in remarks(model))])
     rows = [row(each) for each in shown]
-    more = _only_worst(len(shown), len(model.adapters))
+    more = only_worst(len(shown), len(model.adapters))
     return Table("Answers of the model", HEAD, rows, frozenset(range(1, len(HEAD))), f"{caption} {more}".strip())
 
 
 def _errors(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Chart:
-    shown = worst[:MOST_ROWS]
-    data = Bars(
-        names=[adapter.name for adapter, _ in shown],
-        values=[value for _, value in shown],
-        hover=[_hover(adapter, value) for adapter, value in shown],
-        groups=[kept_as(adapter) for adapter, _ in shown],
-    )
-    figure = bars(data, x=f"squared error, {report.errors_are}", y="adapters, the worst on top")
     lines = [(gate.limit, f"limit of the {gate.applies_to}: {gate.limit:g}") for gate in gates(report)]
     if not lines:
         lines = [(LARGE_ERROR, f"no limit given; tasks may suffer above {LARGE_ERROR}")]
-    limit_lines(figure, lines, rows=len(shown))
-    return Chart("Error of each adapter", figure, _only_worst(len(shown), len(worst)))
-
-
-def _hover(adapter: AdapterReport, value: float) -> str:
-    lines = [f"<b>{literal(adapter.name)}</b>", f"squared error {error(value)}", f"kept as {literal(kept_as(adapter))}"]
-    if adapter.worst_module is not None:
-        module = adapter.worst_module
-        lines.append(f"worst module {literal(module.name)}: {error(module.squared_error)}")
-    return "<br>".join(lines)
+    return errors_chart(worst, x=f"squared error, {report.errors_are}", limits=lines)
 
 
 def _modules(errors: ModuleErrors, worst: list[tuple[AdapterReport, float]]) -> Chart:
@@ -192,7 +175,7 @@ def _modules(errors: ModuleErrors, worst: list[tuple[AdapterReport, float]]) -> 
             line={"width": 2},
         )
     caption = "Each cell is one module of one adapter; drag over a part to enlarge it. "
-    return Chart("Error of each module", figure, caption + _only_worst(len(names), len(errors.adapters)))
+    return Chart("Error of each module", figure, caption + only_worst(len(names), len(errors.adapters)))
 
 
 def _label(kind: str) -> str:
@@ -206,29 +189,11 @@ def _scale(values: numpy.ndarray) -> float:
     return float(known.max()) if known.size and known.max() > 0 else 1.0
 
 
-def _only_worst(shown: int, of: int) -> str:
-    return f"The worst {shown:,} of {of:,} adapters." if shown < of else ""
-
-
 def _worst(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Table:
     measured = report.errors_are == "measured"
-    rows = [
-        (
-            adapter.name,
-            error(value),
-            *([error(adapter.claimed_squared_error)] if measured else []),
-            kept_as(adapter),
-            adapter.worst_module.name if adapter.worst_module else "-",
-            error(adapter.worst_module.squared_error if adapter.worst_module else None),
-        )
-        for adapter, value in worst[:_WORST]
-    ]
-    head = ("adapter", "squared error", *(["claimed"] if measured else []), "kept as", "worst module", "its error")
-    numbers = frozenset({1, 2, 5}) if measured else frozenset({1, 4})
-    caption = _only_worst(len(rows), len(worst))
-    unknown = [adapter.name for adapter in report.adapters if squared_error(report, adapter) is None]
-    if unknown:
-        caption = f"{caption} Not measured: {', '.join(unknown[:_WORST])}{' …' if len(unknown) > _WORST else ''}."
-    limit = limit_of_adapters(report)
-    bad = frozenset(row for row, (_, value) in enumerate(worst[:_WORST]) if value > limit)
-    return Table("Worst adapters", head, rows, numbers, caption.strip(), bad)
+    return worst_table(
+        worst,
+        limit=limit_of_adapters(report),
+        claims=[adapter.claimed_squared_error for adapter, _ in worst] if measured else None,
+        unknown=[adapter.name for adapter in report.adapters if squared_error(report, adapter) is None],
+    )

@@ -159,6 +159,7 @@ def test_update_and_what_it_changes(project: Project) -> None:
     assert moved.head in project.lock.read_text()
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_stops_make_and_the_next_one_goes_on(project: Project) -> None:
     repository = project.hub.catalogue.repositories[f"org/{SAMPLES[1].name}"]
     repository.gated = "manual"

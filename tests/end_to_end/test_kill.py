@@ -64,6 +64,7 @@ def test_killed_at_any_step_a_directory_is_old_or_new_or_not_there(over: str, tm
     assert len(states) > 10
 
 
+@pytest.mark.slow  # test_resume.py kills compress too
 def test_a_killed_compress_leaves_the_old_bundle_or_the_new_one(tmp_path: Path) -> None:
     adapters, old, new = tmp_path / "adapters", tmp_path / "old", tmp_path / "new"
     for source in sorted(sample_path().iterdir())[:2]:

@@ -110,6 +110,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_arrives_in_the_end(tmp_path: Path) -> None:
     """At the fifth file, while adapters are looked up; among the weights; when the last file is on its way."""
     jobs = 4

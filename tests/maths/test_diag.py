@@ -280,7 +280,7 @@ def test_the_search_starts_from_the_own_components_too(rank: int) -> None:
     assert error(factors, Basis(u[0], v[0])) == pytest.approx(best, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("parallel", [0.0, 3.0])
 def test_the_polish_never_falls(seed: int, parallel: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after every number of rounds, from a poor start, over swamps too."""
@@ -405,7 +405,7 @@ def test_transposed_updates_have_the_same_optimum(seed: int) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_growing_the_rank_never_hurts(seed: int) -> None:
     factors = alike(seed, n=9)
     errors = [error(factors, fit_diag(stacked(factors), rank)) for rank in (1, 2, 4, 6, 9, 13, 18, 27)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lorazip_core.bundle.check import Finding
-from lorazip_core.bundle.manifest import ModuleError
+from lorazip_core.bundle.manifest import AdapterEntry, Manifest, ModuleError, Parameters
+from lorazip_core.bundle.quality import quality_warnings
 from lorazip_core.bundle.summary import summarise
 from lorazip_core.clustering.clusters_file import (
     AssignedAdapter,
@@ -15,6 +16,9 @@ from lorazip_core.clustering.clusters_file import (
     NearDuplicate,
     Outlier,
 )
+from lorazip_core.compress.run import Compression, CompressReport, WorstAdapter
+from lorazip_core.planning.frontier import Frontier, FrontierPoint
+from lorazip_core.planning.plan import PlannedScheme, PlanReport
 from lorazip_core.verify.run import AdapterReport, Gates, ModuleErrors, Verification, VerifyReport
 
 HOSTILE = [
@@ -179,3 +183,80 @@ def assigned(
         objective=[9.0, 8.0, 7.5],
     )
     return assignment, similarity
+
+
+FRONTIER = Frontier(
+    points=[
+        FrontierPoint("coded", 20_000_000, 0.001, 0.002, chosen=False),
+        FrontierPoint("svd", 20_000_000, 0.02, 0.03, chosen=False),
+        FrontierPoint("coded", 9_000_000, 0.05, 0.09, chosen=True),
+        FrontierPoint("coded", 5_000_000, 0.1, 0.2, chosen=False),
+    ],
+    beside=[FrontierPoint("svd", 9_000_000, 0.3, 0.4, chosen=False)],
+)
+
+
+def compressed(
+    adapters: int = 4, *, names: list[str] | None = None, frontier: Frontier | None = FRONTIER
+) -> Compression:
+    """What came of compressing ``adapters`` from 100 MB to 10 MB with `coded`, their errors from 0.01 up to 0.5."""
+    names = names or [f"team/adapter-{number:04d}" for number in range(adapters)]
+    errors = np.random.default_rng(0).uniform(0.01, 0.5, len(names)).tolist()
+    summary = summarise(len(names), errors, 10**8, 10**7)
+    worst = int(np.argmax(errors))
+    report = CompressReport(
+        bundle="bundle",
+        base_model="org/base",
+        method="coded",
+        rank=None,
+        clusters=[],
+        individual=names,
+        skipped=[],
+        zero=[],
+        summary=summary,
+        worst=WorstAdapter(names[worst], errors[worst]),
+        seconds=1.0,
+        warnings=quality_warnings(errors, summary, method="coded", max_error=None),
+        device_peak_bytes=None,
+    )
+    entries = [
+        AdapterEntry(
+            name=name,
+            scheme="coded",
+            config="configs/0.json",
+            files=[],
+            squared_norm=1.0,
+            squared_error=value,
+            mean_module_squared_error=value,
+            worst_module=ModuleError("layers.0.q_proj", value),
+        )
+        for name, value in zip(names, errors, strict=True)
+    ]
+    manifest = Manifest(
+        created_by="lorazip",
+        requires={},
+        base_model="org/base",
+        parameters=Parameters("coded", None, 0, "bf16", 0, "adapter", None),
+        modules=[],
+        module_sets=[],
+        clusters=[],
+        adapters=entries,
+        skipped=[],
+        files=[],
+    )
+    return Compression(report, manifest, frontier)
+
+
+def planned(*, frontier: Frontier | None = FRONTIER) -> PlanReport:
+    """A plan for 4 adapters of 100 MB."""
+    method = "coded" if frontier else "joint"
+    return PlanReport(
+        base_model="org/base",
+        adapters=4,
+        modules=6,
+        skipped=[],
+        bytes_original=10**8,
+        schemes=[PlannedScheme(method, None if frontier else 16, 0 if frontier else 2, 9_000_000, 0.91, chosen=True)],
+        frontier=frontier.points if frontier else [],
+        comparison="in 9.0 MB, coded is better" if frontier else None,
+    )

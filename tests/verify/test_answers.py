@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from testing.broken import edit_manifest, find, flip, reseal
@@ -299,8 +300,11 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_a_model_that_the_hub_does_not_give_is_one_line(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests are offline (HF_HUB_OFFLINE)."""
+def test_a_model_that_the_hub_does_not_give_is_one_line(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, so that nobody is asked: huggingface_hub has read its environment long ago."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     argv = ["verify", "bundle", "--against", "adapters", "--model", "nobody/nothing", "--rows", "rows.jsonl", "-q"]
     assert main(argv) == 7
     said = capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""What the collection would take and lose at several sizes, predicted from the singular values of all updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msgspec import Struct
+from torch import Tensor
+
+from ..base.text import error, megabytes
+from ..bundle.manifest import Method
+from ..bundle.size import bytes_besides_updates
+from ..bundle.tensor_file import DTYPES
+from ..reading.scan import Scan
+from ..schemes.registry import AUTO, stepped_schemes
+from ..schemes.scheme import SteppedScheme
+from .options import CompressOptions
+from .spectra import Spectra
+
+_TIMES = (4, 8, 16, 32, 64, 128)
+"""How many times smaller the bundles of a frontier are."""
+_NEAR = 1.05
+"""Of the size that is wanted. What is larger is there because the method cannot be as small."""
+
+
+class FrontierPoint(Struct, frozen=True):
+    """What the collection would take and lose at one size, predicted from the singular values of all updates."""
+
+    method: Method
+    bytes_bundle: int
+    mean_squared_error: float
+    max_squared_error: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The predictions for one collection and what was asked for."""
+
+    points: list[FrontierPoint]
+    """The largest bundles first, the chosen one among them."""
+    beside: list[FrontierPoint]
+    """The other methods at the size of the chosen point; without those that cannot be as small."""
+
+    def comparison(self, options: CompressOptions) -> str | None:
+        """What ``auto`` is worth, in a line: its figures beside others of the same size; None for a named method."""
+        if options.method != AUTO:
+            return None
+        [chosen] = [point for point in self.points if point.chosen]
+        there = {point.method: point for point in self.beside}
+        others = [
+            f"{scheme.name} would lose {error(there[scheme.name].mean_squared_error)}"
+            if scheme.name in there
+            else f"{scheme.name} cannot be as small"
+            for scheme in stepped_schemes()
+            if scheme.name != chosen.method
+        ]
+        return (
+            f"in {megabytes(chosen.bytes_bundle)}, {chosen.method} is predicted to lose"
+            f" {error(chosen.mean_squared_error)} on average; {', '.join(others)}"
+        )
+
+
+def frontier(spectra: Spectra, scanned: Scan, step: float | Tensor, options: CompressOptions) -> Frontier:
+    """Every method that can be planned at the sizes of `_TIMES`, and the scheme of ``options`` at ``step``.
+
+    ``step`` is a share of each adapter's √Σ‖ΔW‖², one for all or one for each [n].
+    """
+    collection, scheme = scanned.collection, options.scheme
+    assert isinstance(scheme, SteppedScheme)
+    itemsize = DTYPES[options.dtype].itemsize
+    original = sum(adapter.size_bytes for adapter in collection.adapters)
+
+    def point(scheme: SteppedScheme, step: float | Tensor, *, chosen: bool = False) -> FrontierPoint:
+        outlook = spectra.outlook(scheme, step, itemsize)
+        errors = outlook.squared_errors
+        size = round(bytes_besides_updates(collection, scheme) + float(outlook.bytes.sum()))
+        return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
+
+    def of_size(scheme: SteppedScheme, size: float) -> list[FrontierPoint]:
+        """The point at about so many bytes; none if the method cannot be as small."""
+        wanted = max(size - bytes_besides_updates(collection, scheme), 1.0)
+        found = point(scheme, spectra.step_for_bytes(scheme, wanted, itemsize))
+        return [found] if found.bytes_bundle <= _NEAR * size else []
+
+    chosen = point(scheme, step, chosen=True)
+    points = [each for other in stepped_schemes() for times in _TIMES for each in of_size(other, original / times)]
+    return Frontier(
+        sorted([chosen, *points], key=lambda each: (-each.bytes_bundle, each.method)),
+        [
+            each
+            for other in stepped_schemes()
+            if other.name != scheme.name
+            for each in of_size(other, chosen.bytes_bundle)
+        ],
+    )
