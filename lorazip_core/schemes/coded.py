@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from .scheme import Encoding, ModuleGroup, PackedScheme, Shape, ShapeOf, Size, SteppedScheme, Target, TensorSpec
+from .factors import apply_each
+from .scheme import (
+    Encoding,
+    ModuleGroup,
+    PackedScheme,
+    Shape,
+    ShapeOf,
+    Size,
+    SteppedScheme,
+    Target,
+    TensorSpec,
+    working_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +75,29 @@ class Coded(PackedScheme, SteppedScheme):
         if not u.shape[-2]:
             return u.new_zeros(*u.shape[:-2], u.shape[-1], 1), v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
         return (u * unpacked_scale(tensors["scale"], dtype)[..., None]).mT, v
+
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Components as `coded_resident` lays them out."""
+        import torch
+
+        from .coded_file import CodedModule
+        from .coded_resident import lay_out
+
+        modules = [CodedModule(*(own[suffix].numpy() for suffix in self.own)) for own in adapters]
+        return {name: torch.from_numpy(array) for name, array in lay_out(modules).items()}
+
+    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
+        from .coded_file import CodedModule
+        from .coded_resident import module_bytes
+
+        return module_bytes(CodedModule(*(own[suffix].numpy() for suffix in self.own)))
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        from .coded_resident import components
+
+        return apply_each(
+            lambda place: self.decode(components(resident, size, place), working_dtype(x)), size, x, places
+        )
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return max(1, shape_of("scale")[0])

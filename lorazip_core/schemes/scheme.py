@@ -69,6 +69,13 @@ def itemsize(dtype: str) -> int:
     return int(bits[1]) // 8 if bits else 1
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What `Scheme.apply` computes in: float32, where products of bf16 are exact, or the dtype of x if it is wider."""
+    import torch
+
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Fault(NamedTuple):
     """Why a tensor of the right shape and dtype is not what its scheme stores; ``kind`` is that of the finding."""
 
@@ -109,6 +116,24 @@ class Scheme(ABC):
     @abstractmethod
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         """The k of `decode`, from the shapes of the tensors."""
+
+    @abstractmethod
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What a device holds of a module to serve n ≥ 1 adapters with these own tensors, besides what they share.
+
+        Nothing is rounded, and what is an adapter's is found from its place, 0 ≤ place < n.
+        """
+
+    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
+        """What one more adapter, with these own tensors, adds to `resident`."""
+        return sum(tensor.nbytes for tensor in own.values())
+
+    @abstractmethod
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        """y [t, d_out] with y_i = ΔŴ x_i, ΔŴ that of the adapter at ``places``_i, in `working_dtype`, for x [t, d_in].
+
+        ``resident`` has what is shared, too. This is the reference for whatever does the same faster.
+        """
 
     @abstractmethod
     def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
@@ -166,6 +191,12 @@ class PackSize(NamedTuple):
 
 class SharedScheme(Scheme):
     """Adapters of a cluster share tensors of every module; each has a small tensor of its own beside them."""
+
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """[n, ...] each: the shapes of own tensors follow from those that are shared."""
+        import torch
+
+        return {suffix: torch.stack([own[suffix] for own in adapters]) for suffix in self.own}
 
     @abstractmethod
     def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:
