@@ -508,6 +508,15 @@ class TestRenderings:
         assert output.err == ""
         assert "method       joint, rank 4, bf16, seed 0\n" in output.out
         assert len([line for line in output.out.splitlines() if line.startswith("fv_")]) == 3
+        assert "resident" not in output.out
+        assert main(["info", str(bundle), "--resident"]) == 0
+        told = capsys.readouterr().out
+        assert re.search(
+            r"^resident +[\d.]+ MB: [\d.]+ MB shared, an adapter [\d,]+ bytes on average, [\d,]+ bytes at most$",
+            told,
+            re.M,
+        )
+        assert re.search(r"^adapter +kept as .* its own +resident$", told, re.M)
 
     def test_demo(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.chdir(tmp_path)

@@ -218,8 +218,10 @@ def test_a_new_scheme_goes_through_every_command(
     assert made["method"] == scheme.name
     real = made["summary"]["bytes_bundle"]  # type: ignore[index]
     assert chosen["bytes_bundle"] == pytest.approx(real, rel=0.2)
-    told = run(capsys, "info", bundle)
+    told = run(capsys, "info", bundle, "--resident")
     assert {adapter["scheme"] for adapter in told["adapters"]} == {scheme.name}  # type: ignore[attr-defined]
+    own = sum(adapter["bytes_resident"] for adapter in told["adapters"])  # type: ignore[attr-defined]
+    assert 0 < own < told["resident"]["bytes"]  # type: ignore[index]
     assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True
     assert run(capsys, "export", bundle, "-o", exported, "--dtype", "f32")["adapters"]
     cards, weights = list(exported.rglob("README.md")), list(exported.rglob("adapter_model.safetensors"))
