@@ -9,7 +9,7 @@ are dropped, and so do weak modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from .factored import TINY, Factors
+from .gaussian import density, greatest, mass_below
 
 MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
 OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
-_LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
+LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
+"""Of an energy, on average."""
 
 WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
@@ -31,7 +33,6 @@ _REDUNDANCY = 1.01  # of Huffman codes
 _ROUNDS, _TRIED = 3, 32  # of 14 octaves: to 0.0005 of one
 _RIDGE = 1e-12  # of ‖û v̂ᵀ‖²
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
-_EULER = 0.5772156649  # the mean of a Gumbel variable
 _CODE_RANGE = torch.iinfo(torch.int16)
 
 
@@ -106,10 +107,18 @@ def quantise(components: Components, step: float) -> Codes:
     kept, s = kept[..., :most], components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
     v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, step, -1) * kept.unsqueeze(-1)
+    return fitted(components, u, v, kept)
+
+
+def fitted(components: Components, u: Tensor, v: Tensor, kept: Tensor) -> Codes:
+    """The first k components with the codes û [m, d_out, k] and v̂ [m, k, d_in], in float64, and the best scales.
+
+    Those that are not ``kept`` [m, k] have codes of 0, and those whose codes are of no use are not kept.
+    """
     gram = (u.mT @ u) * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
     kept = kept & (gram.diagonal(dim1=-2, dim2=-1) > 0)
     inner = ((u.mT @ components.b) * (v @ components.a.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
-    scales = _fitted(gram, inner, kept)
+    scales = _best_scales(gram, inner, kept)
     kept &= scales > 0
     code = torch.where(kept, (scales.clamp_min(TINY).log2() * OCTAVE).round(), 0)
     code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
@@ -128,9 +137,9 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
     """`predicted` from singular values alone, [..., r], on the CPU."""
     sizes = (torch.as_tensor(size, dtype=torch.float64) for size in (d_out, d_in))
     rate = _rate()
-    kept_energy, bits, deviation = s.square() * (1 - _LOST_BY_SCALES), torch.zeros_like(s), torch.ones_like(s)
+    kept_energy, bits, deviation = s.square() * (1 - LOST_BY_SCALES), torch.zeros_like(s), torch.ones_like(s)
     for size in sizes:
-        own = torch.minimum(s / size.sqrt() / step, MOST / _greatest(size))
+        own = torch.minimum(s / size.sqrt() / step, MOST / greatest(size))
         kept_energy = kept_energy * (1 - rate.left(own))
         bits = bits + size * rate.bits(own) * _REDUNDANCY
         deviation = deviation * own
@@ -138,7 +147,11 @@ def predicted_of(s: Tensor, d_out: int | Tensor, d_in: int | Tensor, step: float
     return (s.square() - kept_energy * kept).sum(-1), ((bits + BITS_OF_INDEX) * kept).sum(-1)
 
 
-def predicted_step(components: Sequence[Components], limit: float) -> float:
+def predicted_step(
+    components: Sequence[Components],
+    limit: float,
+    predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]] = predicted_of,
+) -> float:
     """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
     largest = max(float(each.deviations.max()) for each in components if each.s.numel())
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
@@ -163,7 +176,7 @@ def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
     return (entries / steps).round()
 
 
-def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
+def _best_scales(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
     """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖²; 0 for components that are not ``kept``."""
     alone = torch.diag_embed((~kept).to(gram.dtype))
     both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
@@ -184,13 +197,12 @@ class Rate:
         grid = torch.linspace(self._LEAST, self._GREATEST, count, dtype=torch.float64).exp2()
         codes = torch.arange(0, 257, dtype=torch.float64)
         low, high = (codes - 0.5).clamp_min(0) / grid[:, None], (codes + 0.5) / grid[:, None]
-        mass = (_phi(high) - _phi(low)).clamp_min(0)  # of one sign; of both for code 0
+        mass = (mass_below(high) - mass_below(low)).clamp_min(0)  # of one sign; of both for code 0
         both = mass * torch.where(codes > 0, 2.0, 1.0)
-        both[:, 0] = 2 * (_phi(high[:, 0]) - 0.5)
+        both[:, 0] = 2 * (mass_below(high[:, 0]) - 0.5)
         bits = -(both * torch.where(codes > 0, mass, both).clamp_min(1e-300).log2()).sum(1)
         # With the best scale, what is lost is 1 − E[xq]² / E[q²] of the energy of the entries.
-        density = _density(low) - _density(high)
-        product = 2 * (codes * density).sum(1)  # E[x q] / deviation
+        product = 2 * (codes * (density(low) - density(high))).sum(1)  # E[x q] / deviation
         energy = (both * codes.square()).sum(1)
         self._bits, self._left = bits, 1 - product.square() / energy.clamp_min(1e-300)
 
@@ -210,21 +222,6 @@ class Rate:
         below = place.floor().long()
         share = place - below
         return table[below] * (1 - share) + table[below + 1] * share + beyond * slope / self._PER_OCTAVE
-
-
-def _phi(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
-
-
-def _greatest(count: Tensor) -> Tensor:
-    """About the greatest of the absolute values of so many Gaussian entries, in deviations."""
-    logarithm = (2 * count.clamp_min(2)).log()
-    most = (2 * logarithm).sqrt()
-    return most + (_EULER - 0.5 * (logarithm.log() + math.log(4 * math.pi))) / most
-
-
-def _density(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
 
 
 @cache

@@ -16,15 +16,14 @@ from ..base.errors import LocalError, UsageError
 from ..base.progress import Progress, Silent
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Method, SkippedEntry
-from ..bundle.size import bundle_bytes, bytes_besides_updates, equal_groups
-from ..bundle.tensor_file import DTYPES
+from ..bundle.size import bundle_bytes, equal_groups
 from ..clustering.clusters_file import Assignment, read_clusters
 from ..reading.memory import Bounds, Task, planned_bytes, working_within
 from ..reading.scan import scan_for
 from ..schemes.registry import SCHEMES, methods, stepped_schemes
 from ..schemes.scheme import SteppedScheme
 from .options import CompressOptions
-from .spectra import Spectra, planned_step
+from .spectra import Spectra, bytes_besides, planned_step
 
 _SILENT = Silent()
 _TIMES = (4, 8, 16, 32, 64, 128)
@@ -46,10 +45,18 @@ class FrontierPoint(Struct, frozen=True):
     """What the collection would take and lose at one size, predicted from the singular values of all updates."""
 
     method: Method
-    bytes_bundle: int
+    bytes_bundle: int | None
+    """Null where the objective is "resident": fewer than those on the device."""
     mean_squared_error: float
     max_squared_error: float
     chosen: bool
+    bytes_resident: int | None = None
+    """What a device holds; null where the objective is "disk"."""
+
+    @property
+    def bytes(self) -> int:
+        """Those that the objective is about."""
+        return self.bytes_bundle or self.bytes_resident or 0
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
@@ -129,29 +136,31 @@ def _frontier(
     """The sizes of `_TIMES`, with every method that can be planned, and what is chosen; the largest bundles first."""
     device = find_device(options.device)
     task = Task.of(options.chosen, 1, 1, len(collection.adapters))
-    itemsize = DTYPES[options.dtype].itemsize
+    counting = options.counting
+    resident = counting.objective == "resident"
     original = sum(adapter.size_bytes for adapter in collection.adapters)
     with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
         scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
         spectra = Spectra.of(scanned, device, progress)
 
         def point(scheme: SteppedScheme, step: float | Tensor, *, chosen: bool) -> FrontierPoint:
-            outlook = spectra.outlook(scheme, step, itemsize)
+            outlook = spectra.outlook(scheme, step, counting)
             errors = outlook.squared_errors
-            size = round(bytes_besides_updates(collection, scheme) + float(outlook.bytes.sum()))
-            return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
+            size = round(bytes_besides(collection, scheme, counting) + float(outlook.bytes.sum()))
+            on_disk, on_device = (None, size) if resident else (size, None)
+            return FrontierPoint(scheme.name, on_disk, float(errors.mean()), float(errors.max()), chosen, on_device)
 
         scheme = options.scheme
         assert isinstance(scheme, SteppedScheme)
         points = [point(scheme, planned_step(spectra, scheme, scanned, options), chosen=True)]
         for each in stepped_schemes():
-            rest = bytes_besides_updates(collection, each)
+            rest = bytes_besides(collection, each, counting)
             for times in _TIMES:
                 wanted = original / times - rest
-                found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), itemsize), chosen=False)
-                if found.bytes_bundle <= 1.05 * original / times:  # else it cannot be as small
+                found = point(each, spectra.step_for_bytes(each, max(wanted, 1.0), counting), chosen=False)
+                if found.bytes <= 1.05 * original / times:  # else it cannot be as small
                     points.append(found)
-    return sorted(points, key=lambda each: (-each.bytes_bundle, each.method))
+    return sorted(points, key=lambda each: (-each.bytes, each.method))
 
 
 def _planned_memory(collection: Collection, options: CompressOptions) -> tuple[int, int] | None:

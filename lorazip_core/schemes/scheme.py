@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -244,6 +244,10 @@ Ranks = Mapping[str, int] | None
 """The rank of every module, by name; None for a scheme that has no rank."""
 
 
+Objective = Literal["disk", "resident"]
+"""Which bytes are to be few: those of the bundle, or those that a device holds of it."""
+
+
 class Target(NamedTuple):
     """What is wanted of an adapter on its own. Without any, a scheme does as it does by default."""
 
@@ -253,6 +257,7 @@ class Target(NamedTuple):
     """The most that Σ‖ΔW − ΔŴ‖² may be."""
     step: float | None = None
     """How coarse it may be, for a `SteppedScheme`: the larger, the less is kept."""
+    objective: Objective = "disk"
 
 
 class Encoding(NamedTuple):
@@ -276,14 +281,22 @@ class IndividualScheme(Scheme):
         """
 
 
+class Counting(NamedTuple):
+    """Which bytes of updates are counted."""
+
+    itemsize: int
+    """Bytes of an element of the bundle."""
+    objective: Objective = "disk"
+
+
 class SteppedScheme(IndividualScheme):
     """One whose `Target.step` says how much is kept, and whose sizes and errors follow from singular values."""
 
     @abstractmethod
-    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+    def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
         """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
 
-        ``s`` [m, r] are their singular values, descending, and ``itemsize`` the bytes of an element of the bundle.
+        ``s`` [m, r] are their singular values, descending.
         """
 
 
