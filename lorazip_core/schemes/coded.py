@@ -199,7 +199,7 @@ def _near(
     predicted_of = _quantiser(objective).predicted_of
     step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit, predicted_of)
     best = None
-    for _ in range(_TRIES):
+    for tried in range(_TRIES):
         encoding = _encode(of_groups, step, objective)
         lost = sum(encoding.squared_errors.values())
         if lost <= limit and (best is None or lost > best[0]):
@@ -207,5 +207,7 @@ def _near(
         if _NEAR * limit <= lost <= limit or lost == 0:
             break
         step *= (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
+        if best is None and tried >= _TRIES // 2 - 1:  # few components: what is lost goes in jumps
+            step /= 2
     if best is not None:
         yield best[1]

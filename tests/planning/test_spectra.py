@@ -47,18 +47,19 @@ def test_they_are_those_of_the_updates(root: Path, spectra: Spectra) -> None:
         assert float(spectra.energies[number]) == pytest.approx(float(expected.square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("counting", [Counting(2), Counting(2, "resident")], ids=lambda counting: counting.objective)
 @pytest.mark.parametrize("scheme", [Coded(), Svd()], ids=lambda scheme: scheme.name)
-def test_steps_are_the_turning_points(spectra: Spectra, scheme: Coded | Svd) -> None:
+def test_steps_are_the_turning_points(spectra: Spectra, scheme: Coded | Svd, counting: Counting) -> None:
     def outlook(step: float) -> tuple[float, float]:
-        found = spectra.outlook(scheme, step, COUNTING)
+        found = spectra.outlook(scheme, step, counting)
         return float(found.bytes.sum()), float(found.squared_errors.mean())
 
     for step in (0.003, 0.02, 0.1):
         taken, lost = outlook(step)
-        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, COUNTING))[0] <= taken * 1.0001
-        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, COUNTING) / 1.01)[0] >= taken * 0.99
+        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, counting))[0] <= taken * 1.0001
+        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, counting) / 1.01)[0] >= taken * 0.99
         if lost > 0:
-            assert outlook(spectra.step_for_mean(scheme, lost, COUNTING))[1] == pytest.approx(lost, rel=0.02)
+            assert outlook(spectra.step_for_mean(scheme, lost, counting))[1] == pytest.approx(lost, rel=0.02)
 
 
 def test_each_adapter_has_its_own_step(spectra: Spectra) -> None:
