@@ -33,8 +33,9 @@ _MOST_BYTES = 2**31
 
 def lay_out(adapters: Sequence[CodedModule]) -> Arrays:
     """One module of some adapters. Raises LocalError for 2 GiB of codes or more."""
-    forms = np.concatenate([_forms(module) for module in adapters])
-    sizes = np.concatenate([_sizes(module) for module in adapters])
+    of_each = [_forms(module) for module in adapters]
+    forms = np.concatenate(of_each)
+    sizes = np.concatenate([_sizes(module, own) for module, own in zip(adapters, of_each, strict=True)])
     ends = np.cumsum(sizes)
     if len(ends) and ends[-1] >= _MOST_BYTES:
         raise LocalError(f"the codes of one module take {ends[-1]:,} bytes on a device: at most 2 GiB can be held")
@@ -55,7 +56,7 @@ def lay_out(adapters: Sequence[CodedModule]) -> Arrays:
 
 def module_bytes(module: CodedModule) -> int:
     """What one more adapter with this module adds to `lay_out`."""
-    return START_BYTES + len(module.scale) * COMPONENT_BYTES + int(_sizes(module).sum())
+    return START_BYTES + len(module.scale) * COMPONENT_BYTES + int(_sizes(module, _forms(module)).sum())
 
 
 def components(resident: Mapping[str, Tensor], size: Size, place: int) -> dict[str, Tensor]:
@@ -75,9 +76,7 @@ def _forms(module: CodedModule) -> NDArray[np.uint8]:
     return np.stack([forms_of(module.u), forms_of(module.v)], 1)
 
 
-def _sizes(module: CodedModule) -> NDArray[np.int64]:
+def _sizes(module: CodedModule, forms: NDArray[np.uint8]) -> NDArray[np.int64]:
     """[k]: the bytes of û and v̂ of every component."""
-    of_u, of_v = (
-        packed_bytes(forms_of(vectors).astype(np.int64), vectors.shape[1]) for vectors in (module.u, module.v)
-    )
-    return of_u + of_v
+    of_u, of_v = forms.T.astype(np.int64)
+    return packed_bytes(of_u, module.u.shape[1]) + packed_bytes(of_v, module.v.shape[1])
