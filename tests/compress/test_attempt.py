@@ -110,6 +110,15 @@ def test_an_attempt_that_misses_is_followed_by_one_that_does_not(
     assert 76_000 <= report.summary.bytes_bundle <= 80_000
 
 
+@pytest.mark.parametrize("aim", [1.5, 0.5])
+def test_an_attempt_that_misses_resident_bytes_is_followed(
+    adapters: Path, tmp_path: Path, aim: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", aim)
+    report = made(adapters, tmp_path / "out", budget=80_000, objective="resident")
+    assert 76_000 <= report.bytes_resident <= 80_000
+
+
 def test_more_adapters_than_a_packed_file_holds(
     adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
