@@ -14,6 +14,7 @@ from lorazip_core.bundle.kinds import check_adapters_path
 from lorazip_core.bundle.output_path import check_output_path
 from lorazip_core.report.html import compress_page, plan_page
 from lorazip_core.schemes.registry import AUTO, SCHEMES, methods
+from lorazip_core.schemes.scheme import Objective
 
 from . import console
 from .early import check_new
@@ -107,6 +108,14 @@ def compress(
             "--budget-per-adapter", metavar="SIZE", parser=size, help="The same, by the adapter: 40kB on average."
         ),
     ] = None,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            "--objective",
+            metavar="disk|resident",
+            help="Which bytes are few and count as budget: the bundle's, or those on a GPU that serves it.",
+        ),
+    ] = "disk",
     device: Device = "auto",
     memory: Memory = None,
     device_memory: DeviceMemory = None,
@@ -136,6 +145,7 @@ def compress(
         max_mean_error=max_mean_error,
         budget=budget,
         budget_per_adapter=budget_per_adapter,
+        objective=objective,
         device=device,
         memory=memory,
         device_memory=device_memory,
@@ -193,6 +203,8 @@ def _render(report: CompressReport) -> None:
         f"squared error: mean {error(summary.mean_squared_error)}, p95 {error(summary.p95_squared_error)},"
         f" worst {error(summary.max_squared_error)} ({plain(report.worst.name)})"
     )
+    if report.bytes_resident is not None:
+        console.say(f"on a device: {megabytes(report.bytes_resident)}")
     for names, what in ((report.individual, "kept individually"), (report.zero, "all zero")):
         if names and SCHEMES[report.method].shared:
             console.say(f"{what}: {count(len(names), 'adapter')}")
@@ -219,15 +231,16 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
         points = [
             (
                 f"{point.method}{' (chosen)' if point.chosen else ''}",
-                megabytes(point.bytes_bundle),
-                times(report.bytes_original, point.bytes_bundle),
+                megabytes(point.bytes),
+                times(report.bytes_original, point.bytes),
                 error(point.mean_squared_error),
                 error(point.max_squared_error),
             )
             for point in report.frontier
         ]
         console.line("predicted from the singular values of all updates, squared errors:")
-        console.line(table(("method", "bundle", "", "mean", "worst"), points))
+        counted = "bundle" if report.frontier[0].bytes_resident is None else "on a device"
+        console.line(table(("method", counted, "", "mean", "worst"), points))
     if report.comparison:
         console.line(f"compared {report.comparison}")
     for skipped in report.skipped:

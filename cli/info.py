@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from lorazip_core.base.text import plain
 
@@ -19,11 +21,18 @@ if TYPE_CHECKING:
 _UNKNOWN = "unknown"  # the Hub's own word for it, too
 
 
-def info(bundle: Bundle, json: Json = False, quiet: Quiet = False) -> int:
+def info(
+    bundle: Bundle,
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Also read it all, and tell what it takes on a GPU that serves it.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
     """List what is inside a bundle, as its manifest claims it."""
     from lorazip_core.info import info as describe
 
-    console.show(report_in_options(describe(bundle)), _render, as_json=json, quiet=False)
+    console.show(report_in_options(describe(bundle, resident=resident)), _render, as_json=json, quiet=False)
     return 0
 
 
@@ -44,6 +53,12 @@ def _render(report: InfoReport) -> None:
         f"size         {megabytes(report.bytes_bundle)}, was {megabytes(report.bytes_original)}:"
         f" {times(report.bytes_original, report.bytes_bundle)}"
     )
+    if report.resident:
+        console.line(
+            f"resident     {megabytes(report.resident.bytes)}: {megabytes(report.resident.bytes_shared)} shared,"
+            f" an adapter {megabytes(round(report.resident.mean_bytes_own))} on average,"
+            f" {megabytes(report.resident.max_bytes_own)} at most"
+        )
     known = any(adapter.origin for adapter in report.adapters)
     if known:
         console.line(f"licences     {_licences(report.adapters)}")
@@ -67,11 +82,20 @@ def _render(report: InfoReport) -> None:
             str(adapter.modules),
             error(adapter.squared_error),
             megabytes(adapter.bytes_own),
+            *(() if adapter.bytes_resident is None else (megabytes(adapter.bytes_resident),)),
             *((_source(adapter.origin), _licence(adapter.origin) or "-") if known else ()),
         )
         for adapter in report.adapters
     ]
-    head = ("adapter", "kept as", "modules", "squared error", "its own", *(("source", "licence") if known else ()))
+    head = (
+        "adapter",
+        "kept as",
+        "modules",
+        "squared error",
+        "its own",
+        *(("resident",) if report.resident else ()),
+        *(("source", "licence") if known else ()),
+    )
     console.line()
     console.line(table(head, adapters))
     if report.skipped:

@@ -32,6 +32,7 @@ OPTIONS = {
     "method": "--method",
     "min_kept": "--min-kept",
     "model": "--model",
+    "objective": "--objective",
     "output": "-o",
     "prompt_tokens": "--prompt-tokens",
     "prune": "--prune",

@@ -1,4 +1,4 @@
-"""``info``: what is inside a bundle, from its manifest alone."""
+"""``info``: what is inside a bundle, from its manifest alone, and what a device holds of it if that is asked for."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ class AdapterInfo(Struct, frozen=True):
     origin: Origin | None
     left_out: list[str] = []
     """Files that were beside it with weights that are not its own, and are not in the bundle."""
+    bytes_resident: int | None = None
+    """What it adds to what a device holds; null if that was not asked for."""
+
+
+class ResidentInfo(Struct, frozen=True):
+    """What a device holds to serve all adapters, and what of that is shared: the rest is their own."""
+
+    bytes: int
+    bytes_shared: int
+    mean_bytes_own: float
+    max_bytes_own: int
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
@@ -70,13 +81,17 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     clusters: list[ClusterInfo]
     adapters: list[AdapterInfo]
     skipped: list[SkippedEntry]
+    resident: ResidentInfo | None = None
+    """Null if it was not asked for."""
 
 
-def info(path: Path) -> InfoReport:
+def info(path: Path, *, resident: bool = False) -> InfoReport:
     """Describe the bundle at ``path`` as its manifest does, without reading tensors: what it claims, nothing proven.
 
+    With ``resident`` all tensors are read, and what they take on a device is counted.
+
     Raises UsageError, BundleDamaged and Unsupported as opening a bundle does, and BundleDamaged for a manifest that
-    contradicts itself.
+    contradicts itself; with ``resident`` also for tensors that do.
     """
     bundle = Bundle(path)
     manifest = bundle.manifest
@@ -86,6 +101,7 @@ def info(path: Path) -> InfoReport:
         path for adapter in manifest.adapters for path in (adapter.individual, adapter.config, adapter.extras) if path
     )
     shares = {index: share for shard in _shards(bundle) for index, share in _shares(bundle, shard, sizes).items()}
+    held, own_resident = _resident(bundle) if resident else (None, [None] * len(manifest.adapters))
     shapes = Counter((module.kind, module.d_out, module.d_in, tuple(module.kernel)) for module in manifest.modules)
     return InfoReport(
         bundle=str(path),
@@ -127,11 +143,24 @@ def info(path: Path) -> InfoReport:
                 ),
                 origin=adapter.origin,
                 left_out=adapter.left_out,
+                bytes_resident=own_resident[index],
             )
             for index, adapter in enumerate(manifest.adapters)
         ],
         skipped=manifest.skipped,
+        resident=held,
     )
+
+
+def _resident(bundle: Bundle) -> tuple[ResidentInfo, list[int]]:
+    """What a device holds of the bundle, and of every adapter."""
+    import torch  # and what needs it: not for whoever reads the manifest only
+
+    from .serving.resident import Resident
+
+    held = Resident.of(bundle, torch.device("cpu"))
+    own, total = held.own_bytes, held.nbytes
+    return ResidentInfo(total, total - sum(own), sum(own) / len(own), max(own)), own
 
 
 def _original(bundle: Bundle, adapter: AdapterEntry) -> int:

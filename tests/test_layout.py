@@ -22,6 +22,7 @@ FLOORS = (
     "schemes",
     "adapter",
     "bundle",
+    "serving",
     "fetch",
     "reading",
     "model",
@@ -46,7 +47,7 @@ ENCODER = (
     "planning",
     "compress",
 )
-DECODER = ("bundle.decoder", "export", "verify", "info")
+DECODER = ("bundle.decoder", "serving", "export", "verify", "info")
 
 # What PEFT calls its files, tensors and fields: adapter/formats alone knows it.
 FORMATS = "adapter.formats"

@@ -16,6 +16,7 @@ from ..adapter.lock import Origin
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
 from ..schemes.registry import SCHEMES, methods
+from ..schemes.scheme import Objective
 from .kinds import FORMAT, MANIFEST_NAME, check_bundle_path
 
 FORMAT_VERSION: Literal[2] = 2
@@ -158,7 +159,9 @@ class Parameters(Struct, frozen=True):
     max_error: SquaredError | None
     max_mean_error: SquaredError | UnsetType = UNSET
     budget: Size | UnsetType = UNSET
-    """Bytes of the bundle."""
+    """Bytes of the bundle, or with the ``objective`` "resident" of what a device holds of it."""
+    objective: Objective | UnsetType = UNSET
+    """Which bytes were to be few; "disk" where it is left out."""
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
                 "max_error": options.max_error,
                 "max_mean_error": options.max_mean_error,
                 "method": options.chosen,
+                "objective": options.objective,
                 "packs": list(budget),
                 "processors": [
                     torch.backends.cpu.get_cpu_capability(),

@@ -27,6 +27,7 @@ from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Manifest, Parameters, SkippedEntry
 from ..bundle.output_path import check_output_path
 from ..bundle.quality import QualityWarning, quality_warnings
+from ..bundle.reader import Bundle
 from ..bundle.size import bundle_bytes, equal_groups
 from ..bundle.summary import Summary, summarise
 from ..bundle.tensor_file import DTYPES
@@ -43,8 +44,9 @@ from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
 from ..schemes.scheme import Target
+from ..serving.resident import Resident
 from .assemble import Assembly
-from .attempt import Attempt, first_attempt
+from .attempt import Attempt, Taken, first_attempt
 from .individual import Kept, keep_exactly, keep_individually, stored
 from .key import work_key
 from .pieces import Pieces, individual_piece, note_left
@@ -84,6 +86,8 @@ class CompressReport(Struct, frozen=True, kw_only=True):
     """The most memory that PyTorch had taken on the GPU; null on a CPU."""
     left_out: dict[str, list[str]] = {}
     """By adapter, files in its folder with weights that are not its own, and not in the bundle."""
+    bytes_resident: int | None = None
+    """What a device holds to serve it; null where the objective is "disk"."""
 
 
 class Compression(NamedTuple):
@@ -173,12 +177,13 @@ def compress_by_frontier(
         while True:
             encoded, clusters = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
-            following = attempt and attempt.following(manifest, size)
+            held = Resident.of(Bundle(building.path), CPU) if options.objective == "resident" else None
+            following = attempt and attempt.following(manifest, _taken(manifest, size, held))
             if following is None:
                 break
             attempt = following
             writer.clear()
-        report = _report(scanned, output, manifest, size, time.monotonic() - started, device)
+        report = _report(scanned, output, manifest, size, time.monotonic() - started, device, held)
     return Compression(report, manifest, predicted)
 
 
@@ -196,6 +201,14 @@ def _planned(
         assert isinstance(step, float)
         attempt = first_attempt(spectra, scanned, step, options)
     return frontier(spectra, scanned, step, options) if predict else None, attempt
+
+
+def _taken(manifest: Manifest, size: int, held: Resident | None) -> Taken:
+    """What is counted of a bundle: the bytes of its files, or what is ``held`` of it."""
+    if held is not None:
+        return Taken(held.nbytes, sum(held.own_bytes))
+    own = {adapter.individual for adapter in manifest.adapters}
+    return Taken(size, sum(file.size_bytes for file in manifest.files if file.path in own))
 
 
 def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
@@ -258,6 +271,7 @@ class _Run:
             max_error=options.max_error,
             max_mean_error=UNSET if options.max_mean_error is None else options.max_mean_error,
             budget=options.most_bytes(len(self.scanned.collection.adapters)) or UNSET,
+            objective=UNSET if options.objective == "disk" else options.objective,
         )
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
@@ -332,9 +346,9 @@ class _Run:
         """What is wanted of an adapter of this ‖ΔW‖²."""
         options = self.options
         if attempt is not None:
-            return Target(step=attempt.step * math.sqrt(norm))
+            return Target(step=attempt.step * math.sqrt(norm), objective=options.objective)
         limit = None if options.max_error is None else options.max_error * norm
-        return Target(options.kept_rank, limit)
+        return Target(options.kept_rank, limit, objective=options.objective)
 
     def _reason(self, number: int, kept: Kept) -> str:
         """How an adapter is kept on its own, and why."""
@@ -368,7 +382,13 @@ def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: i
 
 
 def _report(
-    scanned: Scan, output: Path, manifest: Manifest, size: int, seconds: float, device: torch.device
+    scanned: Scan,
+    output: Path,
+    manifest: Manifest,
+    size: int,
+    seconds: float,
+    device: torch.device,
+    held: Resident | None,
 ) -> CompressReport:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)
@@ -391,4 +411,5 @@ def _report(
         warnings=quality_warnings(errors, summary, method=parameters.method, max_error=parameters.max_error),
         device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         left_out={adapter.name: adapter.left_out for adapter in adapters if adapter.left_out},
+        bytes_resident=None if held is None else held.nbytes,
     )

@@ -9,7 +9,7 @@ are dropped, and so do weak modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from .factored import TINY, Factors
+from .gaussian import density, greatest, mass_below
 
 MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
 OCTAVE = 32
 """Scales are powers of 2 with this denominator in the exponent: 1.1% apart at most, which costs 4·10⁻⁵ of an energy."""
-_LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
+LOST_BY_SCALES = (math.log(2) / OCTAVE) ** 2 / 12
+"""Of an energy, on average."""
 
 WEAKEST = 1.4  # steps to the deviation of entries: beyond, the bits of a component are better spent elsewhere
 BITS_OF_INDEX = 12
@@ -32,7 +34,6 @@ _ROUNDS, _TRIED = 3, 32  # of 14 octaves: to 0.0005 of one
 _OCTAVES, _PER_OCTAVE = 16, 64  # of a curve; beyond, no code gets larger
 _RIDGE = 1e-12  # of ‖û v̂ᵀ‖²
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
-_EULER = 0.5772156649  # the mean of a Gumbel variable
 _CODE_RANGE = torch.iinfo(torch.int16)
 
 
@@ -107,10 +108,18 @@ def quantise(components: Components, step: float) -> Codes:
     kept, s = kept[..., :most], components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
     v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, step, -1) * kept.unsqueeze(-1)
+    return fitted(components, u, v, kept)
+
+
+def fitted(components: Components, u: Tensor, v: Tensor, kept: Tensor) -> Codes:
+    """The first k components with the codes û [m, d_out, k] and v̂ [m, k, d_in], in float64, and the best scales.
+
+    Those that are not ``kept`` [m, k] have codes of 0, and those whose codes are of no use are not kept.
+    """
     gram = (u.mT @ u) * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
     kept = kept & (gram.diagonal(dim1=-2, dim2=-1) > 0)
     inner = ((u.mT @ components.b) * (v @ components.a.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
-    scales = _fitted(gram, inner, kept)
+    scales = _best_scales(gram, inner, kept)
     kept &= scales > 0
     code = torch.where(kept, (scales.clamp_min(TINY).log2() * OCTAVE).round(), 0)
     code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
@@ -152,15 +161,19 @@ def _curve(d_out: int, d_in: int) -> _Curve:
     start = 0.25 * math.log2(d_out * d_in) - math.log2(WEAKEST)
     ratio = (start + torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64) / _PER_OCTAVE).exp2()
     rate = _rate()
-    energy, bits = torch.full_like(ratio, 1 - _LOST_BY_SCALES), torch.full_like(ratio, BITS_OF_INDEX)
+    energy, bits = torch.full_like(ratio, 1 - LOST_BY_SCALES), torch.full_like(ratio, BITS_OF_INDEX)
     for size in (d_out, d_in):
-        own = (ratio / size**0.5).clamp_max(MOST / _greatest(size))
+        own = (ratio / size**0.5).clamp_max(MOST / greatest(size))
         energy *= 1 - rate.left(own)
         bits += size * rate.bits(own) * _REDUNDANCY
     return _Curve(start, bits, 1 - energy)
 
 
-def predicted_step(components: Sequence[Components], limit: float) -> float:
+def predicted_step(
+    components: Sequence[Components],
+    limit: float,
+    predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]] = predicted_of,
+) -> float:
     """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
     largest = max(float(each.deviations.max()) for each in components if each.s.numel())
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
@@ -185,7 +198,7 @@ def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
     return (entries / steps).round()
 
 
-def _fitted(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
+def _best_scales(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
     """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖²; 0 for components that are not ``kept``."""
     alone = torch.diag_embed((~kept).to(gram.dtype))
     both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
@@ -206,13 +219,12 @@ class Rate:
         grid = torch.linspace(self._LEAST, self._GREATEST, count, dtype=torch.float64).exp2()
         codes = torch.arange(0, 257, dtype=torch.float64)
         low, high = (codes - 0.5).clamp_min(0) / grid[:, None], (codes + 0.5) / grid[:, None]
-        mass = (_phi(high) - _phi(low)).clamp_min(0)  # of one sign; of both for code 0
+        mass = (mass_below(high) - mass_below(low)).clamp_min(0)  # of one sign; of both for code 0
         both = mass * torch.where(codes > 0, 2.0, 1.0)
-        both[:, 0] = 2 * (_phi(high[:, 0]) - 0.5)
+        both[:, 0] = 2 * (mass_below(high[:, 0]) - 0.5)
         bits = -(both * torch.where(codes > 0, mass, both).clamp_min(1e-300).log2()).sum(1)
         # With the best scale, what is lost is 1 − E[xq]² / E[q²] of the energy of the entries.
-        density = _density(low) - _density(high)
-        product = 2 * (codes * density).sum(1)  # E[x q] / deviation
+        product = 2 * (codes * (density(low) - density(high))).sum(1)  # E[x q] / deviation
         energy = (both * codes.square()).sum(1)
         self._bits, self._left = bits, 1 - product.square() / energy.clamp_min(1e-300)
 
@@ -232,21 +244,6 @@ class Rate:
         below = place.floor().long()
         share = place - below
         return table[below] * (1 - share) + table[below + 1] * share + beyond * slope / self._PER_OCTAVE
-
-
-def _phi(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
-
-
-def _greatest(count: int) -> float:
-    """About the greatest of the absolute values of so many Gaussian entries, in deviations."""
-    logarithm = math.log(2 * max(count, 2))
-    most = math.sqrt(2 * logarithm)
-    return most + (_EULER - 0.5 * (math.log(logarithm) + math.log(4 * math.pi))) / most
-
-
-def _density(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
 
 
 @cache

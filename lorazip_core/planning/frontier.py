@@ -9,13 +9,11 @@ from torch import Tensor
 
 from ..base.text import error, megabytes
 from ..bundle.manifest import Method
-from ..bundle.size import bytes_besides_updates
-from ..bundle.tensor_file import DTYPES
 from ..reading.scan import Scan
 from ..schemes.registry import AUTO, stepped_schemes
 from ..schemes.scheme import SteppedScheme
 from .options import CompressOptions
-from .spectra import Spectra
+from .spectra import Spectra, bytes_besides
 
 _TIMES = (4, 8, 16, 32, 64, 128)
 """How many times smaller the bundles of a frontier are."""
@@ -27,10 +25,18 @@ class FrontierPoint(Struct, frozen=True):
     """What the collection would take and lose at one size, predicted from the singular values of all updates."""
 
     method: Method
-    bytes_bundle: int
+    bytes_bundle: int | None
+    """Null where the objective is "resident": fewer than those on the device."""
     mean_squared_error: float
     max_squared_error: float
     chosen: bool
+    bytes_resident: int | None = None
+    """What a device holds; null where the objective is "disk"."""
+
+    @property
+    def bytes(self) -> int:
+        """Those that the objective is about."""
+        return self.bytes_bundle or self.bytes_resident or 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Frontier:
             if scheme.name != chosen.method
         ]
         return (
-            f"in {megabytes(chosen.bytes_bundle)}, {chosen.method} is predicted to lose"
+            f"in {megabytes(chosen.bytes)}, {chosen.method} is predicted to lose"
             f" {error(chosen.mean_squared_error)} on average; {', '.join(others)}"
         )
 
@@ -68,29 +74,25 @@ def frontier(spectra: Spectra, scanned: Scan, step: float | Tensor, options: Com
     """
     collection, scheme = scanned.collection, options.scheme
     assert isinstance(scheme, SteppedScheme)
-    itemsize = DTYPES[options.dtype].itemsize
+    counting = options.counting
     original = sum(adapter.size_bytes for adapter in collection.adapters)
 
     def point(scheme: SteppedScheme, step: float | Tensor, *, chosen: bool = False) -> FrontierPoint:
-        outlook = spectra.outlook(scheme, step, itemsize)
+        outlook = spectra.outlook(scheme, step, counting)
         errors = outlook.squared_errors
-        size = round(bytes_besides_updates(collection, scheme) + float(outlook.bytes.sum()))
-        return FrontierPoint(scheme.name, size, float(errors.mean()), float(errors.max()), chosen)
+        size = round(bytes_besides(collection, scheme, counting) + float(outlook.bytes.sum()))
+        on_disk, on_device = (None, size) if counting.objective == "resident" else (size, None)
+        return FrontierPoint(scheme.name, on_disk, float(errors.mean()), float(errors.max()), chosen, on_device)
 
     def of_size(scheme: SteppedScheme, size: float) -> list[FrontierPoint]:
         """The point at about so many bytes; none if the method cannot be as small."""
-        wanted = max(size - bytes_besides_updates(collection, scheme), 1.0)
-        found = point(scheme, spectra.step_for_bytes(scheme, wanted, itemsize))
-        return [found] if found.bytes_bundle <= _NEAR * size else []
+        wanted = max(size - bytes_besides(collection, scheme, counting), 1.0)
+        found = point(scheme, spectra.step_for_bytes(scheme, wanted, counting))
+        return [found] if found.bytes <= _NEAR * size else []
 
     chosen = point(scheme, step, chosen=True)
     points = [each for other in stepped_schemes() for times in _TIMES for each in of_size(other, original / times)]
     return Frontier(
-        sorted([chosen, *points], key=lambda each: (-each.bytes_bundle, each.method)),
-        [
-            each
-            for other in stepped_schemes()
-            if other.name != scheme.name
-            for each in of_size(other, chosen.bytes_bundle)
-        ],
+        sorted([chosen, *points], key=lambda each: (-each.bytes, each.method)),
+        [each for other in stepped_schemes() if other.name != scheme.name for each in of_size(other, chosen.bytes)],
     )

@@ -11,15 +11,15 @@ from ..base.errors import UsageError
 from ..bundle.manifest import Dtype, Method, Weights
 from ..clustering.clusters_file import check_clusters
 from ..schemes.registry import AUTO, SCHEMES, default_method, methods, stepped_schemes
-from ..schemes.scheme import Scheme, SteppedScheme
+from ..schemes.scheme import Counting, Objective, Scheme, SteppedScheme, itemsize
 
 
 class CompressOptions(Struct, frozen=True):
     """What to do. ``rank`` None means the method's default; ``clusters`` is a number, or the file of an assignment.
 
-    ``budget`` and ``budget_per_adapter``, on average, are the most bytes that the bundle may take, ``max_error`` and
-    ``max_mean_error`` the largest squared error of an adapter and the largest mean. ``memory`` and ``device_memory``
-    are `Bounds`, in bytes.
+    ``budget`` and ``budget_per_adapter``, on average, are the most bytes that the bundle may take, or, with the
+    ``objective`` "resident", what a device holds of it; ``max_error`` and ``max_mean_error`` the largest squared error
+    of an adapter and the largest mean. ``memory`` and ``device_memory`` are `Bounds`, in bytes.
     """
 
     method: Method | Literal["auto"] = AUTO
@@ -32,6 +32,7 @@ class CompressOptions(Struct, frozen=True):
     max_mean_error: float | None = None
     budget: int | None = None
     budget_per_adapter: int | None = None
+    objective: Objective = "disk"
     device: str = "auto"
     memory: int | None = None
     device_memory: int | None = None
@@ -65,8 +66,13 @@ class CompressOptions(Struct, frozen=True):
             return None
         return self.scheme.default_error if self.max_error is None else self.max_error
 
+    @property
+    def counting(self) -> Counting:
+        """The bytes that are to be few."""
+        return Counting(itemsize(self.dtype.upper()), self.objective)
+
     def most_bytes(self, adapters: int) -> int | None:
-        """The most bytes that the bundle may take."""
+        """The most bytes that the bundle may take, or what a device holds of it."""
         return self.budget if self.budget_per_adapter is None else self.budget_per_adapter * adapters
 
     @property
@@ -87,6 +93,12 @@ class CompressOptions(Struct, frozen=True):
         if self.max_error is not None and not 0 <= self.max_error <= 1:
             raise UsageError(f"«max_error» {self.max_error}: a squared error is between 0 and 1")
         self._check_plan()
+        if self.objective not in get_args(Objective):
+            raise UsageError(f"«objective» {self.objective}: choose one of {', '.join(get_args(Objective))}")
+        if self.objective != "disk" and not self.by_spectrum:
+            able = " or ".join(scheme.name for scheme in stepped_schemes())
+            kept = self.chosen if self.kept_rank is None else f"{self.chosen} of rank {self.kept_rank}"
+            raise UsageError(f"«objective» {self.objective}: {kept} takes the same either way", f"use «method» {able}")
         if self.dtype not in get_args(Dtype):
             raise UsageError(f"«dtype» {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
         if not self.scheme.shared and self.clusters != 1:

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapter.collection import Collection
 from ..base.device import load_linear_algebra
 from ..base.progress import Progress
 from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.size import bytes_besides_updates
-from ..bundle.tensor_file import DTYPES
 from ..maths.factored import TINY, singular_values
 from ..reading.module_groups import module_groups
 from ..reading.scan import Scan
-from ..schemes.scheme import Size, SteppedScheme
+from ..schemes.factors import START_BYTES
+from ..schemes.scheme import Counting, Size, SteppedScheme
 from .options import CompressOptions
 
 FIRST_AIM = 0.995
@@ -85,7 +86,7 @@ class Spectra:
             blocks.append(_Block(size, numbers, torch.cat([s for _, s in owned])))
         return cls(blocks, scanned.norms.sum(1))
 
-    def outlook(self, scheme: SteppedScheme, step: float | Tensor, itemsize: int) -> Outlook:
+    def outlook(self, scheme: SteppedScheme, step: float | Tensor, counting: Counting) -> Outlook:
         """At a ``step``, or one for each adapter [n], that is a share of the adapter's √Σ‖ΔW‖².
 
         One for all cuts errors where that costs the mean least.
@@ -94,25 +95,25 @@ class Spectra:
         every = step * self.energies.sqrt().clamp_min(TINY)
         for block in self.blocks:
             steps = every[block.adapters]
-            own_lost, own_bits = scheme.predicted(block.s, block.size, steps[:, None], itemsize)
+            own_lost, own_bits = scheme.predicted(block.s, block.size, steps[:, None], counting)
             bits.index_add_(0, block.adapters, own_bits)
             lost.index_add_(0, block.adapters, own_lost)
         return Outlook(bits / 8, torch.where(self.energies > 0, lost / self.energies.clamp_min(TINY), 0.0))
 
-    def step_for_bytes(self, scheme: SteppedScheme, most: float, itemsize: int) -> float:
+    def step_for_bytes(self, scheme: SteppedScheme, most: float, counting: Counting) -> float:
         """The finest step at which all tensors together take at most so many bytes, about."""
-        return _turn(lambda step: float(self.outlook(scheme, step, itemsize).bytes.sum()) > most)[1]
+        return _turn(lambda step: float(self.outlook(scheme, step, counting).bytes.sum()) > most)[1]
 
-    def step_for_mean(self, scheme: SteppedScheme, most: float, itemsize: int) -> float:
+    def step_for_mean(self, scheme: SteppedScheme, most: float, counting: Counting) -> float:
         """The coarsest step at which the mean squared error is at most so much, about."""
-        return _turn(lambda step: float(self.outlook(scheme, step, itemsize).squared_errors.mean()) <= most)[0]
+        return _turn(lambda step: float(self.outlook(scheme, step, counting).squared_errors.mean()) <= most)[0]
 
-    def steps_for_each(self, scheme: SteppedScheme, most: float, itemsize: int) -> Tensor:
+    def steps_for_each(self, scheme: SteppedScheme, most: float, counting: Counting) -> Tensor:
         """For each adapter the coarsest step [n] at which its squared error is at most so much, about."""
         low, high = (torch.full_like(self.energies, end) for end in _STEPS)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            within = self.outlook(scheme, middle.exp2(), itemsize).squared_errors <= most
+            within = self.outlook(scheme, middle.exp2(), counting).squared_errors <= most
             low, high = torch.where(within, middle, low), torch.where(within, high, middle)
         return low.exp2()
 
@@ -129,16 +130,22 @@ def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
     return float(2**low), float(2**high)
 
 
+def bytes_besides(collection: Collection, scheme: SteppedScheme, counting: Counting) -> int:
+    """About what is counted besides what is predicted: on a device, where every adapter of a module begins."""
+    if counting.objective == "resident":
+        return START_BYTES * sum(len(adapter.parts) for adapter in collection.adapters)
+    return bytes_besides_updates(collection, scheme)
+
+
 def planned_step(spectra: Spectra, scanned: Scan, options: CompressOptions) -> float | Tensor:
     """The step that ``options`` ask for, or one for each adapter, as singular values have it."""
-    scheme = options.scheme
+    scheme, counting = options.scheme, options.counting
     assert isinstance(scheme, SteppedScheme)
-    itemsize = DTYPES[options.dtype].itemsize
     most = options.most_bytes(len(scanned.collection.adapters))
     if most is not None:
-        rest = bytes_besides_updates(scanned.collection, scheme)
-        return spectra.step_for_bytes(scheme, max(FIRST_AIM * most - rest, 1.0), itemsize)
+        rest = bytes_besides(scanned.collection, scheme, counting)
+        return spectra.step_for_bytes(scheme, max(FIRST_AIM * most - rest, 1.0), counting)
     if options.max_mean_error is not None:
-        return spectra.step_for_mean(scheme, FIRST_AIM * options.max_mean_error, itemsize)
+        return spectra.step_for_mean(scheme, FIRST_AIM * options.max_mean_error, counting)
     assert options.largest_error is not None
-    return spectra.steps_for_each(scheme, options.largest_error, itemsize)
+    return spectra.steps_for_each(scheme, options.largest_error, counting)

@@ -28,7 +28,13 @@ def page(compression: Compression, options: CompressOptions) -> str:
     limit = _limit_of_adapters(options)
     sections: list[Table | Chart] = []
     if predicted is not None:
-        sections += frontier_sections(predicted.points, summary.bytes_original, method=report.method, written=summary)
+        sections += frontier_sections(
+            predicted.points,
+            summary.bytes_original,
+            method=report.method,
+            written=summary,
+            bytes_resident=report.bytes_resident,
+        )
     sections += [
         errors_chart(worst, x="squared error, measured", limits=_limits(options)),
         worst_table(worst, limit=limit),
@@ -68,7 +74,7 @@ def page(compression: Compression, options: CompressOptions) -> str:
 def plan_page(report: PlanReport, options: CompressOptions) -> str:
     """The page of a plan as HTML."""
     chosen = next((point for point in report.frontier if point.chosen), None)
-    size = chosen.bytes_bundle if chosen else next(each.bytes_bundle for each in report.schemes if each.chosen)
+    size = chosen.bytes if chosen else next(each.bytes_bundle for each in report.schemes if each.chosen)
     tiles = [
         Tile("Adapters", f"{report.adapters:,}"),
         Tile("Size", megabytes(size), f"before: {megabytes(report.bytes_original)}"),

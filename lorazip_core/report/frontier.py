@@ -29,26 +29,45 @@ class _Row(NamedTuple):
     @classmethod
     def of(cls, point: FrontierPoint) -> _Row:
         what = "predicted, chosen" if point.chosen else "predicted"
-        return cls(point.method, what, point.bytes_bundle, point.mean_squared_error, point.max_squared_error)
+        return cls(point.method, what, point.bytes, point.mean_squared_error, point.max_squared_error)
 
 
 def frontier_sections(
-    points: Sequence[FrontierPoint], original: int, *, method: str, written: Summary | None = None
+    points: Sequence[FrontierPoint],
+    original: int,
+    *,
+    method: str,
+    written: Summary | None = None,
+    bytes_resident: int | None = None,
 ) -> tuple[Chart, Table]:
-    """All ``points`` of a collection of ``original`` bytes, and of the bundle that was ``written`` what it has."""
+    """All ``points`` of a collection of ``original`` bytes, and of the bundle that was ``written`` what it has.
+
+    ``bytes_resident`` are those of the bundle on a device, where they are what the points are about.
+    """
     rows = [_Row.of(point) for point in points]
     if written is not None:
         assert written.mean_squared_error is not None
         assert written.max_squared_error is not None
         rows.append(
-            _Row(method, "measured", written.bytes_bundle, written.mean_squared_error, written.max_squared_error)
+            _Row(
+                method,
+                "measured",
+                written.bytes_bundle if bytes_resident is None else bytes_resident,
+                written.mean_squared_error,
+                written.max_squared_error,
+            )
         )
         rows.sort(key=lambda row: -row.size)
     return _chart(points, rows), _table(rows, original)
 
 
+def _counted(points: Sequence[FrontierPoint]) -> str:
+    """Which bytes they are about."""
+    return "bundle, MB" if all(point.bytes_resident is None for point in points) else "on a device, MB"
+
+
 def _chart(points: Sequence[FrontierPoint], rows: Sequence[_Row]) -> Chart:
-    figure = empty_figure(_HEIGHT, "bundle, MB", "squared error")
+    figure = empty_figure(_HEIGHT, _counted(points), "squared error")
     methods = sorted({point.method for point in points})
     colour = dict(zip(methods, [*COLOURS[:4], *[GREY] * len(methods)], strict=False))
     for method in methods:
@@ -95,7 +114,7 @@ def _add(figure: Figure, name: str, rows: Sequence[_Row], which: str, **look: ob
 def _table(rows: Sequence[_Row], original: int) -> Table:
     return Table(
         "Sizes and errors",
-        ("method", "figures are", "bundle", "against the originals", "mean squared error", "worst squared error"),
+        ("method", "figures are", "size", "against the originals", "mean squared error", "worst squared error"),
         [
             (
                 row.method,

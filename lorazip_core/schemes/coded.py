@@ -6,17 +6,31 @@ Ranks and bits follow the spectrum, see `maths.quantise`. A file holds several a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from .scheme import Encoding, ModuleGroup, PackedScheme, Shape, ShapeOf, Size, SteppedScheme, Target, TensorSpec
+from .factors import apply_each
+from .scheme import (
+    Counting,
+    Encoding,
+    ModuleGroup,
+    Objective,
+    PackedScheme,
+    Shape,
+    ShapeOf,
+    Size,
+    SteppedScheme,
+    Target,
+    TensorSpec,
+    working_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ..maths.factored import Factors
-    from ..maths.quantise import Components
+    from ..maths.quantise import Codes, Components
 
 DEFAULT_ERROR = 0.1
 """The squared error of those who ask for nothing: up to it, no task was seen to suffer."""
@@ -42,19 +56,17 @@ class Coded(PackedScheme, SteppedScheme):
 
         of_groups = [(group, Components.of(group.exact)) for group in groups]
         if target.step is not None:
-            yield _encode(of_groups, target.step)
+            yield _encode(of_groups, target.step, target.objective)
             return
         norm = sum(float(components.energies.sum()) for _, components in of_groups)
         if not norm:
-            yield _encode(of_groups, 1.0)
+            yield _encode(of_groups, 1.0, target.objective)
             return
         limit = DEFAULT_ERROR * norm if target.limit is None else target.limit
-        yield from _near(of_groups, limit)
+        yield from _near(of_groups, limit, target.objective)
 
-    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
-        from ..maths.quantise import predicted_of
-
-        return predicted_of(s, *size, step)
+    def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
+        return _quantiser(counting.objective).predicted_of(s, *size, step)
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         from ..maths.quantise import unpacked_scale
@@ -63,6 +75,29 @@ class Coded(PackedScheme, SteppedScheme):
         if not u.shape[-2]:
             return u.new_zeros(*u.shape[:-2], u.shape[-1], 1), v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
         return (u * unpacked_scale(tensors["scale"], dtype)[..., None]).mT, v
+
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Components as `coded_resident` lays them out."""
+        import torch
+
+        from .coded_file import CodedModule
+        from .coded_resident import lay_out
+
+        modules = [CodedModule(*(own[suffix].numpy() for suffix in self.own)) for own in adapters]
+        return {name: torch.from_numpy(array) for name, array in lay_out(modules).items()}
+
+    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
+        from .coded_file import CodedModule
+        from .coded_resident import module_bytes
+
+        return module_bytes(CodedModule(*(own[suffix].numpy() for suffix in self.own)))
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        from .coded_resident import components
+
+        return apply_each(
+            lambda place: self.decode(components(resident, size, place), working_dtype(x)), size, x, places
+        )
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return max(1, shape_of("scale")[0])
@@ -117,10 +152,26 @@ class Coded(PackedScheme, SteppedScheme):
         ]
 
 
-def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) -> Encoding:
-    from ..base.stopping import check_stop
-    from ..maths.quantise import quantise
+class _Quantiser(NamedTuple):
+    """How components become codes, and what of them follows from singular values."""
 
+    quantise: Callable[[Components, float], Codes]
+    predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]]
+
+
+def _quantiser(objective: Objective) -> _Quantiser:
+    from ..maths import fixed_rate, quantise
+
+    module = fixed_rate if objective == "resident" else quantise
+    return _Quantiser(module.quantise, module.predicted_of)
+
+
+def _encode(
+    of_groups: Sequence[tuple[ModuleGroup, Components]], step: float, objective: Objective = "disk"
+) -> Encoding:
+    from ..base.stopping import check_stop
+
+    quantise = _quantiser(objective).quantise
     ranks: dict[str, int] = {}
     encoding = Encoding({}, {}, ranks)
     for group, components in of_groups:
@@ -137,21 +188,26 @@ def _encode(of_groups: Sequence[tuple[ModuleGroup, Components]], step: float) ->
     return encoding
 
 
-def _near(of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float) -> Iterable[Encoding]:
+def _near(
+    of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float, objective: Objective
+) -> Iterable[Encoding]:
     """An encoding that loses at most ``limit``, but not much less; nothing if no step does: some is always lost."""
     from ..maths.quantise import predicted_step
 
     if limit <= 0:
         return
-    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit)
+    predicted_of = _quantiser(objective).predicted_of
+    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit, predicted_of)
     best = None
-    for _ in range(_TRIES):
-        encoding = _encode(of_groups, step)
+    for tried in range(_TRIES):
+        encoding = _encode(of_groups, step, objective)
         lost = sum(encoding.squared_errors.values())
         if lost <= limit and (best is None or lost > best[0]):
             best = lost, encoding
         if _NEAR * limit <= lost <= limit or lost == 0:
             break
         step *= (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
+        if best is None and tried >= _TRIES // 2 - 1:  # few components: what is lost goes in jumps
+            step /= 2
     if best is not None:
         yield best[1]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from .bases import BasesScheme, solution, too_far
-from .scheme import Fault, PackSize, Problems, Shape, Size, Solution, TensorSpec
+from .scheme import Fault, PackSize, Problems, Shape, Size, Solution, TensorSpec, working_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,11 @@ class Diag(BasesScheme):
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["U"].to(dtype) * tensors["core"].to(dtype).unsqueeze(-2), tensors["V"].to(dtype).mT
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        """U (c_i ∘ (Vᵀ x))."""
+        u, v, cores = (resident[name].to(working_dtype(x)) for name in ("U", "V", "core"))
+        return (x.to(v.dtype) @ v * cores[places]) @ u.mT
 
     def shared_tensors(self, size: Size, rank: int) -> dict[str, TensorSpec]:
         return {suffix: TensorSpec((side, range(1, rank + 1))) for suffix, side in zip(self.shared, size, strict=True)}

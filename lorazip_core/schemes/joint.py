@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from .bases import CORE_BYTES, BasesScheme, solution, too_far
-from .scheme import Fault, PackSize, Problems, Shape, Size, Solution, TensorSpec
+from .scheme import Fault, PackSize, Problems, Shape, Size, Solution, TensorSpec, working_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,12 @@ class Joint(BasesScheme):
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["U"].to(dtype) @ tensors["core"].to(dtype), tensors["V"].to(dtype).mT
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        """U (Σ_i (Vᵀ x))."""
+        u, v, cores = (resident[name].to(working_dtype(x)) for name in ("U", "V", "core"))
+        inner = x.to(v.dtype) @ v
+        return (cores[places] @ inner.unsqueeze(-1)).squeeze(-1) @ u.mT
 
     def shared_tensors(self, size: Size, rank: int) -> dict[str, TensorSpec]:
         return {

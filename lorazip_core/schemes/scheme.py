@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,13 @@ def itemsize(dtype: str) -> int:
     return int(bits[1]) // 8 if bits else 1
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What `Scheme.apply` computes in: float32, where products of bf16 are exact, or the dtype of x if it is wider."""
+    import torch
+
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Fault(NamedTuple):
     """Why a tensor of the right shape and dtype is not what its scheme stores; ``kind`` is that of the finding."""
 
@@ -109,6 +116,24 @@ class Scheme(ABC):
     @abstractmethod
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         """The k of `decode`, from the shapes of the tensors."""
+
+    @abstractmethod
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What a device holds of a module to serve n ≥ 1 adapters with these own tensors, besides what they share.
+
+        Nothing is rounded, and what is an adapter's is found from its place, 0 ≤ place < n.
+        """
+
+    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
+        """What one more adapter, with these own tensors, adds to `resident`."""
+        return sum(tensor.nbytes for tensor in own.values())
+
+    @abstractmethod
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        """y [t, d_out] with y_i = ΔŴ x_i, ΔŴ that of the adapter at ``places``_i, in `working_dtype`, for x [t, d_in].
+
+        ``resident`` has what is shared, too. This is the reference for whatever does the same faster.
+        """
 
     @abstractmethod
     def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
@@ -167,6 +192,12 @@ class PackSize(NamedTuple):
 class SharedScheme(Scheme):
     """Adapters of a cluster share tensors of every module; each has a small tensor of its own beside them."""
 
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """[n, ...] each: the shapes of own tensors follow from those that are shared."""
+        import torch
+
+        return {suffix: torch.stack([own[suffix] for own in adapters]) for suffix in self.own}
+
     @abstractmethod
     def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:
         """Solve ``problems`` at ``rank`` and round what is kept to ``dtype``. ``share`` is told how far it is."""
@@ -213,6 +244,10 @@ Ranks = Mapping[str, int] | None
 """The rank of every module, by name; None for a scheme that has no rank."""
 
 
+Objective = Literal["disk", "resident"]
+"""Which bytes are to be few: those of the bundle, or those that a device holds of it."""
+
+
 class Target(NamedTuple):
     """What is wanted of an adapter on its own. Without any, a scheme does as it does by default."""
 
@@ -222,6 +257,7 @@ class Target(NamedTuple):
     """The most that Σ‖ΔW − ΔŴ‖² may be."""
     step: float | None = None
     """How coarse it may be, for a `SteppedScheme`: the larger, the less is kept."""
+    objective: Objective = "disk"
 
 
 class Encoding(NamedTuple):
@@ -245,14 +281,22 @@ class IndividualScheme(Scheme):
         """
 
 
+class Counting(NamedTuple):
+    """Which bytes of updates are counted."""
+
+    itemsize: int
+    """Bytes of an element of the bundle."""
+    objective: Objective = "disk"
+
+
 class SteppedScheme(IndividualScheme):
     """One whose `Target.step` says how much is kept, and whose sizes and errors follow from singular values."""
 
     @abstractmethod
-    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+    def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
         """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
 
-        ``s`` [m, r] are their singular values, descending, and ``itemsize`` the bytes of an element of the bundle.
+        ``s`` [m, r] are their singular values, descending.
         """
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from .factors import FactorsScheme
-from .scheme import Encoding, ModuleGroup, Shape, Size, SteppedScheme, Target, TensorSpec
+from .scheme import Counting, Encoding, ModuleGroup, Shape, Size, SteppedScheme, Target, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Svd(FactorsScheme, SteppedScheme):
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """At the mean rank asked for, or with the components worth a step; then with ever more, from the fewest."""
-        if target == Target():
+        if target._replace(objective="disk") == Target():  # its factors take the same here and there
             return
         spectrum = _spectrum(groups)
         if target.step is not None:
@@ -62,13 +62,13 @@ class Svd(FactorsScheme, SteppedScheme):
                     encoding.squared_errors[name] = error
         return encoding
 
-    def predicted(self, s: Tensor, size: Size, step: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
+    def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
         """A component is kept if its energy is that of ``step`` in every element, or if it is its module's largest."""
         import torch
 
         kept = s.square() >= sum(size) * step**2  # [m, r]
         kept[:, :1] = True
-        return torch.where(kept, 0.0, s.square()).sum(-1), kept.sum(-1).double() * (8.0 * itemsize * sum(size))
+        return torch.where(kept, 0.0, s.square()).sum(-1), kept.sum(-1).double() * (8.0 * counting.itemsize * sum(size))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["B"].to(dtype), tensors["A"].to(dtype)

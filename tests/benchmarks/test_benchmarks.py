@@ -27,12 +27,14 @@ import number_of_clusters
 import other_tools
 import process
 import readers
+import resident
 import rounds
 import scale
 import scale_cpu
 
 from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.formats.peft import factor_keys
+from lorazip_core.adapter.module import Module
 from lorazip_core.maths.factored import truncated_svd
 
 
@@ -439,3 +441,16 @@ def test_memory_and_many_on_a_cpu(grouped: Path, tmp_path: Path, capsys: pytest.
     assert rows[1]["bytes_manifest"] < 3 * rows[0]["bytes_manifest"]
     assert "least squares" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.slow
+def test_codes_for_a_fixed_width_take_less_of_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = tuple(Module(f"layers.{i}.proj", "linear", 256, 192) for i in range(4))
+    folder = write_collection(tmp_path / "some", plain(4, rank=6, modules=modules))
+    assert resident.stored(folder) == 4 * 4 * 6 * (256 + 192) * 2
+    assert resident.main([str(folder), "--times", "10"]) == 0
+    [line] = capsys.readouterr().out.splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0].startswith("some, ")
+    assert float(cells[2]) < float(cells[1])
+    assert cells[3] == f"{100 * (float(cells[2]) / float(cells[1]) - 1):+.0f}%"

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from testing import schemas
 from testing.broken import edit_manifest, flip
 from testing.random_bundle import EXTRA, HUB, LOCAL, OF_FORMAT_1, SKETCHES, as_json, load_manifest, make_bundle
@@ -21,8 +23,9 @@ from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import finite
 from lorazip_core.bundle.tensor_file import DTYPES
-from lorazip_core.info import info
+from lorazip_core.info import ResidentInfo, info
 from lorazip_core.schemes.bases import orthonormality_tolerance
+from lorazip_core.serving.resident import Resident
 from lorazip_core.verify.run import verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +170,21 @@ def test_info_describes_what_is_inside(path: Path) -> None:
     assert [adapter.origin for adapter in report.adapters] == [HUB, LOCAL, *[None] * 8]
 
 
+def test_info_of_what_a_device_holds(path: Path) -> None:
+    report, without = info(path, resident=True), info(path)
+    held = Resident.of(Bundle(path), torch.device("cpu"))
+    own = [adapter.bytes_resident for adapter in report.adapters]
+    assert own == held.own_bytes
+    assert report.resident == ResidentInfo(held.nbytes, held.nbytes - sum(own), sum(own) / len(own), max(own))
+    files = [load_file(path / cluster.basis) for cluster in Bundle(path).manifest.clusters]
+    bases = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    assert bases < report.resident.bytes_shared < bases + 500  # which adapter is where
+    assert without.resident is None
+    assert {adapter.bytes_resident for adapter in without.adapters} == {None}
+    replaced = [msgspec.structs.replace(adapter, bytes_resident=None) for adapter in report.adapters]
+    assert msgspec.structs.replace(report, resident=None, adapters=replaced) == without
+
+
 def test_info_reads_no_tensors(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     before = info(bundle)
@@ -196,7 +214,7 @@ def test_what_is_written_is_valid(path: Path, tmp_path: Path) -> None:
     written = {
         "bundle-1": [json.loads((format_1 / "manifest.json").read_bytes())],
         "bundle-2": [json.loads((path / "manifest.json").read_bytes())],
-        "info-1": [as_json(info(path))],
+        "info-1": [as_json(info(path)), as_json(info(path, resident=True))],
         "verify-1": [
             as_json(verify(path)),
             as_json(verify(path, against=path.parent / "originals", max_error=0.5)),

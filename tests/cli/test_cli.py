@@ -252,7 +252,7 @@ class TestExitCodes:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def fail(path: Path) -> None:
+        def fail(path: Path, **asked: object) -> None:
             raise error
 
         monkeypatch.setattr(lorazip_core.info, "info", fail)
@@ -281,7 +281,7 @@ class TestExitCodes:
             assert capsys.readouterr().err.startswith(f"lorazip: error: {line}")
 
     def test_debug_shows_where(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr(lorazip_core.info, "info", lambda path: 1 / 0)
+        monkeypatch.setattr(lorazip_core.info, "info", lambda path, **asked: 1 / 0)
         monkeypatch.setenv("LORAZIP_DEBUG", "1")
         assert main(["info", "B"]) == 70
         assert "Traceback (most recent call last)" in capsys.readouterr().err
@@ -289,7 +289,7 @@ class TestExitCodes:
     def test_each_bad_adapter_has_its_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def fail(path: Path) -> None:
+        def fail(path: Path, **asked: object) -> None:
             raise AdapterErrors([AdapterError("a", "no B"), AdapterError("b\n\x1b[31m", "NaN", "train it again")])
 
         monkeypatch.setattr(lorazip_core.info, "info", fail)
@@ -508,6 +508,15 @@ class TestRenderings:
         assert output.err == ""
         assert "method       joint, rank 4, bf16, seed 0\n" in output.out
         assert len([line for line in output.out.splitlines() if line.startswith("fv_")]) == 3
+        assert "resident" not in output.out
+        assert main(["info", str(bundle), "--resident"]) == 0
+        told = capsys.readouterr().out
+        assert re.search(
+            r"^resident +[\d.]+ MB: [\d.]+ MB shared, an adapter [\d,]+ bytes on average, [\d,]+ bytes at most$",
+            told,
+            re.M,
+        )
+        assert re.search(r"^adapter +kept as .* its own +resident$", told, re.M)
 
     def test_demo(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.chdir(tmp_path)
@@ -703,15 +712,15 @@ class TestInterrupt:
     ) -> None:
         """Raised inside torch or safetensors, KeyboardInterrupt comes out as another exception now and then."""
 
-        def lose(path: Path) -> None:
+        def lose(path: Path, **asked: object) -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
 
-        def rename(path: Path) -> None:
+        def rename(path: Path, **asked: object) -> None:
             lose(path)
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
 
-        def go_on(path: Path) -> None:
+        def go_on(path: Path, **asked: object) -> None:
             lose(path)
             check_stop()
             pytest.fail("went on")
@@ -726,9 +735,9 @@ class TestInterrupt:
         try:
             real = lorazip_core.info.info
 
-            def info(path: Path) -> lorazip_core.info.InfoReport:
+            def info(path: Path, **asked: bool) -> lorazip_core.info.InfoReport:
                 signal.raise_signal(signal.SIGINT)
-                return real(path)
+                return real(path, **asked)
 
             monkeypatch.setattr(lorazip_core.info, "info", info)
             assert main(["info", str(bundle)]) == 0
@@ -758,8 +767,8 @@ def _tenths(total: int) -> list[tuple[int, str, str]]:
     return [(10 * tenth, written(total * tenth // 10), written(total * (10 - tenth) // 10)) for tenth in range(1, 11)]
 
 
-def _raiser(error: Exception) -> Callable[[Path], None]:
-    def fail(path: Path) -> None:
+def _raiser(error: Exception) -> Callable[..., None]:
+    def fail(path: Path, **asked: object) -> None:
         raise error
 
     return fail

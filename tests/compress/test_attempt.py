@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from testing import random_adapters as ra
 
 from lorazip_cli.main import main
@@ -15,6 +16,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.planning.plan import plan
+from lorazip_core.serving.resident import Resident
 from lorazip_core.verify.run import verify
 
 MODULES = tuple(Module(f"layers.{i}.proj", "linear", 768, 512 + 256 * (i % 2)) for i in range(6))
@@ -45,6 +47,32 @@ def test_a_budget_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, b
     ]
     assert chosen.bytes_bundle == pytest.approx(report.summary.bytes_bundle, rel=0.05)
     assert chosen.mean_squared_error == pytest.approx(report.summary.mean_squared_error, rel=0.1)
+
+
+@pytest.mark.parametrize(("method", "budget"), [("auto", 30_000), ("coded", 100_000), ("svd", 400_000)])
+def test_a_budget_of_resident_bytes_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, budget: int) -> None:
+    wanted = {"method": method, "budget_per_adapter": budget // 10, "objective": "resident"}
+    report = made(adapters, tmp_path / "out", **wanted)
+    held = Resident.of(Bundle(tmp_path / "out"), torch.device("cpu"))
+    assert report.bytes_resident == held.nbytes
+    assert 0.95 * budget <= held.nbytes <= budget
+    [chosen] = [point for point in plan(adapters, CompressOptions(**wanted)).frontier if point.chosen]
+    assert chosen.bytes_bundle is None
+    assert chosen.bytes_resident == pytest.approx(held.nbytes, rel=0.05)
+    assert chosen.mean_squared_error == pytest.approx(report.summary.mean_squared_error, rel=0.1)
+
+
+@pytest.mark.parametrize("error", [0.03, 0.1])
+def test_what_is_few_is_what_was_asked_for(adapters: Path, tmp_path: Path, error: float) -> None:
+    """At one error, codes for the disk take more on a device, and those for the device more on the disk."""
+    taken = {}
+    for objective in ("disk", "resident"):
+        report = made(adapters, tmp_path / objective, max_mean_error=error, objective=objective)
+        assert 0.95 * error <= report.summary.mean_squared_error <= error
+        held = Resident.of(Bundle(tmp_path / objective), torch.device("cpu")).nbytes
+        taken[objective] = report.summary.bytes_bundle, held
+    assert taken["resident"][1] < 0.9 * taken["disk"][1]
+    assert taken["resident"][0] > taken["disk"][0]
 
 
 def test_more_bytes_lose_less(adapters: Path, tmp_path: Path) -> None:
@@ -82,6 +110,15 @@ def test_an_attempt_that_misses_is_followed_by_one_that_does_not(
     assert 76_000 <= report.summary.bytes_bundle <= 80_000
 
 
+@pytest.mark.parametrize("aim", [1.5, 0.5])
+def test_an_attempt_that_misses_resident_bytes_is_followed(
+    adapters: Path, tmp_path: Path, aim: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", aim)
+    report = made(adapters, tmp_path / "out", budget=80_000, objective="resident")
+    assert 76_000 <= report.bytes_resident <= 80_000
+
+
 def test_more_adapters_than_a_packed_file_holds(
     adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +144,9 @@ def test_more_adapters_than_a_packed_file_holds(
         (["--method", "svd", "--rank", "2", "--budget", "30kB"], "--budget and --rank exclude each other"),
         (["--method", "joint", "--budget", "30kB"], "--budget: how much joint has to keep for it is not known"),
         (["--clusters", "2", "--max-mean-error", "0.1"], "--max-mean-error: how much joint has to keep"),
+        (["--objective", "resident", "--budget", "50"], "--budget 50 bytes: what tells where codes are takes "),
+        (["--objective", "resident", "--method", "svd"], "--objective resident: svd of rank 4 takes the same"),
+        (["--objective", "resident", "--rank", "4"], "--objective resident: joint of rank 4 takes the same"),
         (["--max-mean-error", "0"], "--max-mean-error 0.0: it has to be above 0"),
         (["--method", "coded", "--rank", "3"], "--rank 3: coded has no rank"),
     ],
@@ -131,3 +171,6 @@ def test_what_was_asked_for_is_in_the_manifest(adapters: Path, tmp_path: Path) -
     assert (told[0]["budget"], told[0]["method"], told[0]["rank"]) == (80_000, "coded", None)
     assert "max_mean_error" not in told[0]
     assert told[1]["max_mean_error"] == 0.1
+    made(adapters, tmp_path / "resident", objective="resident")
+    told.append(json.loads((tmp_path / "resident" / "manifest.json").read_bytes())["parameters"])
+    assert [each.get("objective") for each in told] == [None, None, "resident"]

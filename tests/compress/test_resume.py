@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import Budget
+from lorazip_core.schemes.scheme import Objective
 from lorazip_core.verify.run import verify
 
 # Two generations of bases, adapters that are kept individually, and clusters that are found.
@@ -241,6 +243,15 @@ def test_other_options_start_over(adapters: Path, tmp_path: Path, other: Compres
     (tmp_path / "here").mkdir()
     interrupt(adapters, tmp_path / "here/out", "keeping adapters individually", 1)
     assert go_on(adapters, tmp_path / "here/out", other) is None
+    assert contents(tmp_path / "here/out") == contents(tmp_path / "whole")
+
+
+def test_another_objective_starts_over(adapters: Path, tmp_path: Path) -> None:
+    disk, resident = (CompressOptions(max_error=0.2, objective=objective) for objective in get_args(Objective))
+    compress(adapters, tmp_path / "whole", resident)
+    (tmp_path / "here").mkdir()
+    interrupt(adapters, tmp_path / "here/out", "keeping adapters individually", 3, disk)
+    assert go_on(adapters, tmp_path / "here/out", resident) is None
     assert contents(tmp_path / "here/out") == contents(tmp_path / "whole")
 
 

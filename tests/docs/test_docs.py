@@ -8,11 +8,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from lorazip_cli.main import app
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.options import CompressOptions
+from lorazip_core.sample import sample_path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,6 +103,18 @@ def test_commands_of_a_page_can_be_called(page: str, least: int) -> None:
         _, name, *arguments = shlex.split(plain, comments=True)
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
         command.make_context(name, arguments)
+
+
+def test_the_example_of_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
+    [example] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    compress(sample_path(), tmp_path / "bundle", CompressOptions())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    y = names["y"]
+    assert y.shape == (3, 576)
+    assert [bool(each.any()) for each in y] == [True, False, True]
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

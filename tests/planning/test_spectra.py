@@ -15,7 +15,10 @@ from lorazip_core.base.progress import Silent
 from lorazip_core.planning.spectra import Spectra
 from lorazip_core.reading.scan import scan
 from lorazip_core.schemes.coded import Coded
+from lorazip_core.schemes.scheme import Counting
 from lorazip_core.schemes.svd import Svd
+
+COUNTING = Counting(2)
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +47,24 @@ def test_they_are_those_of_the_updates(root: Path, spectra: Spectra) -> None:
         assert float(spectra.energies[number]) == pytest.approx(float(expected.square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("counting", [Counting(2), Counting(2, "resident")], ids=lambda counting: counting.objective)
 @pytest.mark.parametrize("scheme", [Coded(), Svd()], ids=lambda scheme: scheme.name)
-def test_steps_are_the_turning_points(spectra: Spectra, scheme: Coded | Svd) -> None:
+def test_steps_are_the_turning_points(spectra: Spectra, scheme: Coded | Svd, counting: Counting) -> None:
     def outlook(step: float) -> tuple[float, float]:
-        found = spectra.outlook(scheme, step, 2)
+        found = spectra.outlook(scheme, step, counting)
         return float(found.bytes.sum()), float(found.squared_errors.mean())
 
     for step in (0.003, 0.02, 0.1):
         taken, lost = outlook(step)
-        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, 2))[0] <= taken * 1.0001
-        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, 2) / 1.01)[0] >= taken * 0.99
+        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, counting))[0] <= taken * 1.0001
+        assert outlook(spectra.step_for_bytes(scheme, taken * 1.0001, counting) / 1.01)[0] >= taken * 0.99
         if lost > 0:
-            assert outlook(spectra.step_for_mean(scheme, lost, 2))[1] == pytest.approx(lost, rel=0.02)
+            assert outlook(spectra.step_for_mean(scheme, lost, counting))[1] == pytest.approx(lost, rel=0.02)
 
 
 def test_each_adapter_has_its_own_step(spectra: Spectra) -> None:
-    steps = spectra.steps_for_each(Coded(), 0.1, 2)
-    errors = spectra.outlook(Coded(), steps, 2).squared_errors[spectra.energies > 0]
+    steps = spectra.steps_for_each(Coded(), 0.1, COUNTING)
+    errors = spectra.outlook(Coded(), steps, COUNTING).squared_errors[spectra.energies > 0]
     assert (errors <= 0.1).all()
-    coarser = spectra.outlook(Coded(), steps * 1.01, 2).squared_errors[spectra.energies > 0]
+    coarser = spectra.outlook(Coded(), steps * 1.01, COUNTING).squared_errors[spectra.energies > 0]
     assert (coarser > 0.1).all()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from decimal import Decimal, getcontext
 from itertools import chain, product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from lorazip_core.schemes import coded
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
-from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Size, Target
+from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
 from lorazip_core.schemes.streams import Contradiction
 from lorazip_core.schemes.svd import Svd
 
@@ -157,7 +158,15 @@ def dense(scheme: Coded | Svd, encoding: Encoding, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scheme", [Coded(), Svd()])
-@pytest.mark.parametrize("target", [Target(limit=0.1 * sum(NORMS)), Target(step=0.05), Target(limit=1e-3 * sum(NORMS))])
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(limit=0.1 * sum(NORMS)),
+        Target(step=0.05),
+        Target(limit=1e-3 * sum(NORMS)),
+        Target(step=0.05, objective="resident"),
+    ],
+)
 def test_errors_are_those_of_what_is_decoded(scheme: Coded | Svd, target: Target) -> None:
     encoding = next(iter(scheme.encodings([group(UPDATES, rank=4)], target, torch.float32)))
     for name, update in zip("abc", UPDATES, strict=True):
@@ -167,20 +176,24 @@ def test_errors_are_those_of_what_is_decoded(scheme: Coded | Svd, target: Target
         assert all(spec.fits(encoding.tensors[f"{name}.{suffix}"].shape) for suffix, spec in specs.items())
 
 
+@pytest.mark.parametrize("objective", get_args(Objective))
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.03, 1e-3, 3e-4])
-def test_coded_nearly_meets_its_limit(share: float) -> None:
+def test_coded_nearly_meets_its_limit(share: float, objective: Objective) -> None:
     limit = share * sum(NORMS)
-    (encoding,) = Coded().encodings([group(UPDATES, rank=4)], Target(limit=limit), torch.bfloat16)
+    target = Target(limit=limit, objective=objective)
+    (encoding,) = Coded().encodings([group(UPDATES, rank=4)], target, torch.bfloat16)
     lost = sum(encoding.squared_errors.values())
     assert lost <= limit
     if share > 1e-3:  # at most 12 components: what is lost goes in steps
         assert lost >= 0.6 * limit
 
 
-def test_coded_of_many_components_is_near_to_its_limit() -> None:
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_coded_of_many_components_is_near_to_its_limit(objective: Objective) -> None:
     updates = [gaussian(80, 70, [0.8**i * (1 + 0.1 * seed) for i in range(16)], seed) for seed in range(8)]
     limit = 0.05 * sum(float(update.square().sum()) for update in updates)
-    (encoding,) = Coded().encodings([group(updates, rank=16)], Target(limit=limit), torch.bfloat16)
+    target = Target(limit=limit, objective=objective)
+    (encoding,) = Coded().encodings([group(updates, rank=16)], target, torch.bfloat16)
     assert coded._NEAR * limit <= sum(encoding.squared_errors.values()) <= limit
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
+from lorazip_core.schemes.factors import apply_each
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
 from lorazip_core.schemes.scheme import (
     ANY,
@@ -30,6 +31,7 @@ from lorazip_core.schemes.scheme import (
     Solution,
     Target,
     TensorSpec,
+    working_dtype,
 )
 
 
@@ -53,6 +55,15 @@ class Sign(IndividualScheme):
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         scaled = tensors["signs_b"].to(dtype) * tensors["size"].to(dtype)[..., None, None]
         return scaled, tensors["signs_a"].to(dtype)
+
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {f"{suffix}.{place}": own[suffix] for place, own in enumerate(adapters) for suffix in self.own}
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        def factors(place: int) -> Factors:
+            return self.decode({suffix: resident[f"{suffix}.{place}"] for suffix in self.own}, working_dtype(x))
+
+        return apply_each(factors, size, x, places)
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("signs_a")[0]
@@ -81,6 +92,12 @@ class Signs(PackedScheme):
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return Sign().decode(tensors, dtype)
+
+    def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return Sign().resident(adapters)
+
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        return Sign().apply(resident, size, x, places)
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return Sign().decoded_rank(shape_of)
@@ -156,6 +173,10 @@ class Mean(SharedScheme):
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["left"].to(dtype) * tensors["amount"].to(dtype)[..., None], tensors["right"].to(dtype)
 
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        left, right, amounts = (resident[name].to(working_dtype(x)) for name in ("left", "right", "amount"))
+        return x.to(right.dtype) @ right.mT * amounts[places] @ left.mT
+
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("right")[0]
 
@@ -197,8 +218,10 @@ def test_a_new_scheme_goes_through_every_command(
     assert made["method"] == scheme.name
     real = made["summary"]["bytes_bundle"]  # type: ignore[index]
     assert chosen["bytes_bundle"] == pytest.approx(real, rel=0.2)
-    told = run(capsys, "info", bundle)
+    told = run(capsys, "info", bundle, "--resident")
     assert {adapter["scheme"] for adapter in told["adapters"]} == {scheme.name}  # type: ignore[attr-defined]
+    own = sum(adapter["bytes_resident"] for adapter in told["adapters"])  # type: ignore[attr-defined]
+    assert 0 < own < told["resident"]["bytes"]  # type: ignore[index]
     assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True
     assert run(capsys, "export", bundle, "-o", exported, "--dtype", "f32")["adapters"]
     cards, weights = list(exported.rglob("README.md")), list(exported.rglob("adapter_model.safetensors"))

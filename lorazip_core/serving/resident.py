@@ -1,0 +1,153 @@
+"""All adapters of a bundle on a device, at once, and y += ΔŴ x of a batch that mixes them.
+
+Every scheme says what is held of a module and how it is applied (`Scheme.resident`, `Scheme.apply`). Adapters of one
+module that can be held together are a part: those of a scheme, a cluster and dtypes.
+
+A module is W [d_out, d_in] here, a convolution's d_in being channels · ∏kernel. What of an adapter is no update of a
+module (biases, magnitudes, saved modules) is not part of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.stopping import check_stop
+from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.reader import Bundle
+from ..bundle.stored import stored
+from ..schemes.scheme import Scheme, Size
+
+NONE = -1
+"""Instead of a row: no adapter."""
+
+
+class Part(NamedTuple):
+    """Adapters of one module that are held together."""
+
+    scheme: Scheme
+    places: Tensor
+    """[n] of int32: the place of every adapter of the bundle, or `NONE`; equal ones are one tensor."""
+    own: dict[str, Tensor]
+    """As `Scheme.resident` has it."""
+    shared: dict[str, Tensor]
+
+
+class HeldModule(NamedTuple):
+    """A module of any adapter."""
+
+    size: Size
+    parts: list[Part]
+
+
+class Resident:
+    """The updates of all adapters of a bundle on a device. A row is an adapter, in the order of the manifest."""
+
+    def __init__(self, names: list[str], modules: dict[str, HeldModule], own_bytes: list[int]) -> None:
+        self.rows = {name: row for row, name in enumerate(names)}
+        """The row of every adapter."""
+        self.modules = modules
+        self.own_bytes = own_bytes
+        """What each adapter adds, by row; the rest of `nbytes` is shared."""
+
+    @classmethod
+    def of(cls, bundle: Bundle, device: torch.device) -> Resident:
+        """Read a whole bundle: all codes are in memory once, one byte each, before they are packed.
+
+        Raises as `stored`, and LocalError for what cannot be held.
+        """
+        adapters = bundle.manifest.adapters
+        collected: defaultdict[str, defaultdict[object, dict[int, dict[str, Tensor]]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        shared: dict[tuple[str, int], dict[str, Tensor]] = {}
+        own_bytes = []
+        for row, adapter in enumerate(adapters):
+            check_stop()
+            scheme, added = bundle.scheme(adapter), 0
+            for module in bundle.modules(adapter):
+                tensors = stored(bundle, adapter, module)
+                own = {suffix: tensors[suffix] for suffix in scheme.own}
+                collected[module.name][_together(adapter, own)][row] = own
+                if adapter.cluster is not None:
+                    shared.setdefault(
+                        (module.name, adapter.cluster), {suffix: tensors[suffix] for suffix in scheme.shared}
+                    )
+                added += scheme.resident_bytes(own)
+            own_bytes.append(added)
+        places: dict[tuple[int, ...], Tensor] = {}
+        modules = {}
+        for entry in bundle.manifest.modules:
+            check_stop()
+            parts = []
+            for members in collected.pop(entry.name, {}).values():
+                first = adapters[min(members)]
+                scheme = bundle.scheme(first)
+                key = tuple(members)
+                if key not in places:
+                    places[key] = _places(key, len(adapters)).to(device)
+                of_cluster = {} if first.cluster is None else shared[entry.name, first.cluster]
+                parts.append(
+                    Part(
+                        scheme,
+                        places[key],
+                        _on(scheme.resident(list(members.values())), device),
+                        _on(of_cluster, device),
+                    )
+                )
+            modules[entry.name] = HeldModule(_size(entry), parts)
+        return cls([adapter.name for adapter in adapters], modules, own_bytes)
+
+    def apply(self, module: str, x: Tensor, rows: Tensor) -> Tensor:
+        """ΔŴ x [t, d_out] for every x [t, d_in] with the adapter of its row [t], zeros for `NONE`, in the dtype of x.
+
+        It is computed from the stored values in float32, or in the dtype of x if that is wider, and rounded once. An
+        adapter that lacks the module gives zeros. Raises KeyError for a module that no adapter of the bundle has, and
+        ValueError for rows that are no adapters and for inputs of another size.
+        """
+        size, parts = self.modules[module]
+        if x.shape != (len(rows), size.d_in):
+            raise ValueError(f"{module} takes [{len(rows)}, {size.d_in}] here, not {list(x.shape)}")
+        if len(rows) and not NONE <= int(rows.min()) <= int(rows.max()) < len(self.rows):
+            raise ValueError(f"rows of {len(self.rows)} adapters are {NONE} to {len(self.rows) - 1}")
+        y = x.new_zeros(len(x), size.d_out)
+        for part in parts:
+            places = torch.where(rows >= 0, part.places[rows.clamp_min(0)], NONE)
+            held = places >= 0
+            if held.any():
+                y[held] = part.scheme.apply(part.own | part.shared, size, x[held], places[held]).to(x.dtype)
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on the device."""
+        tensors = {id(tensor): tensor.nbytes for tensor in self._tensors()}
+        return sum(tensors.values())
+
+    def _tensors(self) -> Iterable[Tensor]:
+        for module in self.modules.values():
+            for part in module.parts:
+                yield from (part.places, *part.own.values(), *part.shared.values())
+
+
+def _together(adapter: AdapterEntry, own: Mapping[str, Tensor]) -> object:
+    """What the adapters of a part have in common."""
+    return adapter.scheme, adapter.cluster, tuple(tensor.dtype for tensor in own.values())
+
+
+def _places(rows: tuple[int, ...], adapters: int) -> Tensor:
+    places = torch.full((adapters,), NONE, dtype=torch.int32)
+    places[list(rows)] = torch.arange(len(rows), dtype=torch.int32)
+    return places
+
+
+def _on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _size(module: ModuleEntry) -> Size:
+    return Size(module.d_out, module.d_in)
