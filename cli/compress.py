@@ -116,6 +116,12 @@ def compress(
             help="Which bytes are few and count as budget: the bundle's, or those on a GPU that serves it.",
         ),
     ] = "disk",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="Lose least of outputs: moments that 'lorazip calibrate' wrote."
+        ),
+    ] = None,
     device: Device = "auto",
     memory: Memory = None,
     device_memory: DeviceMemory = None,
@@ -146,6 +152,7 @@ def compress(
         budget=budget,
         budget_per_adapter=budget_per_adapter,
         objective=objective,
+        calibration=calibration,
         device=device,
         memory=memory,
         device_memory=device_memory,
@@ -156,7 +163,12 @@ def compress(
         check_output_path(output, [directory])
     reading = {"allow_pickle": allow_pickle, "allow_mixed_base": allow_mixed_base, "skip_bad": skip_bad}
     files = {"--report": html}
-    check_report_files(files, inputs=[directory, *_file_of(number_or_file)], force=force, json=json)
+    check_report_files(
+        files,
+        inputs=[directory, *_file_of(number_or_file), *([calibration] if calibration else [])],
+        force=force,
+        json=json,
+    )
     if html is not None and output is not None:
         _check_apart(html, output)
     if output is None or dry_run:
@@ -238,7 +250,8 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
             )
             for point in report.frontier
         ]
-        console.line("predicted from the singular values of all updates, squared errors:")
+        weighted = ", weighted by inputs" if report.weighted else ""
+        console.line(f"predicted from the singular values of all updates{weighted}, squared errors:")
         counted = "bundle" if report.frontier[0].bytes_resident is None else "on a device"
         console.line(table(("method", counted, "", "mean", "worst"), points))
     if report.comparison:

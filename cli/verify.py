@@ -60,6 +60,10 @@ def verify(
     summary: Annotated[
         Path | None, typer.Option("--summary", metavar="FILE.md", help="Write Markdown, for the summary of a CI job.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Say what outputs lose: moments of 'lorazip calibrate'."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="BASE", help="Ask this base model, a directory or of the Hub.")
     ] = None,
@@ -101,6 +105,7 @@ def verify(
         answers = ModelOptions(model, rows, min_kept, max_kl, model_dtype, prompt_tokens, max_rows)
     _check_answers(answers, against, {"--model": model, "--rows": rows, "--min-kept": min_kept, "--max-kl": max_kl})
     inputs = [bundle, *([against] if against else []), *([rows] if rows else [])]
+    inputs += [calibration] if calibration else []
     check_report_files(files, inputs=inputs, force=force, json=json)
     from lorazip_core.report.junit import junit
     from lorazip_core.report.markdown import markdown
@@ -114,6 +119,7 @@ def verify(
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
         device=device,
+        calibration=calibration,
         answers=answers,
         progress=progress(quiet),
     )
@@ -163,6 +169,11 @@ def _render(report: VerifyReport) -> None:
         f"squared error, {report.errors_are}: mean {error(summary.mean_squared_error)},"
         f" p95 {error(summary.p95_squared_error)}, worst {error(summary.max_squared_error)}"
     )
+    if (outputs := report.outputs) is not None:
+        console.say(
+            f"squared error of outputs: mean {error(outputs.mean_squared_error)},"
+            f" worst {error(outputs.max_squared_error)} ({outputs.worst_adapter})"
+        )
     worst = sorted(report.adapters, key=lambda adapter: -_squared_error(adapter))[: console.LISTED]
     rows = [
         (

@@ -17,6 +17,7 @@ OPTIONS = {
     "allow_pickle": "--allow-pickle",
     "budget": "--budget",
     "budget_per_adapter": "--budget-per-adapter",
+    "calibration": "--calibration",
     "clusters": "--clusters",
     "device": "--device",
     "device_memory": "--device-memory",

@@ -162,6 +162,8 @@ class Parameters(Struct, frozen=True):
     """Bytes of the bundle, or with the ``objective`` "resident" of what a device holds of it."""
     objective: Objective | UnsetType = UNSET
     """Which bytes were to be few; "disk" where it is left out."""
+    calibration: Sha256 | UnsetType = UNSET
+    """The digest of the moments of inputs that errors were weighted by."""
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

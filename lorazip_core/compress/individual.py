@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
-from ..reading.module_groups import module_groups
+from ..reading.module_groups import InputsOf, module_groups
 from ..schemes.registry import EXACT, FALLBACKS, individual_scheme, packed_scheme
 from ..schemes.scheme import Encoding, Ranks, Target
 from .packed import joined
@@ -82,12 +82,13 @@ def keep_individually(
     squared_norm: float,
     dtype: torch.dtype,
     device: torch.device,
+    inputs_of: InputsOf | None = None,
 ) -> Individual:
     """Keep an adapter as ``method`` does for ``target``, or else by the first fallback that meets ``max_error``.
 
     Without a method, only fallbacks are tried. Without a limit, what matters is that ``dtype`` can hold the adapter.
     """
-    groups = module_groups(adapter, device)
+    groups = module_groups(adapter, device, inputs_of)
     least = Target(limit=None if max_error is None else max_error * squared_norm)
     for name in dict.fromkeys([*([method] if method else []), *FALLBACKS]):
         scheme = individual_scheme(name)

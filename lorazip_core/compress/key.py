@@ -15,8 +15,12 @@ from ..reading.packs import Budget
 from ..reading.scan import Scan
 
 
-def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget) -> str:
+def work_key(
+    scanned: Scan, options: CompressOptions, device: torch.device, budget: Budget, calibration: str | None = None
+) -> str:
     """A digest of all that decides the bytes of a piece: adapters, options, versions, and what computes.
+
+    ``calibration`` is the SHA-256 of the file of moments.
 
     Another processor, or one that is told to do without some of its instructions, sums in another order: BLAS chooses
     its kernels by the model.
@@ -27,6 +31,7 @@ def work_key(scanned: Scan, options: CompressOptions, device: torch.device, budg
         canonical_json(
             {
                 "adapters": list(zip(names, scanned.digests(), strict=True)),
+                "calibration": calibration,
                 "clusters": clusters,
                 "device": device.type,
                 "dtype": options.dtype,

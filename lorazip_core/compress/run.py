@@ -35,6 +35,7 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..clustering.alternation import Probes, alternate
 from ..clustering.choose import choose_clusters
 from ..clustering.clusters_file import read_clusters
+from ..model.calibration import Calibration, calibration_for
 from ..planning.frontier import Frontier, frontier
 from ..planning.options import CompressOptions
 from ..planning.spectra import Spectra, planned_step
@@ -160,6 +161,7 @@ def compress_by_frontier(
     if isinstance(options.clusters, Path):
         # A mistake in it should not cost the reading of all weights. What only they can tell is bad may be missing.
         read_clusters(options.clusters, collection, may_lack=skip_bad)
+    calibration = calibration_for(options.calibration, collection, progress)
     check_space(output, _bytes_needed(collection, options))
     task = Task.of(options.chosen, options.kept_rank or 1, options.clusters, len(collection.adapters))
     with (
@@ -169,11 +171,15 @@ def compress_by_frontier(
     ):
         scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
         options.check(len(scanned.collection.adapters))
-        pieces = Pieces(building.work(work_key(scanned, options, device, within.budget)))
+        pieces = Pieces(
+            building.work(
+                work_key(scanned, options, device, within.budget, None if calibration is None else calibration.sha256)
+            )
+        )
         pieces.check()
-        run = _Run(scanned, options, device, within.budget, pieces, progress)
+        run = _Run(scanned, options, device, within.budget, pieces, progress, calibration)
         writer = BundleWriter(building.path)
-        predicted, attempt = _planned(scanned, options, device, progress, predict=predict)
+        predicted, attempt = _planned(scanned, options, device, calibration, progress, predict=predict)
         while True:
             encoded, clusters = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
@@ -188,13 +194,19 @@ def compress_by_frontier(
 
 
 def _planned(
-    scanned: Scan, options: CompressOptions, device: torch.device, progress: Progress, *, predict: bool
+    scanned: Scan,
+    options: CompressOptions,
+    device: torch.device,
+    calibration: Calibration | None,
+    progress: Progress,
+    *,
+    predict: bool,
 ) -> tuple[Frontier | None, Attempt | None]:
     """The frontier if it is to be predicted, and where how much to keep has to be found out, what to begin with."""
     predict = predict and options.by_spectrum
     if not (predict or options.planned):
         return None, None
-    spectra = Spectra.of(scanned, device, progress)
+    spectra = Spectra.of(scanned, device, progress, None if calibration is None else calibration.inputs_of)
     step = planned_step(spectra, scanned, options)
     attempt = None
     if options.planned:
@@ -234,6 +246,7 @@ class _Run:
     budget: Budget
     pieces: Pieces
     progress: Progress
+    calibration: Calibration | None = None
 
     def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int]:
         """Make all pieces that are not there yet; what shares bases, and in how many clusters."""
@@ -272,6 +285,7 @@ class _Run:
             max_mean_error=UNSET if options.max_mean_error is None else options.max_mean_error,
             budget=options.most_bytes(len(self.scanned.collection.adapters)) or UNSET,
             objective=UNSET if options.objective == "disk" else options.objective,
+            calibration=UNSET if self.calibration is None else self.calibration.sha256,
         )
         assembly = Assembly(writer, self.scanned, self.scanned.ranks > 0, self.pieces)
         if encoded is not None:
@@ -318,11 +332,12 @@ class _Run:
                 kept = keep_individually(
                     adapters[number],
                     asked,
-                    self._target(norm, attempt),
+                    self._target(number, norm, attempt),
                     options.max_error,
                     squared_norm=norm,
                     dtype=dtype,
                     device=self.device,
+                    inputs_of=None if self.calibration is None else self.calibration.inputs_of,
                 )
             self.scanned.check_unchanged([number])
             return kept.store(number, count, self.pieces)
@@ -342,11 +357,11 @@ class _Run:
         for note in notes:
             self.progress.note(note)
 
-    def _target(self, norm: float, attempt: Attempt | None) -> Target:
-        """What is wanted of an adapter of this ‖ΔW‖²."""
+    def _target(self, number: int, norm: float, attempt: Attempt | None) -> Target:
+        """What is wanted of an adapter with this Σ‖ΔW‖²."""
         options = self.options
         if attempt is not None:
-            return Target(step=attempt.step * math.sqrt(norm), objective=options.objective)
+            return Target(step=attempt.step * math.sqrt(attempt.spectra.energies[number]), objective=options.objective)
         limit = None if options.max_error is None else options.max_error * norm
         return Target(options.kept_rank, limit, objective=options.objective)
 

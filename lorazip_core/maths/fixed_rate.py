@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .factored import TINY
 from .gaussian import density, greatest, mass_below
-from .quantise import LOST_BY_SCALES, MOST, Codes, Components, fitted
+from .quantise import LOST_BY_SCALES, MOST, Codes, Components, fitted, last
 
 BITS_OF_COMPONENT = 64
 """What a component takes besides its codes: where they begin, how many bits they have, and its scale."""
@@ -55,11 +55,16 @@ def quantise(components: Components, step: float) -> Codes:
     """Quantise every component with the bits that it is worth at ``step``."""
     d_out, d_in = components.b.shape[-2], components.a.shape[-1]
     choice = choice_for(d_out, d_in)
-    chosen = choice.of(components.s.cpu(), step)
-    most = int((chosen > 0).sum(-1).max()) if chosen.numel() else 0
+    chosen = choice.of(components.strengths.cpu(), step)
+    most = last(chosen > 0)
     pairs, s = choice.pairs[chosen[..., :most]].to(components.s.device), components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], s / math.sqrt(d_out), pairs[..., 0], -2)
-    v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, s / math.sqrt(d_in), pairs[..., 1], -1)
+    v = _rounded(
+        (components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a,
+        s * components.lengths[..., :most] / math.sqrt(d_in),
+        pairs[..., 1],
+        -1,
+    )
     return fitted(components, u, v, pairs[..., 0] > 0)
 
 

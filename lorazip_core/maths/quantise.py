@@ -4,6 +4,9 @@ A component s·u·vᵀ of an update ΔW becomes g·û·v̂ᵀ: the entries of s�
 which leaves integers û and v̂, and g is fitted by least squares. One Δ for all components of an adapter makes the
 distortion of every entry the same: reverse water-filling. Strong components get many bits, weak ones round to zero and
 are dropped, and so do weak modules.
+
+Where the second moments of inputs are known, components and scales are those with the least error of outputs: v is then
+not of length 1, but vᵀ(H + λI)v is.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from .factored import TINY, Factors
 from .gaussian import density, greatest, mass_below
+from .weighting import DAMPING, InputMoments
 
 MOST = 127
 """The largest code: codes are int8. A component whose entries are larger gets a coarser step."""
@@ -55,17 +59,21 @@ class Components(NamedTuple):
     """[m, r, r]: a row for each component"""
     energies: Tensor
     """[m]: ‖B A‖_F²"""
+    lengths: Tensor
+    """[m, r]: ‖v‖, which is 1 where inputs are not known"""
+    inputs: InputMoments | None = None
 
     @classmethod
-    def of(cls, exact: Factors) -> Components:
-        """Decompose updates, from products of the factors alone.
+    def of(cls, exact: Factors, inputs: InputMoments | None = None) -> Components:
+        """Decompose updates, from products of the factors alone, under the second moments of ``inputs``, damped.
 
         BᵀB = H Hᵀ and Hᵀ (AAᵀ) H = P s² Pᵀ give vᵀ = Pᵀ Hᵀ A / s and s·u = B (AAᵀ) H P / s. That squares the
         condition: components below 10⁻⁶ of the largest are not to be relied on, and none such is worth a bit.
         """
         b, a = exact
-        gram_b, gram_a = b.mT @ b, a @ a.mT
-        norm = (gram_b * gram_a).sum((-2, -1)).clamp_min(0)
+        gram_b, plain = b.mT @ b, a @ a.mT
+        norm = (gram_b * plain).sum((-2, -1)).clamp_min(0)
+        gram_a = plain if inputs is None else inputs.between(a, a) + DAMPING * plain
         # Columns of B and rows of A may be of any size, as long as their products matter alike: made equally large.
         of_b, of_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_b, gram_a))
         even = torch.where(torch.minimum(of_b, of_a) > TINY, (of_a / of_b.clamp_min(TINY)) ** 0.25, 1.0)
@@ -78,12 +86,18 @@ class Components(NamedTuple):
         inverse = torch.where(s > _NOISE * s[..., :1], 1 / s.clamp_min(TINY), 0.0)
         mixed = half @ turned.flip(-1) * inverse.unsqueeze(-2)
         x, y = gram_a @ mixed * even.unsqueeze(-1), mixed.mT / even.unsqueeze(-2)
-        return cls(b, a, s, x, y, norm)
+        lengths = torch.ones_like(s) if inputs is None else ((y @ plain) * y).sum(-1).clamp_min(0).sqrt()
+        return cls(b, a, s, x, y, norm, lengths, inputs)
+
+    @property
+    def strengths(self) -> Tensor:
+        """[m, r]: s·√‖v‖, which decides on bits: s itself where inputs are not known."""
+        return self.s * self.lengths.sqrt()
 
     @property
     def deviations(self) -> Tensor:
         """[m, r]: the geometric mean of the deviations of the entries of s·u and of s·v."""
-        return self.s / (self.b.shape[-2] * self.a.shape[-1]) ** 0.25
+        return self.strengths / (self.b.shape[-2] * self.a.shape[-1]) ** 0.25
 
 
 class Codes(NamedTuple):
@@ -104,7 +118,7 @@ class Codes(NamedTuple):
 def quantise(components: Components, step: float) -> Codes:
     """Quantise every entry of s·u and s·v with ``step``, or a coarser one where a code would be too large."""
     kept = components.deviations >= step / WEAKEST
-    most = int(kept.sum(-1).max()) if kept.numel() else 0
+    most = last(kept)
     kept, s = kept[..., :most], components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
     v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, step, -1) * kept.unsqueeze(-1)
@@ -116,10 +130,15 @@ def fitted(components: Components, u: Tensor, v: Tensor, kept: Tensor) -> Codes:
 
     Those that are not ``kept`` [m, k] have codes of 0, and those whose codes are of no use are not kept.
     """
-    gram = (u.mT @ u) * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
+    of_u, with_b, inputs = u.mT @ u, u.mT @ components.b, components.inputs
+    gram = of_u * (v @ v.mT)  # ⟨û_j v̂_jᵀ, û_k v̂_kᵀ⟩
     kept = kept & (gram.diagonal(dim1=-2, dim2=-1) > 0)
-    inner = ((u.mT @ components.b) * (v @ components.a.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
-    scales = _best_scales(gram, inner, kept)
+    inner = (with_b * (v @ components.a.mT)).sum(-1)  # ⟨û v̂ᵀ, ΔW⟩
+    if inputs is None:
+        scales = _best_scales(gram, inner, kept)
+    else:
+        weighted = of_u * inputs.between(v, v) + DAMPING * gram
+        scales = _best_scales(weighted, (with_b * inputs.between(v, components.a)).sum(-1) + DAMPING * inner, kept)
     kept &= scales > 0
     code = torch.where(kept, (scales.clamp_min(TINY).log2() * OCTAVE).round(), 0)
     code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
@@ -129,9 +148,15 @@ def fitted(components: Components, u: Tensor, v: Tensor, kept: Tensor) -> Codes:
     return Codes(u.to(torch.int8), v.to(torch.int8), code, kept, error.clamp_min(0))
 
 
+def last(kept: Tensor) -> int:
+    """How many components come up to the last one that is ``kept`` [m, r] of any update."""
+    places = kept.any(0).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
+
+
 def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
-    return predicted_of(components.s.cpu(), components.b.shape[-2], components.a.shape[-1], step)
+    return predicted_of(components.strengths.cpu(), components.b.shape[-2], components.a.shape[-1], step)
 
 
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:

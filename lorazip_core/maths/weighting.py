@@ -1,34 +1,54 @@
 """What second moments of a module's inputs say of an update: how much each direction of x counts, and in few numbers.
 
-With H = E[x xᵀ], an error ΔW − ΔŴ changes the outputs by E‖(ΔW − ΔŴ) x‖² = ‖(ΔW − ΔŴ) H^½‖_F². So with W close to H^½,
-the truncated SVD of ΔW W times W⁻¹ is the best ΔŴ of its rank for outputs, as that of ΔW is for weights.
+With H = E[x xᵀ], an error ΔW − ΔŴ changes the outputs by E‖(ΔW − ΔŴ) x‖² = tr (ΔW − ΔŴ) H (ΔW − ΔŴ)ᵀ. So for outputs,
+rows of weights are compared by a H bᵀ where for weights alone it is a bᵀ.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+DAMPING = 0.3
+"""What a direction counts that the inputs do not have, beside the mean of those that they do have."""
 
 _OVERSAMPLED = 16
 _POWER_STEPS = 3
 
 
-def weighting(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """W = (H / h̄ + λ I)^½ and W⁻¹, both [..., d_in, d_in], symmetric, in float64, for H of that shape.
+class InputMoments(NamedTuple):
+    """H = VᵀV + diag(rest) of the inputs of m modules, scaled so that the diagonal of each has a mean of 1."""
 
-    h̄ is the mean of the diagonal of H, so that the scale of the inputs does not count; a zero H gives √λ I. λ =
-    ``damping`` > 0 is what a direction counts which the inputs do not have: the larger, the closer to a plain SVD. By
-    the eigenvalues of H, of which those below 0 are rounding and count as 0. Raises ValueError for a λ not above 0.
-    """
-    if not damping > 0:
-        raise ValueError(f"the damping has to be above 0, not {damping}")
-    h = moments.double()
-    h = (h + h.mT) / 2
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
-    scale = torch.where(mean > 0, mean, 1.0)
-    values, vectors = torch.linalg.eigh(h / scale[..., None, None])
-    root = (values.clamp_min(0) + damping).sqrt().unsqueeze(-2)
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+    directions: Tensor
+    """V [m, k, d_in]"""
+    rest: Tensor
+    """[m, d_in], at least 0"""
+
+    @classmethod
+    def of(cls, diagonals: Tensor, directions: Tensor) -> InputMoments:
+        """From the ``diagonals`` of H [m, d_in] and its leading directions V [m, k, d_in], in float64.
+
+        What V has on the diagonal beyond that of H is rounding, and stays. An H of zeros stays one.
+        """
+        v = directions.double()
+        rest = (diagonals.double() - v.square().sum(-2)).clamp_min(0)
+        mean = (rest + v.square().sum(-2)).mean(-1, keepdim=True)
+        scale = torch.where(mean > 0, mean, 1.0)
+        return cls(v / scale.sqrt().unsqueeze(-1), rest / scale)
+
+    def between(self, x: Tensor, y: Tensor) -> Tensor:
+        """x H yᵀ [m, i, j] of rows x [m, i, d_in] and y [m, j, d_in]."""
+        v = self.directions.mT
+        return (x @ v) @ (y @ v).mT + (x * self.rest.unsqueeze(-2)) @ y.mT
+
+    def root(self, x: Tensor) -> Tensor:
+        """Rows [..., m, i, k + d_in] whose products are those of x [..., m, i, d_in] under H: x H^½, turned."""
+        return torch.cat([x @ self.directions.mT, x * self.rest.sqrt().unsqueeze(-2)], -1)
+
+    def to(self, device: torch.device) -> InputMoments:
+        return InputMoments(self.directions.to(device), self.rest.to(device))
 
 
 def leading_directions(moments: Tensor, rank: int) -> Tensor:

@@ -49,8 +49,9 @@ class Frontier:
     """The other methods at the size of the chosen point; without those that cannot be as small."""
 
     def comparison(self, options: CompressOptions) -> str | None:
-        """What ``auto`` is worth, in a line: its figures beside others of the same size; None for a named method."""
-        if options.method != AUTO:
+        """What ``auto`` is worth, in a line: its figures beside others of the same size; None for a named method, and
+        where outputs are what counts."""
+        if options.method != AUTO or options.calibration is not None:
             return None
         [chosen] = [point for point in self.points if point.chosen]
         there = {point.method: point for point in self.beside}
@@ -91,7 +92,8 @@ def frontier(spectra: Spectra, scanned: Scan, step: float | Tensor, options: Com
         return [found] if found.bytes <= _NEAR * size else []
 
     chosen = point(scheme, step, chosen=True)
-    points = [each for other in stepped_schemes() for times in _TIMES for each in of_size(other, original / times)]
+    others = [each for each in stepped_schemes() if spectra.inputs_of is None or each.uses_inputs]
+    points = [each for other in others for times in _TIMES for each in of_size(other, original / times)]
     return Frontier(
         sorted([chosen, *points], key=lambda each: (-each.bytes, each.method)),
         [each for other in stepped_schemes() if other.name != scheme.name for each in of_size(other, chosen.bytes)],

@@ -19,7 +19,8 @@ class CompressOptions(Struct, frozen=True):
 
     ``budget`` and ``budget_per_adapter``, on average, are the most bytes that the bundle may take, or, with the
     ``objective`` "resident", what a device holds of it; ``max_error`` and ``max_mean_error`` the largest squared error
-    of an adapter and the largest mean. ``memory`` and ``device_memory`` are `Bounds`, in bytes.
+    of an adapter and the largest mean. ``calibration`` is a file of moments of inputs, for which outputs count instead
+    of weights. ``memory`` and ``device_memory`` are `Bounds`, in bytes.
     """
 
     method: Method | Literal["auto"] = AUTO
@@ -33,6 +34,7 @@ class CompressOptions(Struct, frozen=True):
     budget: int | None = None
     budget_per_adapter: int | None = None
     objective: Objective = "disk"
+    calibration: Path | None = None
     device: str = "auto"
     memory: int | None = None
     device_memory: int | None = None
@@ -105,6 +107,18 @@ class CompressOptions(Struct, frozen=True):
             shared = " or ".join(name for name in methods() if SCHEMES[name].shared)
             raise UsageError(f"«clusters»: {self.chosen} keeps every adapter on its own", f"use «method» {shared}")
         check_clusters(self.clusters, adapters)
+        if self.calibration is not None:
+            self._check_calibration(self.calibration)
+
+    def _check_calibration(self, path: Path) -> None:
+        if not (isinstance(self.scheme, SteppedScheme) and self.scheme.uses_inputs):
+            able = " or ".join(scheme.name for scheme in stepped_schemes() if scheme.uses_inputs)
+            raise UsageError(f"«calibration» {path}: {self.chosen} has no use for it", f"use «method» {able}")
+        if self.budget is None and self.budget_per_adapter is None:
+            raise UsageError(
+                f"«calibration» {path}: limits are on the error of weights, which it gives up for that of outputs",
+                "say how many bytes: «budget» or «budget_per_adapter»",
+            )
 
     def _check_plan(self) -> None:
         bounds = {

@@ -17,6 +17,7 @@ from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Method, SkippedEntry
 from ..bundle.size import bundle_bytes, equal_groups
 from ..clustering.clusters_file import Assignment, read_clusters
+from ..model.calibration import calibration_for
 from ..reading.memory import Bounds, Task, planned_bytes, working_within
 from ..reading.scan import scan_for
 from ..schemes.registry import SCHEMES, methods
@@ -52,6 +53,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     """By size, where the method is one whose errors can be predicted; the chosen one among them."""
     comparison: str | None = None
     """How the method that ``auto`` is compares with others at the same size, in a line; null for a named method."""
+    weighted: bool = False
+    """Whether the errors of ``frontier`` are weighted by inputs."""
     problems: int = 0
     """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
     memory_bytes: int | None = None
@@ -104,6 +107,7 @@ def plan(
         schemes=planned_schemes(collection, options, groups),
         frontier=predicted.points if predicted else [],
         comparison=predicted.comparison(options) if predicted else None,
+        weighted=options.calibration is not None,
         problems=_problems(collection, groups) if options.scheme.shared else 0,
         memory_bytes=memory and memory[0],
         least_memory_bytes=memory and memory[1],
@@ -120,9 +124,10 @@ def _frontier(
         return None
     device = find_device(options.device)
     task = Task.of(options.chosen, 1, 1, len(collection.adapters))
+    calibration = calibration_for(options.calibration, collection, progress)
     with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
         scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
-        spectra = Spectra.of(scanned, device, progress)
+        spectra = Spectra.of(scanned, device, progress, None if calibration is None else calibration.inputs_of)
         return frontier(spectra, scanned, planned_step(spectra, scanned, options), options)
 
 

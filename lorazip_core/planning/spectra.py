@@ -18,10 +18,11 @@ from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.size import bytes_besides_updates
 from ..maths.factored import TINY, singular_values
-from ..reading.module_groups import module_groups
+from ..maths.quantise import Components
+from ..reading.module_groups import InputsOf, module_groups
 from ..reading.scan import Scan
 from ..schemes.factors import START_BYTES
-from ..schemes.scheme import Counting, Size, SteppedScheme
+from ..schemes.scheme import Counting, ModuleGroup, Size, SteppedScheme
 from .options import CompressOptions
 
 FIRST_AIM = 0.995
@@ -56,9 +57,11 @@ class Spectra:
     blocks: list[_Block]
     energies: Tensor
     """[n]: Σ‖ΔW‖² of every adapter."""
+    inputs_of: InputsOf | None = None
+    """If inputs are known, all of this is about updates weighted by them, see `Components.strengths`."""
 
     @classmethod
-    def of(cls, scanned: Scan, device: torch.device, progress: Progress) -> Spectra:
+    def of(cls, scanned: Scan, device: torch.device, progress: Progress, inputs_of: InputsOf | None = None) -> Spectra:
         """Read all adapters once more, each by itself, so that memory does not grow with the collection."""
         adapters = scanned.collection.adapters
         load_linear_algebra(device)
@@ -66,8 +69,8 @@ class Spectra:
         def of_adapter(number: int) -> list[tuple[Size, Tensor]]:
             check_stop()
             return [
-                (Size(group.b.shape[1], group.a.shape[2]), singular_values(*group.exact).cpu())
-                for group in module_groups(adapters[number], device)
+                (Size(group.b.shape[1], group.a.shape[2]), _strengths(group).cpu())
+                for group in module_groups(adapters[number], device, inputs_of)
             ]
 
         found: defaultdict[tuple[Size, int], list[tuple[int, Tensor]]] = defaultdict(list)
@@ -84,7 +87,12 @@ class Spectra:
         for (size, _), owned in found.items():
             numbers = torch.tensor([number for number, s in owned for _ in s])
             blocks.append(_Block(size, numbers, torch.cat([s for _, s in owned])))
-        return cls(blocks, scanned.norms.sum(1))
+        energies = scanned.norms.sum(1)
+        if inputs_of is not None:
+            energies = torch.zeros_like(energies)
+            for block in blocks:
+                energies.index_add_(0, block.adapters, block.s.square().sum(-1))
+        return cls(blocks, energies, inputs_of)
 
     def outlook(self, scheme: SteppedScheme, step: float | Tensor, counting: Counting) -> Outlook:
         """At a ``step``, or one for each adapter [n], that is a share of the adapter's √Σ‖ΔW‖².
@@ -116,6 +124,13 @@ class Spectra:
             within = self.outlook(scheme, middle.exp2(), counting).squared_errors <= most
             low, high = torch.where(within, middle, low), torch.where(within, high, middle)
         return low.exp2()
+
+
+def _strengths(group: ModuleGroup) -> Tensor:
+    """[m, r], of all components."""
+    if group.inputs is None:
+        return singular_values(*group.exact)
+    return Components.of(group.exact, group.inputs).strengths
 
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,24 +12,31 @@ from ..adapter.layout import TensorInfo, views
 from ..adapter.module import Part
 from ..adapter.reader import Adapter
 from ..maths.factored import Factors
+from ..maths.weighting import InputMoments
 from ..schemes.scheme import ModuleGroup
 
+InputsOf = Callable[[tuple[str, ...], torch.device], InputMoments]
+"""The second moments of the inputs of modules, by name, on a device."""
 
-def module_groups(adapter: Adapter, device: torch.device) -> list[ModuleGroup]:
+
+def module_groups(adapter: Adapter, device: torch.device, inputs_of: InputsOf | None = None) -> list[ModuleGroup]:
     """The modules of an adapter, those together that can be."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name, part in adapter.parts.items():
         dtypes = tuple(adapter.layout.tensors[key].dtype for key in (part.key_b, part.key_a))
         groups[part.module.d_out, part.module.d_in, part.rank, dtypes].append(name)
     data = _read_at_once(adapter)
-    return [_group(adapter, names, data, device) for names in groups.values()]
+    return [_group(adapter, names, data, device, inputs_of) for names in groups.values()]
 
 
-def _group(adapter: Adapter, names: list[str], data: Tensor | None, device: torch.device) -> ModuleGroup:
+def _group(
+    adapter: Adapter, names: list[str], data: Tensor | None, device: torch.device, inputs_of: InputsOf | None
+) -> ModuleGroup:
     parts = [adapter.parts[name] for name in names]
     b, a = _stacked(adapter, names) if data is None else _cut(data, adapter, parts)
     scales = torch.tensor([part.scale for part in parts], dtype=torch.float64)
-    return ModuleGroup(names, b, a, scales, device)
+    inputs = None if inputs_of is None else inputs_of(tuple(names), device)
+    return ModuleGroup(names, b, a, scales, device, inputs)
 
 
 def _stacked(adapter: Adapter, names: Sequence[str]) -> Factors:

@@ -49,12 +49,13 @@ class Coded(PackedScheme, SteppedScheme):
     has_own_rank: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = None
     default_error: ClassVar[float | None] = DEFAULT_ERROR
+    uses_inputs: ClassVar[bool] = True
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """With the step asked for; else with the coarsest one that meets the limit, nearly."""
         from ..maths.quantise import Components
 
-        of_groups = [(group, Components.of(group.exact)) for group in groups]
+        of_groups = [(group, Components.of(group.exact, group.inputs)) for group in groups]
         if target.step is not None:
             yield _encode(of_groups, target.step, target.objective)
             return

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..base.progress import Share
     from ..maths.factored import Factors
     from ..maths.stack import ScaledStack
+    from ..maths.weighting import InputMoments
 
 Shape = tuple[int, ...]
 ShapeOf = Callable[[str], Shape]
@@ -228,6 +229,8 @@ class ModuleGroup:
     """[m] in float64."""
     device: torch.device
     """Where to compute."""
+    inputs: InputMoments | None = None
+    """What is known of the inputs of the modules."""
 
     @property
     def rank(self) -> int:
@@ -291,6 +294,9 @@ class Counting(NamedTuple):
 
 class SteppedScheme(IndividualScheme):
     """One whose `Target.step` says how much is kept, and whose sizes and errors follow from singular values."""
+
+    uses_inputs: ClassVar[bool] = False
+    """Whether it encodes for outputs where `ModuleGroup.inputs` are known; a step is then for these."""
 
     @abstractmethod
     def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,9 @@ from ..bundle.kinds import EXPORT_NAME, MANIFEST_NAME
 from ..bundle.losses import Losses
 from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
+from ..model.calibration import Calibration
 from ..reading.placement import placement_of_one_pass
-from .measure import Pair, Seen, measure
+from .measure import Original, Pair, Seen, measure
 
 _CPU = torch.device("cpu")
 # A claim is true when it is this close to what is measured; the floor covers errors that are rounding themselves.
@@ -39,6 +40,13 @@ class _Difference(NamedTuple):
     comparable: bool
 
 
+class Measured(NamedTuple):
+    """Errors by adapter, where they are known: of its weights, and weighted by inputs, of its outputs."""
+
+    weights: dict[str, Losses]
+    outputs: dict[str, Losses]
+
+
 def compare(
     bundle: Bundle,
     root: Path,
@@ -46,9 +54,12 @@ def compare(
     *,
     allow_pickle: bool,
     device: torch.device = _CPU,
+    calibration: Path | None = None,
     progress: Progress,
-) -> tuple[dict[str, Losses], list[Finding]]:
+) -> tuple[Measured, list[Finding]]:
     """The true errors by adapter, where they can be known, and all that differs from the originals in ``root``.
+
+    With a file of moments for ``calibration``, also those of outputs; raises as `Calibration.open`.
 
     ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
     """
@@ -56,18 +67,26 @@ def compare(
     entries = bundle.manifest.adapters
     if not {entry.name for entry in entries} & {*originals, *bad}:
         message = f"none of the {len(entries)} adapters of the bundle is there: is it the right directory?"
-        return {}, [Finding("source-missing", None, message, damage=False)]
+        return Measured({}, {}), [Finding("source-missing", None, message, damage=False)]
     pairs = [Pair(entry, originals[entry.name]) for entry in entries if entry.name in originals]
     different = _differences(bundle, pairs, damaged, progress)
-    seen = _read(bundle, pairs, {name for name, each in different.items() if each.comparable}, device, progress)
+    measurable = {name for name, each in different.items() if each.comparable}
+    modules = {part.module.name: part.module for pair in pairs for part in pair.original.parts.values()}
+    inputs = None if calibration is None else Calibration.open(calibration, modules.values())
+    if inputs is not None and inputs.unknown is not None:
+        progress.note(inputs.unknown)
+    seen = _read(bundle, pairs, measurable, device, inputs, progress)
     broken = list(_not_in_bundle(bundle, {*originals, *bad} - no_adapters))
-    measured: dict[str, Losses] = {}
+    measured = Measured({}, {})
     for entry in entries:
         if entry.name in originals:
-            losses, findings = _judged(bundle, entry, seen[entry.name], different[entry.name].findings)
+            own = seen[entry.name]
+            losses, findings = _judged(bundle, entry, own, different[entry.name].findings)
             broken += findings
             if losses is not None:
-                measured[entry.name] = losses
+                measured.weights[entry.name] = losses
+                if isinstance(own, Original) and own.outputs is not None:
+                    measured.outputs[entry.name] = own.outputs
         else:
             kind = "source-unusable" if entry.name in bad else "source-missing"
             broken.append(_source(kind, entry.name, bad.get(entry.name, "it is not there")))
@@ -105,7 +124,12 @@ def _differences(
 
 
 def _read(
-    bundle: Bundle, pairs: list[Pair], measurable: set[str], device: torch.device, progress: Progress
+    bundle: Bundle,
+    pairs: list[Pair],
+    measurable: set[str],
+    device: torch.device,
+    calibration: Calibration | None,
+    progress: Progress,
 ) -> dict[str, Seen]:
     """By adapter, what reading its original has told."""
     with progress.stage("reading originals", len(pairs)) as advance:
@@ -113,7 +137,15 @@ def _read(
         placement = placement_of_one_pass(device, sum(sizes), max(sizes, default=0), free_bytes(device))
         if placement.kind == "host":
             device = _CPU  # too little of a GPU is free
-        return measure(bundle, pairs, advance, measurable=measurable, device=device, placement=placement)
+        return measure(
+            bundle,
+            pairs,
+            advance,
+            measurable=measurable,
+            device=device,
+            placement=placement,
+            calibration=calibration,
+        )
 
 
 def _judged(

@@ -17,7 +17,8 @@ from ..bundle.decoder import Decoder
 from ..bundle.losses import Losses
 from ..bundle.manifest import AdapterEntry, SourceEntry
 from ..bundle.reader import Bundle
-from ..maths.factored import squared_norm_and_distance
+from ..maths.factored import Factors, squared_norm_and_distance
+from ..model.calibration import Calibration
 from ..reading.blocks import Block, in_blocks
 from ..reading.groups import by_layout
 from ..reading.placement import HOST, Placement
@@ -39,6 +40,8 @@ class Original(NamedTuple):
 
     files: list[SourceEntry]
     measured: Losses | None
+    outputs: Losses | None = None
+    """As measured, but weighted by what is known of inputs; of the modules of which something is."""
 
 
 Seen = Original | AdapterError
@@ -53,8 +56,11 @@ def measure(
     measurable: Container[str],
     device: torch.device = _CPU,
     placement: Placement = HOST,
+    calibration: Calibration | None = None,
 ) -> dict[str, Seen]:
     """Read all originals, every file once: by the adapter's name its files and, of ``measurable`` ones, the errors.
+
+    With a ``calibration`` also the errors of outputs.
 
     Errors are computed in float64 on ``device``, where ``placement`` brings the originals. Memory does not grow with
     the collection. ``advance`` is told 1 for each pair.
@@ -68,12 +74,12 @@ def measure(
     def look(block: Block) -> list[tuple[str, Seen]]:
         own = [ordered[number] for number in block.adapters]
         try:
-            measured = _errors(block, own, measurable, decoder)
+            measured, outputs = _errors(block, own, measurable, decoder, calibration)
         except AdapterError as error:  # one too large for memory, alone in its block, that is read piece by piece
             return [(pair.entry.name, error) for pair in own]
         return [
-            (pair.entry.name, files if isinstance(files, AdapterError) else Original(files, errors))
-            for pair, files, errors in zip(own, block.files, measured, strict=True)
+            (pair.entry.name, files if isinstance(files, AdapterError) else Original(files, *both))
+            for pair, files, *both in zip(own, block.files, measured, outputs, strict=True)
         ]
 
     modules = {name: part.module for parts, _ in distinct_parts(originals) for name, part in parts.items()}
@@ -87,12 +93,12 @@ def _home(bundle: Bundle, entry: AdapterEntry) -> str:
     return entry.individual or bundle.shard(entry).path
 
 
-def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder) -> list[Losses | None]:
-    """The errors of those of a block that are measurable and could be read."""
-    measured = [
-        None if isinstance(files, AdapterError) or pair.entry.name not in measurable else Losses(pair.original.parts)
-        for pair, files in zip(pairs, block.files, strict=True)
-    ]
+def _errors(
+    block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder, calibration: Calibration | None
+) -> tuple[list[Losses | None], list[Losses | None]]:
+    """The errors of those of a block that are measurable and could be read, of weights and of outputs."""
+    known = [] if calibration is None else [part.module.name in calibration.known for part in block.group.parts]
+    measured, outputs = _unmeasured(block, pairs, measurable, known)
     homes = [
         None if errors is None else _home(decoder.bundle, pair.entry)
         for pair, errors in zip(pairs, measured, strict=True)
@@ -105,12 +111,39 @@ def _errors(block: Block, pairs: list[Pair], measurable: Container[str], decoder
             check_stop()
             b, a = (side.to(decoder.device).double() for side in stored(columns))
             x = b.mul_(scales[:, columns, None, None]), a
-            found = torch.stack(squared_norm_and_distance(x, y), -1).tolist()
-            for errors, of_adapter in zip(measured[rows], found, strict=True):
-                assert errors is not None
-                for column, both in zip(columns, of_adapter, strict=True):
-                    errors.put(parts[column].module.name, *both)
-    return measured
+            names = [parts[column].module.name for column in columns]
+            _put(measured[rows], names, x, y)
+            if calibration is not None:
+                places = [place for place, column in enumerate(columns) if known[column]]
+                if places:
+                    names = [names[place] for place in places]
+                    inputs = calibration.inputs_of(tuple(names), decoder.device)
+                    weighted = ((b[..., places, :, :], inputs.root(a[..., places, :, :])) for b, a in (x, y))
+                    _put(outputs[rows], names, *weighted)
+    return measured, outputs
+
+
+def _unmeasured(
+    block: Block, pairs: list[Pair], measurable: Container[str], known: list[bool]
+) -> tuple[list[Losses | None], list[Losses | None]]:
+    """Where errors go, of weights and of outputs; None for what is not to be measured."""
+    measured: list[Losses | None] = []
+    outputs: list[Losses | None] = []
+    for pair, files in zip(pairs, block.files, strict=True):
+        wanted = not isinstance(files, AdapterError) and pair.entry.name in measurable
+        names = [name for name, own in zip(pair.original.parts, known, strict=False) if own]
+        measured.append(Losses(pair.original.parts) if wanted else None)
+        outputs.append(Losses(names) if wanted and names else None)
+    return measured, outputs
+
+
+def _put(losses: list[Losses | None], modules: list[str], x: Factors, y: Factors) -> None:
+    """‖X‖² and ‖X − Y‖² of all adapters [n] and modules [m]."""
+    found = torch.stack(squared_norm_and_distance(x, y), -1).tolist()
+    for errors, of_adapter in zip(losses, found, strict=True):
+        assert errors is not None
+        for module, both in zip(modules, of_adapter, strict=True):
+            errors.put(module, *both)
 
 
 def _runs(homes: list[str | None], most: Callable[[int], int]) -> Iterator[slice]:

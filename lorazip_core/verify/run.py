@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,6 +25,7 @@ from ..model.report import ModelReport
 if TYPE_CHECKING:
     from ..bundle.losses import Losses
     from ..model.options import ModelOptions
+    from .compare import Measured
 
 _SILENT = Silent()
 _UNUSABLE = {"source-missing", "source-unusable"}
@@ -41,6 +43,8 @@ class AdapterReport(Struct, frozen=True, kw_only=True):
     mean_module_squared_error: float | None
     worst_module: ModuleError | None
     """These two are claims or measured, as ``errors_are`` of the report says."""
+    output_squared_error: float | None = None
+    """E‖(ΔW−ΔŴ)x‖² / E‖ΔW x‖², measured; null without moments of the inputs x."""
 
 
 class Gates(Struct, frozen=True):
@@ -50,6 +54,20 @@ class Gates(Struct, frozen=True):
     max_mean_error: float | None
     min_kept: float | None = None
     max_kl: float | None = None
+
+
+class Outputs(Struct, frozen=True, kw_only=True):
+    """What is lost of outputs, Σ E‖(ΔW−ΔŴ)x‖² / Σ E‖ΔW x‖² over the modules whose inputs x are known.
+
+    The inputs of every module are scaled to entries of mean square 1.
+    """
+
+    calibration: str
+    adapters: int
+    """Those that could be measured."""
+    mean_squared_error: float
+    max_squared_error: float
+    worst_adapter: str
 
 
 class VerifyReport(Struct, frozen=True, kw_only=True):
@@ -71,6 +89,8 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
     parameters: Parameters | None = None
     """What the bundle was made with, of its manifest."""
     manifest_sha256: str | None = None
+    outputs: Outputs | None = None
+    """What outputs lose; null where no moments of inputs were given, or nothing could be measured."""
     model: ModelReport | None = None
     """What a model answers; null if none was asked, also because the bundle is damaged."""
 
@@ -109,6 +129,7 @@ def verify(
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
+    calibration: Path | None = None,
     answers: ModelOptions | None = None,
     progress: Progress = _SILENT,
 ) -> VerifyReport:
@@ -119,8 +140,10 @@ def verify(
     UsageError for a path that is no directory or a limit outside of [0, 1], Unsupported for another format,
     LocalError for a ``device`` that is not there; errors are measured on it.
 
-    With ``answers`` a model says what compression did to what it answers: that takes the originals, and raises as
-    `ModelOptions.read`, `load_base_model` and `ask` do. A damaged bundle is not asked for answers.
+    With ``calibration``, a file of moments, it is measured what outputs lose; that takes the originals, and raises as
+    `Calibration.open` does. With ``answers`` a model says what compression did to what it answers: that takes the
+    originals too, and raises as `ModelOptions.read`, `load_base_model` and `ask` do. A damaged bundle is not asked for
+    answers.
     """
     return verify_by_module(
         path,
@@ -129,6 +152,7 @@ def verify(
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
         device=device,
+        calibration=calibration,
         answers=answers,
         progress=progress,
     ).report
@@ -142,6 +166,7 @@ def verify_by_module(
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
+    calibration: Path | None = None,
     answers: ModelOptions | None = None,
     progress: Progress = _SILENT,
 ) -> Verification:
@@ -151,6 +176,15 @@ def verify_by_module(
             raise UsageError(f"a limit on the squared error is between 0 and 1, not {limit}")
     if against is not None:
         check_adapters_path(against, may_be_empty=True)
+    if calibration is not None:
+        if against is None:
+            raise UsageError(
+                "«calibration»: what outputs lose is measured against the original adapters",
+                "name these with «against»",
+            )
+        from ..model.moments import Moments
+
+        Moments.open(calibration)
     gates = Gates(max_error, max_mean_error)
     rows = None
     if answers is not None:
@@ -173,19 +207,26 @@ def verify_by_module(
     with one_thread():
         with progress.stage("checking files", sum(entry.size_bytes for entry in bundle.manifest.files)) as advance:
             findings = check_bundle(bundle, advance)
-        module_errors = None
+        module_errors = outputs = None
         if against is None:
             adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
             errors = [report.claimed_squared_error for report in adapters]
         else:
             damaged = {finding.path for finding in findings}
             measured, broken = compare(
-                bundle, against, damaged, allow_pickle=allow_pickle, device=where, progress=progress
+                bundle,
+                against,
+                damaged,
+                allow_pickle=allow_pickle,
+                device=where,
+                calibration=calibration,
+                progress=progress,
             )
             findings += broken
-            adapters = [_measured(entry, measured.get(entry.name)) for entry in bundle.manifest.adapters]
+            adapters = [_measured(entry, measured) for entry in bundle.manifest.adapters]
             errors = [report.squared_error for report in adapters if report.squared_error is not None]
-            module_errors = _module_errors(bundle, measured)
+            module_errors = _module_errors(bundle, measured.weights)
+            outputs = _outputs(calibration, adapters)
     model = None
     if answers is not None and rows is not None and against is not None:
         if any(finding.damage for finding in findings):
@@ -201,7 +242,7 @@ def verify_by_module(
     summary = _summary(bundle, errors)
     findings += _gates(gates, adapters, summary, measured=against is not None)
     report = _report(path, against, gates, adapters, summary, findings, bundle)
-    return Verification(msgspec.structs.replace(report, model=model), module_errors)
+    return Verification(msgspec.structs.replace(report, outputs=outputs, model=model), module_errors)
 
 
 def _report(
@@ -249,7 +290,8 @@ def _claimed(entry: AdapterEntry) -> AdapterReport:
     )
 
 
-def _measured(entry: AdapterEntry, measured: Losses | None) -> AdapterReport:
+def _measured(entry: AdapterEntry, of_all: Measured) -> AdapterReport:
+    measured, outputs = of_all.weights.get(entry.name), of_all.outputs.get(entry.name)
     return AdapterReport(
         name=entry.name,
         scheme=entry.scheme,
@@ -258,6 +300,21 @@ def _measured(entry: AdapterEntry, measured: Losses | None) -> AdapterReport:
         squared_error=measured.squared_error if measured else None,
         mean_module_squared_error=measured.mean_module_squared_error if measured else None,
         worst_module=measured.worst_module if measured else None,
+        output_squared_error=outputs.squared_error if outputs else None,
+    )
+
+
+def _outputs(calibration: Path | None, adapters: list[AdapterReport]) -> Outputs | None:
+    errors = {each.name: each.output_squared_error for each in adapters if each.output_squared_error is not None}
+    if calibration is None or not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    return Outputs(
+        calibration=printable(str(calibration)),
+        adapters=len(errors),
+        mean_squared_error=math.fsum(errors.values()) / len(errors),
+        max_squared_error=errors[worst],
+        worst_adapter=worst,
     )
 
 
