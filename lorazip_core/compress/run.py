@@ -130,13 +130,15 @@ def compress(
         writer = BundleWriter(building.path)
         attempt = first_attempt(scanned, options, device, progress) if options.planned else None
         while True:
-            encoded, clusters = run.encode(attempt)
+            encoded, clusters, told = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
             following = attempt and attempt.following(manifest, size)
             if following is None:
                 break
             attempt = following
             writer.clear()
+        for note in told:
+            progress.note(note)
         report = _report(scanned, output, manifest, size, time.monotonic() - started, device)
     return report
 
@@ -165,8 +167,11 @@ class _Run:
     pieces: Pieces
     progress: Progress
 
-    def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int]:
-        """Make all pieces that are not there yet; what shares bases, and in how many clusters."""
+    def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int, list[str]]:
+        """Make all pieces that are not there yet.
+
+        What shares bases, in how many clusters, and a note on each adapter that is not kept as it was asked for.
+        """
         encoded, clusters = None, 0
         alone = list(range(len(self.scanned.collection.adapters)))
         options = self.options
@@ -183,8 +188,7 @@ class _Run:
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
-        self._keep_individually(alone, attempt)
-        return encoded, clusters
+        return encoded, clusters, self._keep_individually(alone, attempt)
 
     def assemble(
         self, writer: BundleWriter, attempt: Attempt | None, encoded: Encoded | None, clusters: int
@@ -229,7 +233,7 @@ class _Run:
         """Adapters that are kept as they are, since the dtype of the bundle has no normal number for any value."""
         return self.scanned.too_small(DTYPES[self.options.dtype])
 
-    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> None:
+    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> list[str]:
         options, adapters = self.options, self.scanned.collection.adapters
         dtype = DTYPES[options.dtype]
         asked = None if options.scheme.shared else options.chosen
@@ -256,7 +260,7 @@ class _Run:
             self.scanned.check_unchanged([number])
             return kept.store(number, count, self.pieces)
 
-        notes: list[str] = []
+        told: list[str] = []
         load_linear_algebra(self.device)
         # Several also where a GPU computes, since most of the time is reading, copying and writing; each takes memory.
         workers = cores() if self.device.type == "cpu" else min(_GPU_WORKERS, cores())
@@ -266,10 +270,9 @@ class _Run:
         ):
             for number, kept in zip(alone, results, strict=True):
                 if kept.scheme != options.chosen:
-                    notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
+                    told.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
-        for note in notes:
-            self.progress.note(note)
+        return told
 
     def _target(self, norm: float, attempt: Attempt | None) -> Target:
         """What is wanted of an adapter of this ‖ΔW‖²."""

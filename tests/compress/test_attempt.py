@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from testing import random_adapters as ra
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.module import Module
+from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
@@ -82,6 +84,42 @@ def test_an_attempt_that_misses_is_followed_by_one_that_does_not(
     assert 76_000 <= report.summary.bytes_bundle <= 80_000
 
 
+def test_a_mean_error_that_is_far_from_used_up_is_followed_by_one_that_is(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 0.5)
+    report = made(adapters, tmp_path / "out", max_mean_error=0.1)
+    assert 0.098 <= report.summary.mean_squared_error <= 0.1
+
+
+@pytest.mark.parametrize("method", ["coded", "svd"])
+def test_every_budget_is_met_that_can_be(tmp_path: Path, method: Any) -> None:
+    """Also of so few updates that sizes are far apart, and no prediction is right."""
+    modules = tuple(Module(f"layers.{i}.proj", "linear", 3 + 30 * i, 5 + 11 * i) for i in range(3))
+    root = ra.write_collection(tmp_path / "adapters", ra.plain(2, rank=2, modules=modules))
+    least = made(root, tmp_path / "least", method=method, max_mean_error=1.0).summary.bytes_bundle
+    for more in range(0, 320, 40):
+        report = made(root, tmp_path / str(more), method=method, budget=least + more)
+        assert report.summary.bytes_bundle <= least + more
+    with pytest.raises(UsageError, match="gets no further than"):
+        compress(root, tmp_path / "less", CompressOptions(method=method, budget=least - 60))
+
+
+def test_what_is_kept_in_another_way_is_told_once(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not once an attempt."""
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 1.5)
+    root = tmp_path / "adapters"
+    shutil.copytree(adapters, root)
+    ra.write_collection(root, (ra.Recipe("faint", modules=MODULES[:1], energy=1e-20),))
+    words = ["--budget", "120kB", "--dtype", "f16"]
+    assert main(["compress", str(root), "-o", str(tmp_path / "out"), *words]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told.count("keeping adapters individually ...") == 2
+    assert told.count("kept faint as it was: its values do not fit in f16") == 1
+
+
 def test_more_adapters_than_a_packed_file_holds(
     adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,8 +139,9 @@ def test_more_adapters_than_a_packed_file_holds(
     ("words", "said"),
     [
         (["--budget", "2kB"], "--budget 2,000 bytes: names, configurations and what is no LoRA factor take "),
+        (["--budget-per-adapter", "200"], "--budget-per-adapter 200 bytes, 2,000 bytes in all: names, "),
         (["--max-mean-error", "1e-9"], "--max-mean-error 1e-09: coded gets no further than "),
-        (["--method", "svd", "--budget", "30kB"], "--budget 30,000: svd gets no further than "),
+        (["--method", "svd", "--budget", "30kB"], "--budget 30,000 bytes: svd gets no further than "),
         (["--budget", "30kB", "--max-error", "0.1"], "--max-error and --budget exclude each other"),
         (["--method", "svd", "--rank", "2", "--budget", "30kB"], "--budget and --rank exclude each other"),
         (["--method", "joint", "--budget", "30kB"], "--budget: how much joint has to keep for it is not known"),
