@@ -34,6 +34,7 @@ from .manifest import (
     SourceEntry,
     read_manifest,
 )
+from .size import PACKED_MODULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,6 +164,9 @@ class Bundle:
         from ..base.safetensors_header import TORCH_DTYPES
 
         indices = self._packed[path]
+        sets = [self.manifest.adapters[index].module_set for index in indices]
+        if sum(len(self.manifest.module_sets[number]) for number in sets) > PACKED_MODULES:
+            raise BundleDamaged(f"{self.path / path}: it has more than {PACKED_MODULES:,} modules", _RESTORE)
         modules = [self.modules(self.manifest.adapters[index]) for index in indices]
         scheme = packed_scheme(self.manifest.adapters[indices[0]].scheme)
         assert scheme is not None

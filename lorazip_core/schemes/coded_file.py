@@ -30,6 +30,8 @@ from .streams import (
 Arrays = dict[str, NDArray[np.generic]]
 
 _LONGEST = 2**31  # of a vector: sums of lengths are far from what 64 bits hold
+MOST_CODES = 64
+"""For each byte that they are stored in: Huffman codes alone leave 40, and more can only be meant to fill memory."""
 
 
 class CodedModule(NamedTuple):
@@ -76,6 +78,9 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     counts = columns.wide(len(shapes))
     if (counts > shapes.min(1)).any():
         raise Contradiction("a module has more components than it can have")
+    codes = arrays["codes"].tobytes()
+    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > MOST_CODES * len(codes):
+        raise Contradiction("there are more codes than its bytes can hold")
     total = int(counts.sum())
     of_u, apart = columns.narrow(total), columns.narrow(total)
     rest = columns.wide(total)
@@ -84,7 +89,7 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     streams = np.concatenate([of_u, of_u + apart])
     lengths = np.concatenate([np.repeat(shapes[:, side], counts) for side in (0, 1)])
     kinds = arrays["kinds"].astype(np.uint8)
-    vectors = unpack_streams(arrays["codes"].tobytes(), lengths, streams, kinds)
+    vectors = unpack_streams(codes, lengths, streams, kinds)
     bases = arrays["bases"].astype(np.int64)
     scales = (
         rest.astype(np.uint16).view(np.int16) + bases[np.repeat(_owners(sizes), counts)] + _expected(vectors[:total])

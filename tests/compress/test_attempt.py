@@ -129,6 +129,10 @@ def test_more_adapters_than_a_packed_file_holds(
     one, several = (Bundle(tmp_path / name) for name in ("one", "several"))
     paths = [adapter.individual for adapter in several.manifest.adapters]
     assert [paths.count(path) for path in dict.fromkeys(paths)] == [3, 3, 3, 1]
+    monkeypatch.setattr("lorazip_core.compress.packed.PACKED_MODULES", 2 * len(MODULES) + 1)
+    made(adapters, tmp_path / "pairs", max_error=0.1)
+    paths = [adapter.individual for adapter in Bundle(tmp_path / "pairs").manifest.adapters]
+    assert [paths.count(path) for path in dict.fromkeys(paths)] == [2, 2, 2, 2, 2]
     for a, b in zip(one.manifest.adapters, several.manifest.adapters, strict=True):
         for module in one.modules(a):
             own, other = one.own(a, module.name), several.own(b, module.name)

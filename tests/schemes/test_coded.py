@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorazip_core.schemes import coded
+from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
 from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Size, Target
-from lorazip_core.schemes.streams import Contradiction
+from lorazip_core.schemes.streams import Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
 CPU = torch.device("cpu")
@@ -112,6 +112,27 @@ def test_any_damage_is_a_contradiction_or_other_codes(seed: int) -> None:
 def test_sizes_beyond_all_are_refused(sizes: Size) -> None:
     with pytest.raises(Contradiction):
         unpack(pack([[sample()[0][0]]]), [[sizes]])
+
+
+def test_a_small_file_cannot_be_made_to_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in it fits together, but it is compressed as no codes would be."""
+    length = 10**6
+    zeros = CodedModule(np.zeros((1, length), np.int8), np.zeros((1, length), np.int8), np.zeros(1, np.int16))
+    arrays = pack([[zeros]])
+    assert_equal([[zeros]], unpack(arrays, [[Size(length, length)]]))  # what `pack` makes of the least is no such file
+    bomb = deflate(np.full(-(-2 * length // 5), 121, np.uint8), alone=False)
+    assert len(bomb) < 2 * length // 500
+    inflated: list[int] = []
+
+    def counted(data: bytes, size: int) -> tuple[Bytes, bytes]:
+        inflated.append(size)
+        return inflate(data, size)
+
+    for module in (streams, coded_file):
+        monkeypatch.setattr(module, "inflate", counted)
+    with pytest.raises(Contradiction, match="more codes than its bytes can hold"):
+        unpack({**arrays, "codes": np.frombuffer(bomb, np.uint8)}, [[Size(length, length)]])
+    assert max(inflated) == 1
 
 
 def test_expected_scales_are_far_from_the_middle() -> None:
