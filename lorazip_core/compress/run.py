@@ -252,7 +252,7 @@ class _Run:
                     adapters[number],
                     asked,
                     self._target(norm, attempt),
-                    options.max_error,
+                    self._limit,
                     squared_norm=norm,
                     dtype=dtype,
                     device=self.device,
@@ -274,20 +274,26 @@ class _Run:
                 advance(1)
         return told
 
+    @property
+    def _limit(self) -> float | None:
+        """The most that any adapter on its own may lose: asked for, or the default of a scheme that has one."""
+        options = self.options
+        return options.largest_error if options.max_error is None else options.max_error
+
     def _target(self, norm: float, attempt: Attempt | None) -> Target:
         """What is wanted of an adapter of this ‖ΔW‖²."""
         options = self.options
         if attempt is not None:
             return Target(step=attempt.step * math.sqrt(norm))
-        limit = None if options.max_error is None else options.max_error * norm
+        limit = None if self._limit is None else self._limit * norm
         return Target(options.kept_rank, limit)
 
     def _reason(self, number: int, kept: Kept) -> str:
         """How an adapter is kept on its own, and why."""
         how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
-        if self.options.max_error is None or self._too_small[number]:
+        if self._limit is None or self._too_small[number]:
             return f"{how}: its values do not fit in {self.options.dtype}"
-        return f"{how}: it would exceed «max_error» {self.options.max_error}"
+        return f"{how}: it would exceed «max_error» {self._limit}"
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

@@ -42,9 +42,9 @@ def made(root: Path, bundle: Path, **wanted: Any) -> CompressReport:
 def test_a_budget_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, budget: int) -> None:
     report = made(adapters, tmp_path / "out", method=method, budget=budget)
     assert 0.95 * budget <= report.summary.bytes_bundle <= budget
-    [chosen] = [
-        point for point in plan(adapters, CompressOptions(method=method, budget=budget)).frontier if point.chosen
-    ]
+    planned = plan(adapters, CompressOptions(method=method, budget=budget))
+    assert planned.within_bound
+    [chosen] = [point for point in planned.frontier if point.chosen]
     assert chosen.bytes_bundle == pytest.approx(report.summary.bytes_bundle, rel=0.05)
     assert chosen.mean_squared_error == pytest.approx(report.summary.mean_squared_error, rel=0.1)
 
@@ -160,6 +160,11 @@ def test_what_cannot_be_met_is_one_line_and_leaves_nothing(
 ) -> None:
     made(adapters, tmp_path / "out", max_error=0.1)
     before = (tmp_path / "out" / "manifest.json").read_bytes()
+    if said.endswith(("take ", "further than ", "in all: names, ")):
+        assert main(["compress", str(adapters), "--dry-run", "-q", *words]) == 0
+        assert "note     that is more than what may be: compress is likely" in capsys.readouterr().out
+        assert main(["compress", str(adapters), "--dry-run", "-q", "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["within_bound"] is False
     assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "--force", "-q", *words]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lorazip: error: {said}")

@@ -205,6 +205,19 @@ def test_coded_of_many_components_is_near_to_its_limit() -> None:
     assert coded._NEAR * limit <= sum(encoding.squared_errors.values()) <= limit
 
 
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
+def test_coded_meets_a_limit_also_where_a_little_changes_nothing(share: float) -> None:
+    """Of few components of few entries, many steps give the same codes."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        d_out, d_in, rank = (int(torch.randint(1, most, (1,), generator=generator)) for most in (20, 20, 5))
+        b, a = torch.randn(1, d_out, rank, generator=generator), torch.randn(1, rank, d_in, generator=generator)
+        limit = share * float((b.double() @ a.double()).square().sum())
+        module = ModuleGroup(["x"], b, a, torch.ones(1).double(), CPU)
+        (encoding,) = Coded().encodings([module], Target(limit=limit), torch.bfloat16)
+        assert encoding.squared_errors["x"] <= limit
+
+
 def test_without_any_target_coded_loses_its_default() -> None:
     (encoding,) = Coded().encodings([group(UPDATES, rank=4)], Target(), torch.bfloat16)
     assert 0.5 * Coded.default_error < sum(encoding.squared_errors.values()) / sum(NORMS) <= Coded.default_error
