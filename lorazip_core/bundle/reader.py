@@ -187,7 +187,7 @@ class Bundle:
         }
 
     def rank(self, adapter: AdapterEntry, module: str) -> int:
-        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor is read.
+        """The number of columns of B̂, and of rows of Â, that a module is decoded to; no tensor but packed ones is read.
 
         Raises BundleDamaged for tensors of too few dimensions; else their shapes are taken as they are.
         """

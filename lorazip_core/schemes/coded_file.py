@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .scheme import Size
 from .streams import (
+    Buffer,
     Bytes,
     Contradiction,
     Integers,
@@ -113,7 +114,7 @@ class _Columns:
     """Columns of the index, one after another."""
 
     def __init__(self, data: bytes) -> None:
-        self.left = data
+        self.left: Buffer = data
 
     def narrow(self, count: int) -> Bytes:
         """One of bytes."""

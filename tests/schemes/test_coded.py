@@ -18,7 +18,7 @@ from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
 from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Size, Target
-from lorazip_core.schemes.streams import Bytes, Contradiction, deflate, inflate
+from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_small_file_cannot_be_made_to_fill_the_memory(monkeypatch: pytest.Monk
     assert len(bomb) < 2 * length // 500
     inflated: list[int] = []
 
-    def counted(data: bytes, size: int) -> tuple[Bytes, bytes]:
+    def counted(data: Buffer, size: int) -> tuple[Bytes, Buffer]:
         inflated.append(size)
         return inflate(data, size)
 
