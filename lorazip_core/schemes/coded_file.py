@@ -30,9 +30,9 @@ from .streams import (
 
 Arrays = dict[str, NDArray[np.generic]]
 
-_LONGEST = 2**31  # of a vector: sums of lengths are far from what 64 bits hold
-MOST_CODES = 64
-"""For each byte that they are stored in: Huffman codes alone leave 40, and more can only be meant to fill memory."""
+# Of files that are made to fill memory, not of any that is meant to be read:
+_LONGEST = 2**28  # of a vector
+_MOST_CODES = 64  # for each byte that they are stored in: Huffman codes alone leave 40
 
 
 class CodedModule(NamedTuple):
@@ -80,7 +80,7 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     if (counts > shapes.min(1)).any():
         raise Contradiction("a module has more components than it can have")
     codes = arrays["codes"].tobytes()
-    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > MOST_CODES * len(codes):
+    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > _MOST_CODES * len(codes):
         raise Contradiction("there are more codes than its bytes can hold")
     total = int(counts.sum())
     of_u, apart = columns.narrow(total), columns.narrow(total)

@@ -114,6 +114,16 @@ def test_sizes_beyond_all_are_refused(sizes: Size) -> None:
         unpack(pack([[sample()[0][0]]]), [[sizes]])
 
 
+@pytest.mark.parametrize("largest", [Size(2**28, 7), Size(7, 2**28)])
+def test_a_module_that_keeps_nothing_may_be_large_but_not_beyond_a_limit(largest: Size) -> None:
+    """What is written of it is zeros, and those take room."""
+    nothing = pack([[CodedModule(np.zeros((0, 3), np.int8), np.zeros((0, 2), np.int8), np.zeros(0, np.int16))]])
+    [[module]] = unpack(nothing, [[largest]])
+    assert (module.u.shape, module.v.shape) == ((0, largest.d_out), (0, largest.d_in))
+    with pytest.raises(Contradiction):
+        unpack(nothing, [[Size(largest.d_out + 1, largest.d_in + 1)]])
+
+
 def test_a_small_file_cannot_be_made_to_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in it fits together, but it is compressed as no codes would be."""
     length = 10**6
