@@ -267,6 +267,8 @@ def _render_plan(report: PlanReport, output: Path | None) -> None:
     if report.memory_bytes is not None and report.least_memory_bytes is not None:
         most, least = (f"{size // 2**20:,} MiB" for size in (report.memory_bytes, report.least_memory_bytes))
         console.line(f"memory   at most {most} on this machine; the least that --memory can be is {least}")
+    if report.within_bound is False:
+        console.line("note     that is more than what may be: compress is likely to end with exit code 2")
     if report.output_exists:
         console.line(f"note     {output} exists: without --force, compress would end with exit code 6")
     for text in by_file(report.left_out):

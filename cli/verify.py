@@ -146,7 +146,8 @@ def _check_answers(answers: ModelOptions | None, against: Path | None, given: Ma
     if answers is None:
         named = [option for option, value in given.items() if value is not None]
         if named:
-            raise UsageError(f"{named[0]} needs --model, --rows and --against", "what to ask, of which model")
+            *others, last = (each for each in ("--model", "--rows", "--against") if each != named[0])
+            raise UsageError(f"{named[0]} needs {', '.join(others)} and {last}", "what to ask, of which model")
         return
     if against is None:
         raise UsageError("--model: answers are compared with the original adapters'", "name these with --against")

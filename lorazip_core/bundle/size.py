@@ -25,6 +25,8 @@ _CLUSTER_BYTES = 240
 
 PACKED_ADAPTERS = 32
 """In one file of a scheme that packs them: enough to share tables of codes, few enough to be unpacked at no cost."""
+PACKED_MODULES = 2**20
+"""In one file at most, each counted for every adapter that has it: a small manifest can name many times more."""
 
 
 def equal_groups(adapters: int, clusters: int) -> list[range]:

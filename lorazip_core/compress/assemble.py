@@ -70,7 +70,9 @@ class Assembly:
 
     def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
-        files = packed_files({number: each.scheme for number, each in kept.items()}, attempt)
+        files = packed_files(
+            {number: (each.scheme, len(each.squared_errors)) for number, each in kept.items()}, attempt
+        )
         pack(files, attempt, self.pieces)
         for file in files:
             self.writer.add_file(file.path, *self.pieces.file(file.piece))

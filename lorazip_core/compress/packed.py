@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.stopping import check_stop
 from ..base.threads import in_order
-from ..bundle.size import PACKED_ADAPTERS
+from ..bundle.size import PACKED_ADAPTERS, PACKED_MODULES
 from ..schemes.registry import packed_scheme
 from ..schemes.scheme import PackedScheme
 from .pieces import Pieces, individual_piece
@@ -31,21 +31,26 @@ class PackedFile(NamedTuple):
     adapters: list[int]
 
 
-def packed_files(schemes: Mapping[int, str], attempt: int) -> list[PackedFile]:
-    """The files for adapters that are kept on their own, by number in which scheme."""
-    members: defaultdict[str, list[int]] = defaultdict(list)
-    for number, name in sorted(schemes.items()):
-        if packed_scheme(name):
-            members[name].append(number)
+def packed_files(kept: Mapping[int, tuple[str, int]], attempt: int) -> list[PackedFile]:
+    """The files for adapters that are kept on their own: by number in which scheme, and how many modules they have."""
+    members: defaultdict[str, list[list[int]]] = defaultdict(list)
+    modules = 0
+    for number, (name, own) in sorted(kept.items(), key=lambda each: (each[1][0], each[0])):
+        if not packed_scheme(name):
+            continue
+        of_files = members[name]
+        if not of_files or len(of_files[-1]) == PACKED_ADAPTERS or modules + own > PACKED_MODULES:
+            of_files.append([])
+            modules = 0
+        of_files[-1].append(number)
+        modules += own
     files: list[PackedFile] = []
-    for name, numbers in members.items():
+    for name, of_files in members.items():
         scheme = packed_scheme(name)
         assert scheme is not None
-        for start in range(0, len(numbers), PACKED_ADAPTERS):
-            place = start // PACKED_ADAPTERS
-            path = f"individual/{name}-{place}.safetensors"
-            piece = f"packed-{len(files)}-{attempt}"
-            files.append(PackedFile(path, piece, scheme, numbers[start : start + PACKED_ADAPTERS]))
+        for place, numbers in enumerate(of_files):
+            path, piece = f"individual/{name}-{place}.safetensors", f"packed-{len(files)}-{attempt}"
+            files.append(PackedFile(path, piece, scheme, numbers))
     return files
 
 

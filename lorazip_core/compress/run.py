@@ -181,14 +181,16 @@ def compress_by_frontier(
         writer = BundleWriter(building.path)
         predicted, attempt = _planned(scanned, options, device, calibration, progress, predict=predict)
         while True:
-            encoded, clusters = run.encode(attempt)
+            encoded, clusters, told = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
             held = Resident.of(Bundle(building.path), CPU) if options.objective == "resident" else None
-            following = attempt and attempt.following(manifest, _taken(manifest, size, held))
+            following = attempt and attempt.following(manifest, _taken(manifest, size, held, options.chosen))
             if following is None:
                 break
             attempt = following
             writer.clear()
+        for note in told:
+            progress.note(note)
         report = _report(scanned, output, manifest, size, time.monotonic() - started, device, held)
     return Compression(report, manifest, predicted)
 
@@ -215,12 +217,19 @@ def _planned(
     return frontier(spectra, scanned, step, options) if predict else None, attempt
 
 
-def _taken(manifest: Manifest, size: int, held: Resident | None) -> Taken:
+def _taken(manifest: Manifest, size: int, held: Resident | None, scheme: str) -> Taken:
     """What is counted of a bundle: the bytes of its files, or what is ``held`` of it."""
     if held is not None:
-        return Taken(held.nbytes, sum(held.own_bytes))
-    own = {adapter.individual for adapter in manifest.adapters}
-    return Taken(size, sum(file.size_bytes for file in manifest.files if file.path in own))
+        own = sum(held.own_bytes)
+        return Taken(held.nbytes, own, held.nbytes - own)
+    updates = _bytes_of_individual(manifest)
+    return Taken(size, _bytes_of_individual(manifest, scheme), size - updates)
+
+
+def _bytes_of_individual(manifest: Manifest, *schemes: str) -> int:
+    """Of the files with the own tensors of adapters, of all or of those in ``schemes``."""
+    own = {adapter.individual for adapter in manifest.adapters if not schemes or adapter.scheme in schemes}
+    return sum(file.size_bytes for file in manifest.files if file.path in own)
 
 
 def _bytes_needed(collection: Collection, options: CompressOptions) -> int:
@@ -248,8 +257,11 @@ class _Run:
     progress: Progress
     calibration: Calibration | None = None
 
-    def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int]:
-        """Make all pieces that are not there yet; what shares bases, and in how many clusters."""
+    def encode(self, attempt: Attempt | None) -> tuple[Encoded | None, int, list[str]]:
+        """Make all pieces that are not there yet.
+
+        What shares bases, in how many clusters, and a note on each adapter that is not kept as it was asked for.
+        """
         encoded, clusters = None, 0
         alone = list(range(len(self.scanned.collection.adapters)))
         options = self.options
@@ -266,8 +278,7 @@ class _Run:
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
-        self._keep_individually(alone, attempt)
-        return encoded, clusters
+        return encoded, clusters, self._keep_individually(alone, attempt)
 
     def assemble(
         self, writer: BundleWriter, attempt: Attempt | None, encoded: Encoded | None, clusters: int
@@ -314,7 +325,7 @@ class _Run:
         """Adapters that are kept as they are, since the dtype of the bundle has no normal number for any value."""
         return self.scanned.too_small(DTYPES[self.options.dtype])
 
-    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> None:
+    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> list[str]:
         options, adapters = self.options, self.scanned.collection.adapters
         dtype = DTYPES[options.dtype]
         asked = None if options.scheme.shared else options.chosen
@@ -333,7 +344,7 @@ class _Run:
                     adapters[number],
                     asked,
                     self._target(number, norm, attempt),
-                    options.max_error,
+                    self._limit,
                     squared_norm=norm,
                     dtype=dtype,
                     device=self.device,
@@ -342,7 +353,7 @@ class _Run:
             self.scanned.check_unchanged([number])
             return kept.store(number, count, self.pieces)
 
-        notes: list[str] = []
+        told: list[str] = []
         load_linear_algebra(self.device)
         # Several also where a GPU computes, since most of the time is reading, copying and writing; each takes memory.
         workers = cores() if self.device.type == "cpu" else min(_GPU_WORKERS, cores())
@@ -352,25 +363,30 @@ class _Run:
         ):
             for number, kept in zip(alone, results, strict=True):
                 if kept.scheme != options.chosen:
-                    notes.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
+                    told.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
                 advance(1)
-        for note in notes:
-            self.progress.note(note)
+        return told
+
+    @property
+    def _limit(self) -> float | None:
+        """The most that any adapter on its own may lose: asked for, or the default of a scheme that has one."""
+        options = self.options
+        return options.largest_error if options.max_error is None else options.max_error
 
     def _target(self, number: int, norm: float, attempt: Attempt | None) -> Target:
         """What is wanted of an adapter with this Σ‖ΔW‖²."""
         options = self.options
         if attempt is not None:
             return Target(step=attempt.step * math.sqrt(attempt.spectra.energies[number]), objective=options.objective)
-        limit = None if options.max_error is None else options.max_error * norm
+        limit = None if self._limit is None else self._limit * norm
         return Target(options.kept_rank, limit, objective=options.objective)
 
     def _reason(self, number: int, kept: Kept) -> str:
         """How an adapter is kept on its own, and why."""
         how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
-        if self.options.max_error is None or self._too_small[number]:
+        if self._limit is None or self._too_small[number]:
             return f"{how}: its values do not fit in {self.options.dtype}"
-        return f"{how}: it would exceed «max_error» {self.options.max_error}"
+        return f"{how}: it would exceed «max_error» {self._limit}"
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

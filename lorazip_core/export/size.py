@@ -55,7 +55,8 @@ def export_bytes(
         stored = _ORIGINAL_ITEMSIZE if original else DTYPES[manifest.parameters.dtype].itemsize
         itemsize = stored if dtype is None else DTYPES[dtype].itemsize
         size *= itemsize / stored
-        if kept:
+        if kept is not None:
+            kept = max(kept, 1)  # of nothing that is kept, a column of zeros is written
             truncated = rank is not None and rank < kept
             written = min(kept, rank or kept)
             padded = pad and (not original or truncated or (one_rank and patterns))

@@ -1,1 +1,1 @@
-"""What a compression would take, before any weight is read."""
+"""What a compression would take and lose, before anything is encoded."""

@@ -1,4 +1,4 @@
-"""What a compression would take on disk and of memory, from shapes alone: no weight is read."""
+"""What a compression would take on disk and of memory from shapes alone, and lose, for which all weights are read."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     """How the method that ``auto`` is compares with others at the same size, in a line; null for a named method."""
     weighted: bool = False
     """Whether the errors of ``frontier`` are weighted by inputs."""
+    within_bound: bool | None = None
+    """Whether the chosen one is predicted to meet the budget or mean error; null where none is asked for."""
     problems: int = 0
     """Shared bases to be found, one for each module of each cluster; 0 for svd, which decomposes each adapter alone."""
     memory_bytes: int | None = None
@@ -108,12 +110,23 @@ def plan(
         frontier=predicted.points if predicted else [],
         comparison=predicted.comparison(options) if predicted else None,
         weighted=options.calibration is not None,
+        within_bound=_within_bound(predicted, options, len(collection.adapters)),
         problems=_problems(collection, groups) if options.scheme.shared else 0,
         memory_bytes=memory and memory[0],
         least_memory_bytes=memory and memory[1],
         output_exists=None if output is None else os.path.lexists(output),
         left_out={name: list(files) for name, files in collection.left_out.items()},
     )
+
+
+def _within_bound(predicted: Frontier | None, options: CompressOptions, adapters: int) -> bool | None:
+    if predicted is None or not options.planned:
+        return None
+    [chosen] = (point for point in predicted.points if point.chosen)
+    most = options.most_bytes(adapters)
+    if most is not None:
+        return chosen.bytes <= most
+    return chosen.mean_squared_error <= (options.max_mean_error or 0)
 
 
 def _frontier(

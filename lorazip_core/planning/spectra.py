@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +28,8 @@ from .options import CompressOptions
 
 FIRST_AIM = 0.995
 """Of what is allowed: predictions are right to about 1%."""
-_STEPS = (-24.0, 4.0)  # as powers of 2: from nothing lost to nothing kept
+FINEST, COARSEST = 2.0**-24, 2.0**4
+"""Steps: finer ones lose no less, and of coarser ones no less is kept."""
 _HALVINGS = 20
 
 
@@ -118,7 +120,7 @@ class Spectra:
 
     def steps_for_each(self, scheme: SteppedScheme, most: float, counting: Counting) -> Tensor:
         """For each adapter the coarsest step [n] at which its squared error is at most so much, about."""
-        low, high = (torch.full_like(self.energies, end) for end in _STEPS)
+        low, high = (torch.full_like(self.energies, math.log2(end)) for end in (FINEST, COARSEST))
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             within = self.outlook(scheme, middle.exp2(), counting).squared_errors <= most
@@ -135,7 +137,7 @@ def _strengths(group: ModuleGroup) -> Tensor:
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
     """The coarsest step for which ``holds`` is true, as it is for all finer ones, and the finest where it is not."""
-    low, high = _STEPS
+    low, high = math.log2(FINEST), math.log2(COARSEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if holds(2**middle):

@@ -38,6 +38,7 @@ _TYPICAL_BYTES = 0.55  # of each row and column of an update, for `Coded.default
 _TRIES = 6
 _FIRST_AIM = 0.995  # of the limit: what is lost is within 1% of what is predicted
 _NEAR = 0.985  # of the limit: nearer is not worth another try
+_FINER = 0.8  # at least, when tries have not come below the limit: of few components, a little changes nothing
 
 
 class Coded(PackedScheme, SteppedScheme):
@@ -207,8 +208,7 @@ def _near(
             best = lost, encoding
         if _NEAR * limit <= lost <= limit or lost == 0:
             break
-        step *= (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
-        if best is None and tried >= _TRIES // 2 - 1:  # few components: what is lost goes in jumps
-            step /= 2
+        nearer = (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
+        step *= min(nearer, _FINER) if best is None and tried >= _TRIES // 2 else nearer
     if best is not None:
         yield best[1]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .scheme import Size
 from .streams import (
+    Buffer,
     Bytes,
     Contradiction,
     Integers,
@@ -29,7 +30,9 @@ from .streams import (
 
 Arrays = dict[str, NDArray[np.generic]]
 
-_LONGEST = 2**31  # of a vector: sums of lengths are far from what 64 bits hold
+# Of files that are made to fill memory, not of any that is meant to be read:
+_LONGEST = 2**28  # of a vector
+_MOST_CODES = 64  # for each byte that they are stored in: Huffman codes alone leave 40
 
 
 class CodedModule(NamedTuple):
@@ -76,6 +79,9 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     counts = columns.wide(len(shapes))
     if (counts > shapes.min(1)).any():
         raise Contradiction("a module has more components than it can have")
+    codes = arrays["codes"].tobytes()
+    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > _MOST_CODES * len(codes):
+        raise Contradiction("there are more codes than its bytes can hold")
     total = int(counts.sum())
     of_u, apart = columns.narrow(total), columns.narrow(total)
     rest = columns.wide(total)
@@ -84,7 +90,7 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     streams = np.concatenate([of_u, of_u + apart])
     lengths = np.concatenate([np.repeat(shapes[:, side], counts) for side in (0, 1)])
     kinds = arrays["kinds"].astype(np.uint8)
-    vectors = unpack_streams(arrays["codes"].tobytes(), lengths, streams, kinds)
+    vectors = unpack_streams(codes, lengths, streams, kinds)
     bases = arrays["bases"].astype(np.int64)
     scales = (
         rest.astype(np.uint16).view(np.int16) + bases[np.repeat(_owners(sizes), counts)] + _expected(vectors[:total])
@@ -108,7 +114,7 @@ class _Columns:
     """Columns of the index, one after another."""
 
     def __init__(self, data: bytes) -> None:
-        self.left = data
+        self.left: Buffer = data
 
     def narrow(self, count: int) -> Bytes:
         """One of bytes."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Vector = NDArray[np.int8]
 Integers = NDArray[np.int64]
+Buffer = bytes | memoryview
 
 PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 """How many codes a byte holds, and how large they may be: 3⁵, 5³, 15² and 255 are at most 256."""
@@ -23,6 +24,7 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
 _FULL = 2**15  # codes in a stream that is worth a table of its own
 _AT_ONCE = 2**8  # vectors that are measured together
+_READ = 2**16  # bytes that zlib is given at a time
 _STREAMS = 2**8  # at most: their numbers are bytes
 
 
@@ -75,7 +77,7 @@ def pack_streams(vectors: Sequence[Vector], streams: Bytes, kinds: Bytes) -> byt
     return b"".join(packed)
 
 
-def unpack_streams(data: bytes, lengths: Integers, streams: Bytes, kinds: Bytes) -> list[Vector]:
+def unpack_streams(data: Buffer, lengths: Integers, streams: Bytes, kinds: Bytes) -> list[Vector]:
     """The vectors, of these ``lengths`` [n] and ``streams`` [n]. Raises Contradiction."""
     if len(streams) and int(streams.max()) >= len(kinds):
         raise Contradiction("a vector is in a stream that is not there")
@@ -102,16 +104,21 @@ def deflate(data: Bytes, *, alone: bool = True) -> bytes:
     return encoder.compress(data.tobytes()) + encoder.flush()
 
 
-def inflate(data: bytes, size: int) -> tuple[Bytes, bytes]:
+def inflate(data: Buffer, size: int) -> tuple[Bytes, Buffer]:
     """The ``size`` bytes of the first raw deflate stream of ``data``, and what follows it. Raises Contradiction."""
     decoder = zlib.decompressobj(-15)
+    view, found, read = memoryview(data), bytearray(), 0
     try:
-        found = decoder.decompress(data, size + 1)  # one more: never more in memory than there should be
+        while not decoder.eof and read < len(view) and len(found) <= size:
+            some = view[read : read + _READ]  # zlib copies what it leaves: all streams that follow, if it had them
+            read += len(some)
+            # One more than there should be: never more in memory than that.
+            found += decoder.decompress(some, size + 1 - len(found))
     except zlib.error as error:
         raise Contradiction(f"no deflate stream: {error}") from None
     if not decoder.eof or len(found) != size:
         raise Contradiction(f"a stream is not of the {size} bytes that it should have")
-    return np.frombuffer(found, np.uint8), decoder.unused_data
+    return np.frombuffer(found, np.uint8), view[read - len(decoder.unused_data) :]
 
 
 def _joined(codes: Vector, kind: int) -> Bytes:

@@ -95,6 +95,16 @@ def test_random_damage_is_named_or_decodes(bundle: Path, seed: int) -> None:
                 assert own["v"].shape == (len(own["scale"]), module.d_in)
 
 
+def test_no_file_has_more_modules_than_it_may(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle(sound)
+    modules = sum(len(opened.modules(adapter)) for adapter in opened.packed_in(PACKED))
+    monkeypatch.setattr(reader, "PACKED_MODULES", modules)
+    assert verify(sound).ok
+    monkeypatch.setattr(reader, "PACKED_MODULES", modules - 1)
+    [finding] = verify(sound).findings
+    assert (finding.kind, finding.path) == ("unreadable", PACKED)
+
+
 def test_a_file_of_several_is_unpacked_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[str] = []
     real = Bundle._unpack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from testing import random_adapters as ra
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.module import Module
+from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
@@ -42,9 +44,9 @@ def made(root: Path, bundle: Path, **wanted: Any) -> CompressReport:
 def test_a_budget_is_met_and_used(adapters: Path, tmp_path: Path, method: Any, budget: int) -> None:
     report = made(adapters, tmp_path / "out", method=method, budget=budget)
     assert 0.95 * budget <= report.summary.bytes_bundle <= budget
-    [chosen] = [
-        point for point in plan(adapters, CompressOptions(method=method, budget=budget)).frontier if point.chosen
-    ]
+    planned = plan(adapters, CompressOptions(method=method, budget=budget))
+    assert planned.within_bound
+    [chosen] = [point for point in planned.frontier if point.chosen]
     assert chosen.bytes_bundle == pytest.approx(report.summary.bytes_bundle, rel=0.05)
     assert chosen.mean_squared_error == pytest.approx(report.summary.mean_squared_error, rel=0.1)
 
@@ -119,6 +121,42 @@ def test_an_attempt_that_misses_resident_bytes_is_followed(
     assert 76_000 <= report.bytes_resident <= 80_000
 
 
+def test_a_mean_error_that_is_far_from_used_up_is_followed_by_one_that_is(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 0.5)
+    report = made(adapters, tmp_path / "out", max_mean_error=0.1)
+    assert 0.098 <= report.summary.mean_squared_error <= 0.1
+
+
+@pytest.mark.parametrize("method", ["coded", "svd"])
+def test_every_budget_is_met_that_can_be(tmp_path: Path, method: Any) -> None:
+    """Also of so few updates that sizes are far apart, and no prediction is right."""
+    modules = tuple(Module(f"layers.{i}.proj", "linear", 3 + 30 * i, 5 + 11 * i) for i in range(3))
+    root = ra.write_collection(tmp_path / "adapters", ra.plain(2, rank=2, modules=modules))
+    least = made(root, tmp_path / "least", method=method, max_mean_error=1.0).summary.bytes_bundle
+    for more in range(0, 320, 40):
+        report = made(root, tmp_path / str(more), method=method, budget=least + more)
+        assert report.summary.bytes_bundle <= least + more
+    with pytest.raises(UsageError, match="gets no further than"):
+        compress(root, tmp_path / "less", CompressOptions(method=method, budget=least - 60))
+
+
+def test_what_is_kept_in_another_way_is_told_once(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not once an attempt."""
+    monkeypatch.setattr("lorazip_core.planning.spectra.FIRST_AIM", 1.5)
+    root = tmp_path / "adapters"
+    shutil.copytree(adapters, root)
+    ra.write_collection(root, (ra.Recipe("faint", modules=MODULES[:1], energy=1e-20),))
+    words = ["--budget", "120kB", "--dtype", "f16"]
+    assert main(["compress", str(root), "-o", str(tmp_path / "out"), *words]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told.count("keeping adapters individually ...") == 2
+    assert told.count("kept faint as it was: its values do not fit in f16") == 1
+
+
 def test_more_adapters_than_a_packed_file_holds(
     adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +166,10 @@ def test_more_adapters_than_a_packed_file_holds(
     one, several = (Bundle(tmp_path / name) for name in ("one", "several"))
     paths = [adapter.individual for adapter in several.manifest.adapters]
     assert [paths.count(path) for path in dict.fromkeys(paths)] == [3, 3, 3, 1]
+    monkeypatch.setattr("lorazip_core.compress.packed.PACKED_MODULES", 2 * len(MODULES) + 1)
+    made(adapters, tmp_path / "pairs", max_error=0.1)
+    paths = [adapter.individual for adapter in Bundle(tmp_path / "pairs").manifest.adapters]
+    assert [paths.count(path) for path in dict.fromkeys(paths)] == [2, 2, 2, 2, 2]
     for a, b in zip(one.manifest.adapters, several.manifest.adapters, strict=True):
         for module in one.modules(a):
             own, other = one.own(a, module.name), several.own(b, module.name)
@@ -138,8 +180,9 @@ def test_more_adapters_than_a_packed_file_holds(
     ("words", "said"),
     [
         (["--budget", "2kB"], "--budget 2,000 bytes: names, configurations and what is no LoRA factor take "),
+        (["--budget-per-adapter", "200"], "--budget-per-adapter 200 bytes, 2,000 bytes in all: names, "),
         (["--max-mean-error", "1e-9"], "--max-mean-error 1e-09: coded gets no further than "),
-        (["--method", "svd", "--budget", "30kB"], "--budget 30,000: svd gets no further than "),
+        (["--method", "svd", "--budget", "30kB"], "--budget 30,000 bytes: svd gets no further than "),
         (["--budget", "30kB", "--max-error", "0.1"], "--max-error and --budget exclude each other"),
         (["--method", "svd", "--rank", "2", "--budget", "30kB"], "--budget and --rank exclude each other"),
         (["--method", "joint", "--budget", "30kB"], "--budget: how much joint has to keep for it is not known"),
@@ -157,6 +200,11 @@ def test_what_cannot_be_met_is_one_line_and_leaves_nothing(
 ) -> None:
     made(adapters, tmp_path / "out", max_error=0.1)
     before = (tmp_path / "out" / "manifest.json").read_bytes()
+    if said.endswith(("take ", "further than ", "in all: names, ")):
+        assert main(["compress", str(adapters), "--dry-run", "-q", *words]) == 0
+        assert "note     that is more than what may be: compress is likely" in capsys.readouterr().out
+        assert main(["compress", str(adapters), "--dry-run", "-q", "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["within_bound"] is False
     assert main(["compress", str(adapters), "-o", str(tmp_path / "out"), "--force", "-q", *words]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lorazip: error: {said}")

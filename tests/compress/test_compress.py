@@ -29,6 +29,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.reading.packs import Budget
+from lorazip_core.schemes.coded import Coded
 from lorazip_core.verify.run import VerifyReport, verify
 
 NAMES = [recipe.name for recipe in ra.MIXED]
@@ -288,6 +289,21 @@ def test_a_svd_that_cannot_meet_max_error_says_why_the_original_is_kept(mixed: P
     kept = [entry for entry in Bundle(tmp_path / "out").manifest.adapters if entry.scheme == "original"]
     assert kept
     assert {entry.because for entry in kept} == {"max_error"}
+
+
+def test_what_codes_cannot_hold_within_the_default_is_kept_within_it(
+    alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the smallest SVD that is, and for that reason: the dtype has nothing to do with it."""
+    monkeypatch.setattr(Coded, "encodings", lambda *_: [])
+    told = Recorder()
+    report = compress(alike, tmp_path / "out", CompressOptions(), progress=told)
+    entries = Bundle(tmp_path / "out").manifest.adapters
+    assert {(entry.scheme, entry.because) for entry in entries} == {("svd", "max_error")}
+    assert 0 < report.worst.squared_error <= Coded.default_error
+    kept = [note for note in told.notes if note.startswith("kept ")]
+    assert len(kept) == len(entries)
+    assert all(note.endswith(f"it would exceed «max_error» {Coded.default_error}") for note in kept)
 
 
 def test_clusters_of_a_file_are_taken(alike: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from testing import peft_fixtures as fixtures
+from testing import random_adapters as ra
 from testing.reference_reader import ReferenceReader
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -42,10 +43,12 @@ from lorazip_core.bundle.manifest import (
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.bundle.writer import BundleWriter
+from lorazip_core.compress.run import compress
 from lorazip_core.export import exporter, vllm
 from lorazip_core.export.exporter import ExportReport, export
 from lorazip_core.export.size import export_bytes
 from lorazip_core.maths.factored import truncated_svd
+from lorazip_core.planning.options import CompressOptions
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.verify.run import verify
 
@@ -625,6 +628,17 @@ def test_the_space_that_is_planned_is_that_taken(tmp_path: Path, scheme: str, op
     wanted["one_rank"] = wanted.pop("target", None) == "vllm"
     planned = export_bytes(opened, opened.manifest.adapters, **wanted)
     assert taken <= planned < 1.5 * taken
+
+
+def test_the_space_for_what_is_nothing_is_planned(tmp_path: Path) -> None:
+    """An update that is zero keeps no component, and is written as a column of zeros."""
+    ra.write_collection(tmp_path / "in", (ra.Recipe("a", zero=True),))
+    compress(tmp_path / "in", tmp_path / "bundle", CompressOptions())
+    opened = Bundle(tmp_path / "bundle")
+    assert [adapter.rank for adapter in opened.manifest.adapters] == [0]
+    export(opened.path, tmp_path / "out")
+    taken = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "a" / fixtures.WEIGHTS).values())
+    assert export_bytes(opened, opened.manifest.adapters, None, None) == taken
 
 
 @pytest.mark.parametrize(

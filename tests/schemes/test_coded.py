@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorazip_core.schemes import coded
+from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
 from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
-from lorazip_core.schemes.streams import Contradiction
+from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
 CPU = torch.device("cpu")
@@ -115,6 +115,37 @@ def test_sizes_beyond_all_are_refused(sizes: Size) -> None:
         unpack(pack([[sample()[0][0]]]), [[sizes]])
 
 
+@pytest.mark.parametrize("largest", [Size(2**28, 7), Size(7, 2**28)])
+def test_a_module_that_keeps_nothing_may_be_large_but_not_beyond_a_limit(largest: Size) -> None:
+    """What is written of it is zeros, and those take room."""
+    nothing = pack([[CodedModule(np.zeros((0, 3), np.int8), np.zeros((0, 2), np.int8), np.zeros(0, np.int16))]])
+    [[module]] = unpack(nothing, [[largest]])
+    assert (module.u.shape, module.v.shape) == ((0, largest.d_out), (0, largest.d_in))
+    with pytest.raises(Contradiction):
+        unpack(nothing, [[Size(largest.d_out + 1, largest.d_in + 1)]])
+
+
+def test_a_small_file_cannot_be_made_to_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in it fits together, but it is compressed as no codes would be."""
+    length = 10**6
+    zeros = CodedModule(np.zeros((1, length), np.int8), np.zeros((1, length), np.int8), np.zeros(1, np.int16))
+    arrays = pack([[zeros]])
+    assert_equal([[zeros]], unpack(arrays, [[Size(length, length)]]))  # what `pack` makes of the least is no such file
+    bomb = deflate(np.full(-(-2 * length // 5), 121, np.uint8), alone=False)
+    assert len(bomb) < 2 * length // 500
+    inflated: list[int] = []
+
+    def counted(data: Buffer, size: int) -> tuple[Bytes, Buffer]:
+        inflated.append(size)
+        return inflate(data, size)
+
+    for module in (streams, coded_file):
+        monkeypatch.setattr(module, "inflate", counted)
+    with pytest.raises(Contradiction, match="more codes than its bytes can hold"):
+        unpack({**arrays, "codes": np.frombuffer(bomb, np.uint8)}, [[Size(length, length)]])
+    assert max(inflated) == 1
+
+
 def test_expected_scales_are_far_from_the_middle() -> None:
     """16 log₂ n is nowhere so near to a half that float64 could round it to the wrong side, for whole n below 2³¹."""
     getcontext().prec = 40
@@ -195,6 +226,19 @@ def test_coded_of_many_components_is_near_to_its_limit(objective: Objective) -> 
     target = Target(limit=limit, objective=objective)
     (encoding,) = Coded().encodings([group(updates, rank=16)], target, torch.bfloat16)
     assert coded._NEAR * limit <= sum(encoding.squared_errors.values()) <= limit
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
+def test_coded_meets_a_limit_also_where_a_little_changes_nothing(share: float) -> None:
+    """Of few components of few entries, many steps give the same codes."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        d_out, d_in, rank = (int(torch.randint(1, most, (1,), generator=generator)) for most in (20, 20, 5))
+        b, a = torch.randn(1, d_out, rank, generator=generator), torch.randn(1, rank, d_in, generator=generator)
+        limit = share * float((b.double() @ a.double()).square().sum())
+        module = ModuleGroup(["x"], b, a, torch.ones(1).double(), CPU)
+        (encoding,) = Coded().encodings([module], Target(limit=limit), torch.bfloat16)
+        assert encoding.squared_errors["x"] <= limit
 
 
 def test_without_any_target_coded_loses_its_default() -> None:

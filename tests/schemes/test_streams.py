@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lorazip_core.schemes import streams as streams_module
 from lorazip_core.schemes.streams import (
     PER_BYTE,
     Contradiction,
@@ -96,8 +98,13 @@ def test_there_are_never_more_streams_than_a_byte_can_number() -> None:
         assert np.array_equal(before, after)
 
 
-@given(st.binary(max_size=300), st.binary(max_size=20), st.booleans())
-def test_inflate_gives_what_follows(data: bytes, after: bytes, alone: bool) -> None:
+@given(st.binary(max_size=300), st.binary(max_size=20), st.booleans(), st.sampled_from([1, 7, 2**16]))
+def test_inflate_gives_what_follows(data: bytes, after: bytes, alone: bool, read: int) -> None:
+    with mock.patch.object(streams_module, "_READ", read):
+        check_what_follows(data, after, alone)
+
+
+def check_what_follows(data: bytes, after: bytes, alone: bool) -> None:
     packed = deflate(np.frombuffer(data, np.uint8), alone=alone)
     found, left = inflate(packed + after, len(data))
     assert (found.tobytes(), left) == (data, after)
@@ -116,6 +123,17 @@ def test_inflate_of_anything(data: bytes, size: int) -> None:
         return
     assert len(found) == size
     assert data.endswith(left)
+
+
+def test_what_follows_a_stream_is_not_copied() -> None:
+    """Once for each of 256 streams, that would take longer than all else."""
+    after = bytes(2**24)
+    packed = deflate(np.arange(100, dtype=np.uint8)) + after
+    tracemalloc.start()
+    _, left = inflate(packed, 100)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert left == after
 
 
 def test_a_bomb_takes_no_memory() -> None:

@@ -92,6 +92,10 @@ class ReferenceReader:
         counts = column(len(owners)) + 256 * column(len(owners))
         if any(k > min(module["d_out"], module["d_in"]) for k, (_, module) in zip(counts, owners, strict=True)):
             raise DamagedError(f"{path}: more components than there can be")
+        codes = sum(k * (module["d_out"] + module["d_in"]) for k, (_, module) in zip(counts, owners, strict=True))
+        longest = max(module[side] for _, module in owners for side in ("d_out", "d_in"))
+        if longest > 2**28 or len(owners) > 2**20 or codes > 64 * len(tensors["codes"]):
+            raise DamagedError(f"{path}: more than there may be")
         total = counts.sum()
         streams_u, apart = column(total), column(total)
         streams = np.concatenate([streams_u, (streams_u + apart) % 256])

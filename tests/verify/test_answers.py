@@ -233,7 +233,7 @@ def test_renderings_have_the_answers(inside: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "base"], "--model needs --model, --rows and --against"),
+        (["--model", "base"], "--model needs --rows and --against"),
         (["--rows", "rows.jsonl"], "--rows needs"),
         (["--min-kept", "0.9"], "--min-kept needs"),
         (["--model", "base", "--rows", "rows.jsonl"], "--model: answers are compared with the original adapters'"),
