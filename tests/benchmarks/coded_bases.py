@@ -3,8 +3,8 @@
 Not a scheme of lorazip: a measurement, for `frontier.py`. Of a bundle, the columns of U and V are rounded, each with a
 scale of its own; then cores are solved again by least squares against the rounded bases, and rounded too. Codes go into
 the streams of a `coded` file (several in a byte, deflate), scales and numbers of streams are deflated as its index is,
-all clusters together. No header, manifest or padding is counted, only that and what any bundle keeps besides
-(`spectra.besides`): all in favour of the bases.
+all clusters together. Besides these it is given the bytes that a `coded` bundle of the same adapters has besides codes,
+so that the two can be compared; no header, and nothing for clusters, is counted.
 
 Steps are chosen in two ways:
 
@@ -31,8 +31,10 @@ from torch import Tensor
 
 from lorazip_core.adapter.collection import Collection
 from lorazip_core.bundle.reader import Bundle
+from lorazip_core.bundle.size import bytes_besides_updates
 from lorazip_core.maths.factored import TINY
 from lorazip_core.maths.stack import Stack
+from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.schemes.streams import assign_streams, deflate, pack_streams
 
 OCTAVE = 32  # scales are powers of 2 with this denominator in the exponent, as those of coded
@@ -91,8 +93,8 @@ class Coded(NamedTuple):
     lost: Tensor
 
 
-def points(path: Path, collection: Collection, fixed: int, setting: str) -> list[Point]:
-    """The bundle at ``path``, of ``collection``, with every rounding of `ROUNDINGS`; ``fixed`` bytes are besides.
+def points(path: Path, collection: Collection, setting: str) -> list[Point]:
+    """The bundle at ``path``, of ``collection``, with every rounding of `ROUNDINGS`.
 
     Raises ValueError for a bundle that has adapters in no cluster.
     """
@@ -109,10 +111,11 @@ def points(path: Path, collection: Collection, fixed: int, setting: str) -> list
             lost[rounding].index_add_(0, problem.members, coded.lost)
             found[rounding].append(coded)
     method = bundle.manifest.clusters[0].method
+    besides = bytes_besides_updates(collection, SCHEMES["coded"]) + len(deflate(labels, alone=False))
     result = []
     for rounding in ROUNDINGS:
         errors = lost[rounding].clamp_min(0) / energies.clamp_min(TINY)
-        size = packed_bytes(found[rounding]) + len(deflate(labels, alone=False)) + fixed
+        size = packed_bytes(found[rounding]) + besides
         name = f"{method}, {rounding.kind}"
         result.append(Point(name, f"{setting}, {rounding}", size, float(errors.mean()), float(errors.max())))
     return result

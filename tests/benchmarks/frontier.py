@@ -42,7 +42,10 @@ from real_adapters import require
 
 from lorazip_core.adapter.collection import open_collection
 
-OURS = tuple(f"--max-mean-error {error:g}" for error in (0.002, 0.004, 0.008, 0.016, 0.03, 0.055, 0.1, 0.15, 0.22, 0.3))
+OURS = tuple(
+    f"--max-mean-error {error:g}"
+    for error in (0.002, 0.004, 0.008, 0.016, 0.03, 0.055, 0.1, 0.15, 0.22, 0.3, 0.4, 0.55)
+)
 JD = tuple(
     f"--method {method} --rank {rank}{f' --clusters {clusters}' if clusters > 1 else ''}"
     for method in ("joint", "diag")
@@ -195,7 +198,7 @@ def survey(folder: Path, name: str, options: argparse.Namespace) -> Found:
         print(f"{name}: {words}", file=sys.stderr)
         with bundle_of(folder, words) as (bundle, made):
             points.append(point_of(bundle, words, JD_NAMES[made["method"]], made["summary"]))
-            points += coded_bases.points(bundle, collection, fixed, _setting(words))
+            points += coded_bases.points(bundle, collection, _setting(words))
     sizes = sorted({2, *SIZES, *COLUMNS, 160, 200})
     each = [spectra.bound(smaller) for smaller in sizes]
     found = Found(
@@ -371,7 +374,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="a collection of adapters")
     parser.add_argument(
-        "--ours", action="append", metavar="OPTIONS", help="of `lorazip compress`, instead of ten mean errors; '': none"
+        "--ours",
+        action="append",
+        metavar="OPTIONS",
+        help="of `lorazip compress`, instead of twelve mean errors; '': none",
     )
     parser.add_argument(
         "--jd",
