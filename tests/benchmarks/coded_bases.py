@@ -143,7 +143,8 @@ def problems(bundle: Bundle, collection: Collection, energies: Tensor) -> Iterat
 def code(problem: Problem, rounding: Rounding) -> Coded:
     """Round the bases, solve for the cores, round these."""
     exact = fitted(problem, problem.u, problem.v)
-    rows, columns = (exact.square().sum(side).mul(problem.weights[:, None]).sum(0) for side in _sides(exact))
+    weighted = exact.square() * problem.weights.view(-1, *[1] * (exact.ndim - 1))
+    rows, columns = (weighted.sum(0),) * 2 if problem.diagonal else (weighted.sum((0, 2)), weighted.sum((0, 1)))
     if isinstance(rounding, Bits):
         u, v = (rounded(x.mT, rounding.bases) for x in (problem.u, problem.v))
     else:
@@ -225,11 +226,6 @@ def fitted(problem: Problem, u: Tensor, v: Tensor) -> Tensor:
 def _ridged(gram: Tensor) -> Tensor:
     ridge = _RIDGE * gram.diagonal().max().clamp_min(TINY)
     return gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-
-
-def _sides(cores: Tensor) -> tuple[Sequence[int], Sequence[int]]:
-    """The dimensions to sum squares over for rows, and for columns, of cores or their diagonals."""
-    return ((), ()) if cores.ndim == 2 else ((2,), (1,))
 
 
 def _lost(problem: Problem, u: Tensor, v: Tensor, cores: Tensor) -> Tensor:
