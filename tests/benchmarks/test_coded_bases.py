@@ -78,6 +78,16 @@ def test_what_is_lost_is_that_of_dense_matrices(rounding: coded_bases.Rounding, 
     torch.testing.assert_close(coded.lost, lost, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_one_step_is_the_same_for_all_by_what_an_error_costs(diagonal: bool) -> None:
+    of = problem(diagonal)
+    scales = torch.exp2(torch.from_numpy(coded_bases.code(of, OneStep(0.5)).exponents).double() / 32)
+    cores = coded_bases.fitted(of, of.u, of.v).square() * of.weights.view(-1, *[1] * (1 if diagonal else 2))
+    costs = [cores.sum(0)] * 2 if diagonal else [cores.sum((0, 2)), cores.sum((0, 1))]
+    steps = scales * torch.cat([*costs, of.weights]).sqrt()
+    assert float(steps.max() / steps.min()) < 1.03  # they are rounded up, by a 32nd of an octave at most
+
+
 def test_errors_of_eight_bits_are_nearly_those_of_the_bundle(bundle: Path, collection: Collection) -> None:
     claimed = [adapter.squared_error for adapter in Bundle(bundle).manifest.adapters]
     points = {point.setting.partition(", ")[2]: point for point in coded_bases.points(bundle, collection, "it")}
