@@ -1,13 +1,15 @@
 """A large synthetic collection, drawn fast: groups of adapters that share directions, at the shapes of large models.
 
+    python tests/benchmarks/grouped_collection.py --out DIR [--count 500] [--shape smollm2] [--layers 3] [--alike]
+
 Each module of adapter i is D_i = Σ_k s_ik u_ik v_ikᵀ, k = 1 … r. A left direction mixes latent directions and noise,
 
     u_ik = (1 − η_k)^½ Σ_t λ_t^½ z_ikt l_t + η_k^½ ε,    η_k = min(η k^½, ½ + η/2),
 
-where the l_t are those of the adapter's own group (40 per group and module, variances λ_t falling by a power law), with
-a smaller share those of one other group, and of a part that all groups have in common. v_ik is made alike on the right
-side. Scores z correlate between u and v and between the modules of an adapter. Singular values fall as s²_k ∝ k^−a;
-energies of adapters and of modules are log-normal.
+where the l_t are those of the adapter's own group (40 a module, variances λ_t falling by a power law), with a
+smaller share those of one other group, and of a part that all groups have in common (`Likeness`). v_ik is made alike on
+the right. Scores z correlate between u and v and between the modules of an adapter. Singular values fall as
+s²_k ∝ k^−a; energies of adapters and of modules are log-normal.
 
 What is matched to real adapters (docs/benchmarks.md, "matched_collection.py"): shares of the leading singular values,
 spread of energies over adapters and over modules, and that a basis of R = 16 for a group of forty loses about as much
@@ -21,10 +23,12 @@ draws other numbers than a CPU does, so the files differ between the two (`--dev
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,17 +43,27 @@ from torch import Tensor
 from lorazip_core.adapter.formats.peft import factor_keys
 from lorazip_core.adapter.module import Module
 
-LATENT = 40  # directions of a group in a module
 FALL = 1.65  # λ_t ∝ (t + 2)^−FALL, t = 0, 1, …
-COMMON_SHARE = 0.15  # of what is not noise
-OTHER_SHARE = 0.5  # at most, of what is not common; uniform
-NOISE = 0.08  # η of the first component
 PAIRING, BETWEEN_MODULES = 0.85, 0.95  # correlations of scores: left with right, and of the modules of an adapter
 DECAY = 2.0, 3.4  # a: uniform
 ADAPTER_SPREAD, MODULE_SPREAD = 0.5, 0.9  # standard deviations of ln ‖D_i‖² and of ln ‖D_im‖² within an adapter
 NORM_A = 0.6  # of the rows of A, about that of a fresh PEFT initialisation
 THREADS = 16  # at most
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Likeness(NamedTuple):
+    """How much the adapters of a group have in common; by default as much as real ones do, for forty of them."""
+
+    latent: int = 40  # directions of a group in a module
+    common_share: float = 0.15  # of what is not noise
+    other_share: float = 0.5  # at most, of what is not common; uniform
+    noise: float = 0.08  # η of the first component
+
+
+LIKE_REAL = Likeness()
+ALIKE = Likeness(latent=16, common_share=0.0, other_share=0.0, noise=0.02)
+"""A basis of R = 16 for a group holds nearly all of it, as if its adapters were versions of one."""
 
 
 class Shape(NamedTuple):
@@ -64,6 +78,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "mistral-7b": Shape(4096, 32, 16, {"q": 1, "k": 1 / 4, "v": 1 / 4, "o": 1}),
     "cpu": Shape(2048, 32, 16, {"q": 1, "k": 1, "v": 1, "o": 1}),
+    "smollm2": Shape(576, 30, 16, {"q": 1, "k": 1 / 3, "v": 1 / 3, "o": 1}),
     "tiny": Shape(64, 1, 4, {"q": 1, "k": 1, "v": 1, "o": 1}),
 }
 
@@ -77,6 +92,7 @@ class Recipe:
     groups: int = 25
     seed: int = 0
     base: str = "made-up/base"
+    likeness: Likeness = LIKE_REAL
 
     @property
     def bytes_per_adapter(self) -> int:
@@ -93,6 +109,7 @@ def recipe(
     d_model: int | None = None,
     groups: int = 25,
     seed: int = 0,
+    likeness: Likeness = LIKE_REAL,
 ) -> Recipe:
     """The recipe of a named shape; SystemExit for a projection that it does not have."""
     known = SHAPES[shape]
@@ -104,7 +121,7 @@ def recipe(
         for layer in range(layers or known.layers)
         for letter in letters
     )
-    return Recipe(modules, rank or known.rank, groups, seed, f"made-up/{shape}")
+    return Recipe(modules, rank or known.rank, groups, seed, f"made-up/{shape}", likeness)
 
 
 class _Side(NamedTuple):
@@ -119,7 +136,7 @@ class Source:
 
     def __init__(self, of: Recipe, device: torch.device) -> None:
         self.of, self.device = of, device
-        self._weights = (torch.arange(LATENT, device=device) + 2.0) ** -FALL
+        self._weights = (torch.arange(of.likeness.latent, device=device) + 2.0) ** -FALL
         self._weights /= self._weights.sum()
         shapes = sorted({(module.d_out, module.d_in) for module in of.modules})
         self._batches = [[m for m in of.modules if (m.d_out, m.d_in) == shape] for shape in shapes]
@@ -131,27 +148,28 @@ class Source:
     def draw(self, number: int) -> dict[str, Tensor]:
         """The tensors of adapter ``number`` as PEFT names them, bf16, on the CPU."""
         plain = random.Random(seed_of(self.of.seed, "adapter", number))
+        latent, common_share, other_share, least_noise = self.of.likeness
         own = number % self.of.groups
         other = (own + plain.randrange(1, max(self.of.groups, 2))) % self.of.groups
-        borrowed = plain.uniform(0, OTHER_SHARE)
+        borrowed = plain.uniform(0, other_share)
         decay, energy = plain.uniform(*DECAY), math.exp(plain.gauss(0, ADAPTER_SPREAD))
-        mixed = (1 - COMMON_SHARE) * (1 - borrowed), (1 - COMMON_SHARE) * borrowed, COMMON_SHARE
+        mixed = (1 - common_share) * (1 - borrowed), (1 - common_share) * borrowed, common_share
         generator = self._generator("adapter", number)
         rank = self.of.rank
         k = torch.arange(1, rank + 1, device=self.device, dtype=torch.float32)
-        noise = (NOISE * k.sqrt()).clamp_max(0.5 + NOISE / 2)[:, None]
+        noise = (least_noise * k.sqrt()).clamp_max(0.5 + least_noise / 2)[:, None]
         s = (k**-decay / (k**-decay).sum()).sqrt()
-        everywhere = (2 * torch.rand(rank, 3 * LATENT, generator=generator, device=self.device) - 1) * math.sqrt(3)
+        everywhere = (2 * torch.rand(rank, 3 * latent, generator=generator, device=self.device) - 1) * math.sqrt(3)
         scale = torch.cat([(self._weights * share).sqrt() for share in mixed])
         tensors: dict[str, Tensor] = {}
         for batch, sides in zip(self._batches, self._latents, strict=True):
             count = len(batch)
             module_energy = (MODULE_SPREAD * self._normal(generator, count)).exp() * energy
-            paired = _blend(everywhere, self._normal(generator, count, rank, 3 * LATENT), BETWEEN_MODULES)
+            paired = _blend(everywhere, self._normal(generator, count, rank, 3 * latent), BETWEEN_MODULES)
             vectors = []
             for side in sides:
-                scores = _blend(paired, self._normal(generator, count, rank, 3 * LATENT), math.sqrt(PAIRING)) * scale
-                of_own, of_other, of_all = scores.split(LATENT, dim=-1)
+                scores = _blend(paired, self._normal(generator, count, rank, 3 * latent), math.sqrt(PAIRING)) * scale
+                of_own, of_other, of_all = scores.split(latent, dim=-1)
                 x = torch.bmm(of_own, side.groups[own])
                 x = x.baddbmm_(of_other, side.groups[other]).baddbmm_(of_all, side.common)
                 d = x.shape[-1]
@@ -167,10 +185,11 @@ class Source:
         return tensors
 
     def _latent(self, count: int, d: int, side: str) -> _Side:
-        groups = torch.empty(self.of.groups, count, LATENT, d, device=self.device)
+        latent = self.of.likeness.latent
+        groups = torch.empty(self.of.groups, count, latent, d, device=self.device)
         for number, group in enumerate(groups):
             group.normal_(0, d**-0.5, generator=self._generator(side, d, number))
-        return _Side(groups, self._normal(self._generator(side, d, "common"), count, LATENT, d) * d**-0.5)
+        return _Side(groups, self._normal(self._generator(side, d, "common"), count, latent, d) * d**-0.5)
 
     def _normal(self, generator: torch.Generator, *size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=self.device)
@@ -215,3 +234,26 @@ def _config(of: Recipe) -> dict[str, object]:
         "lora_alpha": 2 * of.rank,
         "target_modules": sorted({module.name.rpartition(".")[2] for module in of.modules}),
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where to write the collection; must not exist")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alike", action="store_true", help="adapters of a group have nearly all in common")
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        parser.error(f"{options.out} exists")
+    likeness = ALIKE if options.alike else LIKE_REAL
+    of = recipe(options.shape, layers=options.layers, groups=options.groups, seed=options.seed, likeness=likeness)
+    sizes = list(write(options.out, of, options.count, torch.device("cpu")))
+    print(f"{len(sizes)} adapters, {sum(sizes) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,11 +10,12 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 560, 460  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 52
 LINE_HEIGHT = 17
+PANELS_IN_A_ROW = 2
 _COLOURS = (
     *("#4e79a7", "#f28e2b", "#76b7b2", "#59a14f", "#b07aa1", "#9c755f"),
     *("#edc948", "#ff9da7", "#1b9e77", "#8c8c8c", "#7b3294", "#a6761d", "#66a61e"),
 )
-_STRONG = "#d62728"
+_STRONG = ("#d62728", "#8b0000", "#ff7f7f")
 
 
 class Line(NamedTuple):
@@ -32,23 +33,25 @@ class Panel(NamedTuple):
 
 
 def svg(panels: Sequence[Panel], x_label: str, y_label: str, x_range: tuple[float, float], y_least: float) -> str:
-    """Panels beside each other over one legend; y up to 1. What is outside the axes is cut off."""
+    """Panels, two in a row, over one legend; y up to 1. What is outside the axes is cut off."""
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     strokes = {line.name: _stroke(line, names) for panel in panels for line in panel.lines}
-    columns = max(1, WIDTH * len(panels) // 280)
-    rows = math.ceil(len(names) / columns)
-    height = HEIGHT + rows * LINE_HEIGHT + 12
-    size = f'width="{WIDTH * len(panels)}" height="{height}"'
+    across = min(len(panels), PANELS_IN_A_ROW)
+    columns = max(1, WIDTH * across // 280)
+    bottom = HEIGHT * math.ceil(len(panels) / PANELS_IN_A_ROW)
+    height = bottom + math.ceil(len(names) / columns) * LINE_HEIGHT + 12
+    size = f'width="{WIDTH * across}" height="{height}"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for number, panel in enumerate(panels):
-        out.append(f'<g transform="translate({number * WIDTH},0)">')
+        row, column = divmod(number, PANELS_IN_A_ROW)
+        out.append(f'<g transform="translate({column * WIDTH},{row * HEIGHT})">')
         out += _panel(panel, number, strokes, x_label, y_label, x_range, (y_least, 1.0))
         out.append("</g>")
     for place, name in enumerate(names):
-        x, y = 20 + place % columns * 280, HEIGHT + place // columns * LINE_HEIGHT
+        x, y = 20 + place % columns * 280, bottom + place // columns * LINE_HEIGHT
         out.append(f'<path d="M{x},{y}h26" fill="none" {strokes[name]}/>')
         out.append(f'<text x="{x + 32}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join([*out, "</svg>", ""])
@@ -58,7 +61,7 @@ def _stroke(line: Line, names: Sequence[str]) -> str:
     if line.bound:
         return 'stroke="black" stroke-width="1.5" stroke-dasharray="5 3"'
     if line.strong:
-        return f'stroke="{_STRONG}" stroke-width="2.5"'
+        return f'stroke="{_STRONG[names.index(line.name) % len(_STRONG)]}" stroke-width="2.5"'
     return f'stroke="{_COLOURS[names.index(line.name) % len(_COLOURS)]}" stroke-width="1.5"'
 
 

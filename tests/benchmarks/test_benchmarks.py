@@ -237,6 +237,22 @@ def test_its_shapes_are_those_of_the_models() -> None:
         grouped_collection.recipe("cpu", letters=("q", "x"))
 
 
+def test_adapters_that_are_alike_fit_one_basis(tmp_path: Path) -> None:
+    words = ["--count", "8", "--shape", "tiny", "--layers", "1", "--groups", "2"]
+    lost = []
+    for place in ("alike", "real"):
+        assert (
+            grouped_collection.main(["--out", str(tmp_path / place), *words, *(["--alike"] * (place == "alike"))]) == 0
+        )
+        collection = open_collection(tmp_path / place)
+        updates = [torch.matmul(*adapter.factors(collection.modules[0].name)) for adapter in collection.adapters[::2]]
+        values = torch.linalg.svdvals(torch.cat([update / update.norm() for update in updates], dim=1)).square()
+        lost.append(float(values[6:].sum() / values.sum()))
+    assert lost[0] < 0.5 * lost[1]
+    with pytest.raises(SystemExit):
+        grouped_collection.main(["--out", str(tmp_path / "real"), *words])
+
+
 def test_adapters_of_a_group_are_more_alike_than_others() -> None:
     of = grouped_collection.recipe("tiny", d_model=128, letters=("q",), groups=4)
     source = grouped_collection.Source(of, torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -151,11 +152,66 @@ def test_errors_between_settings() -> None:
     assert frontier.strongest(found, 50) is None
 
 
+def frontier_of(*points: Point) -> frontier.Found:
+    """Ours loses 0.1 in 50 of 1,000 bytes, and 0.025 in 200; on lines of logarithms that is 0.05 in 100."""
+    ours = [Point("lorazip coded", "", size, error, error) for size, error in ((50, 0.1), (200, 0.025))]
+    return frontier.Found("z", ["a"] * 4, 1000, 0, list(points), [(50, 0.08), (200, 0.02)], [], ours)
+
+
+def test_ours_is_compared_at_the_bytes_of_a_setting() -> None:
+    """Not at those of the size of a column, and only where sizes are within the columns."""
+    few, many = Point("x", "few", 100, 0.2, 0.2), Point("x", "many", 500, 0.001, 0.001)
+    found = frontier_of(few, many)
+    assert frontier.nearest(found, [few, many]) == (pytest.approx(0.25), 10, "few")
+    assert frontier.nearest(found, [few, Point("x", "worse", 150, 0.05, 0.05)]) == (
+        pytest.approx(0.05 * (1.5**-1) / 0.05),
+        pytest.approx(1000 / 150),
+        "worse",
+    )
+    assert frontier.nearest(found, [many, Point("x", "least", 10, 0.9, 0.9)]) is None
+    assert frontier.nearest(found, [Point("x", "fewer than ours", 40, 0.9, 0.9)]) is None
+
+
+def test_verdicts_say_what_is_missed_and_what_is_not_there() -> None:
+    one = frontier_of(
+        Point("x", "s", 100, 0.05 / 0.7, 1), Point("SVD, int4", "s", 100, 0.05 / 0.6, 1), Point("y", "s", 1, 0.9, 1)
+    )
+    other = frontier_of(Point("joint, 4 bits", "s", 100, 0.04, 1))
+    rows = {line.split(" | ")[0].strip("| "): line for line in frontier.verdicts([one, other])}
+    assert "0.70 at 10× (s) **missed** | not measured" in rows["x"]
+    assert "| 0.65 | 0.60 at 10× (s) | not measured" in rows["SVD, int4"]
+    assert "no setting: 1000.0× to 1000.0×" in rows["y"]
+    assert "| 1 | not measured | 1.25 at 10× (s) **missed**" in rows["joint, 4 bits"]
+
+
+def test_the_summary_has_the_best_of_every_family() -> None:
+    found = frontier_of(
+        Point("x", "", 90, 0.3, 1),
+        Point("y", "", 90, 0.2, 1),
+        Point("SVD, int4 by absmax", "", 90, 0.25, 1),
+        Point("diag, 8 bits", "", 50, 0.125, 1),
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in frontier.summary(found)]
+    at = {row[0]: row[1:] for row in rows}
+    assert at["10×"] == ["0.0500", "y", "0.2000", "0.25", "0.2500", "0.20", "diag, 8 bits", "0.1250", "0.40", "1.25"]
+    assert at["20×"] == ["0.1000", "none", "–", "–", "–", "–", "diag, 8 bits", "0.1250", "0.80", "1.25"]
+    assert at["40×"] == ["–", "none", "–", "–", "–", "–", "none", "–", "–", "–"]
+
+
+def test_more_clusters_than_adapters_are_said_not_to_be_had(folder: Path) -> None:
+    options = argparse.Namespace(reuse=None, jd=["--method joint --clusters 7"], ours=[])
+    found = frontier.survey(folder, "z", options)
+    assert found.left_out == ["joint clusters 7: 7 clusters of 6 adapters"]
+    assert any("cannot be had: joint clusters 7" in line for line in frontier.details(found))
+
+
 def test_a_line_is_drawn_and_cut_off() -> None:
     lines = [loglog.Line("a & b", [(1, 0.5), (100, 0.1)], strong=True), loglog.Line("bound", [(2, 0.0)], bound=True)]
-    root = ElementTree.fromstring(loglog.svg([loglog.Panel("<p>", lines)] * 2, "x", "y", (2, 200), 0.001))
+    root = ElementTree.fromstring(loglog.svg([loglog.Panel("<p>", lines)] * 3, "x", "y", (2, 200), 0.001))
+    places = [each.get("transform") for each in root.iter("{http://www.w3.org/2000/svg}g") if each.get("transform")]
+    assert places == ["translate(0,0)", "translate(560,0)", "translate(0,460)"]
     texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("<p>") == 2
+    assert texts.count("<p>") == 3
     assert texts.count("a & b") == 1
     assert {"2", "50", "200", "0.001", "1"} <= set(texts)
 
@@ -174,8 +230,14 @@ def test_the_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert ours["bytes"] > bf16["bytes"]
     assert found["bound_of_ours"][0] < ours["mean"]
     assert "JD-Diag" in files[2].read_text()
-    again = [str(folder), "--first", "4", "--reuse", str(files[0]), "--json", str(files[1])]
+    assert "diag, coded bases and cores" in files[2].read_text()
+    again = [str(folder), "--first", "4", "--ours", "", "--reuse", str(files[0]), "--json", str(files[1])]
     assert frontier.main(again) == 0
     assert json.loads(files[1].read_text())["collections"][0]["points"] == found["points"]
+    capsys.readouterr()
+    assert frontier.main(["--show", str(files[0])]) == 0
+    assert capsys.readouterr().out == out
     with pytest.raises(SystemExit, match="no collection"):
         frontier.main([str(folder), "--reuse", str(files[0])])
+    with pytest.raises(SystemExit):
+        frontier.main([str(folder), "--show", str(files[0])])
