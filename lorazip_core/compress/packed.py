@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.size import PACKED_ADAPTERS
+from ..schemes.joined import Joined
 from ..schemes.registry import packed_scheme
 from ..schemes.scheme import PackedScheme
 from .pieces import Pieces, individual_piece
@@ -57,20 +57,14 @@ def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     modules = sorted({name.removesuffix(f".{scheme.own[0]}") for name in tensors if name.endswith(f".{scheme.own[0]}")})
     few = {}
     for suffix in scheme.own:
-        own = [tensors[f"{module}.{suffix}"] for module in modules]
-        few[suffix] = torch.cat([tensor.reshape(-1) for tensor in own])
-        few[f"{suffix}.shapes"] = torch.tensor([tensor.shape for tensor in own], dtype=torch.int64)
+        own = Joined.of([tensors[f"{module}.{suffix}"] for module in modules])
+        few[suffix], few[f"{suffix}.shapes"] = own.flat, torch.from_numpy(own.shapes)
     return few
 
 
-def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What was `joined`, module by module."""
-    own: dict[str, list[Tensor]] = {}
-    for suffix in scheme.own:
-        shapes = few[f"{suffix}.shapes"].tolist()
-        flat = torch.split(few[suffix], [math.prod(shape) for shape in shapes])
-        own[suffix] = [tensor.reshape(shape) for tensor, shape in zip(flat, shapes, strict=True)]
-    return [dict(zip(own, tensors, strict=True)) for tensors in zip(*own.values(), strict=True)]
+def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> dict[str, Joined]:
+    """What was `joined`, by suffix."""
+    return {suffix: Joined(few[suffix], few[f"{suffix}.shapes"].numpy()) for suffix in scheme.own}
 
 
 def pack(files: list[PackedFile], attempt: int, pieces: Pieces) -> None:
