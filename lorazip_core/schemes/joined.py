@@ -29,11 +29,9 @@ class Joined:
 
     def __getitem__(self, place: int) -> Tensor:
         """One of the tensors; a view."""
-        begin, end, shape = self._cuts[place]
-        return self.flat[begin:end].view(shape)
+        return self.pieces[place].view(self.shapes[place].tolist())
 
     @cached_property
-    def _cuts(self) -> list[tuple[int, int, list[int]]]:
-        """Where every tensor begins and ends, and its shape."""
-        ends = np.cumsum(self.shapes.prod(1))
-        return list(zip([0, *ends[:-1].tolist()], ends.tolist(), self.shapes.tolist(), strict=True))
+    def pieces(self) -> Sequence[Tensor]:
+        """The elements of every tensor; views."""
+        return self.flat.split_with_sizes(self.shapes.prod(1).tolist())
