@@ -70,9 +70,8 @@ class Assembly:
 
     def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
-        files = packed_files({number: each.scheme for number, each in kept.items()}, attempt)
-        pack(files, attempt, self.pieces)
-        for file in files:
+        files = packed_files(((number, kept[number].scheme) for number in sorted(kept)), attempt)
+        for file in pack(files, attempt, self.pieces):
             self.writer.add_file(file.path, *self.pieces.file(file.piece))
             self._paths |= dict.fromkeys(file.adapters, file.path)
         for number, each in kept.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.size import PACKED_ADAPTERS
 from ..schemes.joined import Joined
-from ..schemes.registry import packed_scheme
+from ..schemes.registry import SCHEMES, packed_scheme
 from ..schemes.scheme import PackedScheme
 from .pieces import Pieces, individual_piece
 
 _CPU = torch.device("cpu")
+_PACKERS = 8  # each has the codes of several adapters in memory
 
 
 class PackedFile(NamedTuple):
@@ -31,22 +32,27 @@ class PackedFile(NamedTuple):
     adapters: list[int]
 
 
-def packed_files(schemes: Mapping[int, str], attempt: int) -> list[PackedFile]:
-    """The files for adapters that are kept on their own, by number in which scheme."""
+def packed_files(schemes: Iterable[tuple[int, str]], attempt: int) -> Iterator[PackedFile]:
+    """The files for adapters that are kept on their own, given by ascending number and scheme.
+
+    Each comes as soon as all of its adapters are known.
+    """
     members: defaultdict[str, list[int]] = defaultdict(list)
-    for number, name in sorted(schemes.items()):
-        if packed_scheme(name):
-            members[name].append(number)
-    files: list[PackedFile] = []
-    for name, numbers in members.items():
+    begun: Counter[str] = Counter()
+
+    def file(name: str) -> PackedFile:
         scheme = packed_scheme(name)
         assert scheme is not None
-        for start in range(0, len(numbers), PACKED_ADAPTERS):
-            place = start // PACKED_ADAPTERS
-            path = f"individual/{name}-{place}.safetensors"
-            piece = f"packed-{len(files)}-{attempt}"
-            files.append(PackedFile(path, piece, scheme, numbers[start : start + PACKED_ADAPTERS]))
-    return files
+        place, begun[name] = begun[name], begun[name] + 1
+        piece = f"packed-{list(SCHEMES).index(name)}-{place}-{attempt}"
+        return PackedFile(f"individual/{name}-{place}.safetensors", piece, scheme, members.pop(name))
+
+    for number, name in schemes:
+        if packed_scheme(name):
+            members[name].append(number)
+            if len(members[name]) == PACKED_ADAPTERS:
+                yield file(name)
+    yield from map(file, list(members))
 
 
 def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,15 +73,15 @@ def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> dict[str, Joined]
     return {suffix: Joined(few[suffix], few[f"{suffix}.shapes"].numpy()) for suffix in scheme.own}
 
 
-def pack(files: list[PackedFile], attempt: int, pieces: Pieces) -> None:
-    """Make the pieces that are ``files``."""
+def pack(files: Iterable[PackedFile], attempt: int, pieces: Pieces) -> list[PackedFile]:
+    """Make the pieces that are ``files``, each while those after it are still to come; returns the files."""
 
-    def one(file: PackedFile) -> None:
+    def one(file: PackedFile) -> PackedFile:
         check_stop()
         if file.piece not in pieces:
             own = (pieces.load(individual_piece(number, attempt)) for number in file.adapters)
             pieces.write(file.piece, file.scheme.pack([_apart(file.scheme, few) for few in own]))
+        return file
 
-    with closing(in_order(one, files, _CPU)) as done:
-        for _ in done:
-            pass
+    with closing(in_order(one, files, _CPU, workers=_PACKERS)) as done:
+        return list(done)
