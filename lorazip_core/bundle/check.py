@@ -32,6 +32,7 @@ from .tensor_file import DTYPES
 
 # Entries beside the manifest that are no part of the bundle: what hosting, version control and downloads put there.
 BESIDE = frozenset({"README.md", "LICENSE", ".gitattributes", ".gitignore", ".git", ".cache"})
+_UNPACKERS = 8  # each has a file of several adapters in memory
 
 
 def check_bundle(bundle: Bundle, advance: Advance) -> list[Finding]:
@@ -117,8 +118,7 @@ class _Check:
                 self._individual(adapter)
             elif adapter.individual is not None:
                 packed[adapter.individual] = scheme
-        for path, scheme in packed.items():
-            self._packed(path, scheme)
+        self._packed({path: scheme for path, scheme in packed.items() if self._fits(path, scheme)})
         for adapter in {adapter.config: adapter for adapter in self.bundle.manifest.adapters}.values():
             self._config(adapter)
         for extras in dict.fromkeys(adapter.extras for adapter in self.bundle.manifest.adapters):
@@ -204,24 +204,34 @@ class _Check:
             found[module][suffix] = tuple(tensor.shape)
         self._consistent(path, scheme, scheme.own, found)
 
-    def _packed(self, path: str, scheme: PackedScheme) -> None:
-        """A file in which several adapters are packed."""
+    def _fits(self, path: str, scheme: PackedScheme) -> bool:
+        """Whether a file in which several adapters are packed has the tensors of one."""
         if path not in self._sound:
-            return
-        members = self.bundle.packed_in(path)
-        expected = {("", suffix): spec for suffix, spec in scheme.file_tensors(len(members)).items()}
-        if len(list(self._tensors(path, expected))) < len(expected):
-            return
-        try:
-            unpacked = [(adapter, self.bundle.unpacked(adapter)) for adapter in members]
-        except BundleDamaged as error:
-            self._unreadable(path, error)
-            return
-        for adapter, of_modules in unpacked:
-            largest = max(scheme.stored_rank(own) for own in of_modules.values())
-            if largest != adapter.rank:
-                message = f"adapter {adapter.name!r} has rank {largest}, but the manifest says {adapter.rank}"
-                self._found("wrong-rank", path, message)
+            return False
+        expected = {
+            ("", suffix): spec for suffix, spec in scheme.file_tensors(len(self.bundle.packed_in(path))).items()
+        }
+        return len(list(self._tensors(path, expected))) == len(expected)
+
+    def _packed(self, schemes: dict[str, PackedScheme]) -> None:
+        """What is in files in which several adapters are packed, of which several are unpacked at once."""
+
+        def ranks(path: str) -> list[int] | BundleDamaged:
+            try:
+                unpacked = self.bundle.unpacked_in(path).values()
+            except BundleDamaged as error:
+                return error
+            return [schemes[path].stored_rank(each.joined) for each in unpacked]
+
+        with closing(in_order(ranks, schemes, torch.device("cpu"), workers=_UNPACKERS)) as results:
+            for path, found in zip(schemes, results, strict=True):
+                if isinstance(found, BundleDamaged):
+                    self._unreadable(path, found)
+                    continue
+                for adapter, rank in zip(self.bundle.packed_in(path), found, strict=True):
+                    if rank != adapter.rank:
+                        message = f"adapter {adapter.name!r} has rank {rank}, but the manifest says {adapter.rank}"
+                        self._found("wrong-rank", path, message)
 
     def _expected(
         self, modules: Iterable[ModuleEntry], specs: Callable[[ModuleEntry], dict[str, TensorSpec]]

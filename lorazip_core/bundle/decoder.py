@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..adapter.module import Part
 from ..maths.factored import Factors
+from ..schemes.registry import packed_scheme
 from ..schemes.scheme import Scheme, Shape
 from .manifest import AdapterEntry, ModuleEntry
 from .reader import Bundle
 from .stored import stored
+from .unpacked import Unpacked
+
+UnpackedIn = Callable[[str], dict[int, Unpacked]]
+"""By the path of a file of several adapters, each by its index."""
 
 _MOST_SHARDS = 16  # whose tensors are at hand: they are mapped, not in memory
 
@@ -37,54 +44,107 @@ class _Stored(NamedTuple):
         shapes = {suffix: tuple(tensor.shape) for suffix, tensor in self.shared.items()}
         return shapes | {suffix: tuple(tensor.shape[1:]) for suffix, tensor in self.own.items()}
 
+    def of(self, suffix: str, indices: list[int]) -> Tensor:
+        """The own tensors [n, ...] of the adapters of these indices."""
+        return _taken(self.own[suffix], [self.rows[index] for index in indices])
+
+
+class _Padded(NamedTuple):
+    """One module of adapters in one file, whose own tensors are of unequal ranks."""
+
+    own: dict[str, dict[int, Tensor]]
+    """By suffix, the elements of those of every adapter, by its index."""
+    largest: dict[str, Shape]
+    """By suffix, the shape that they are padded to: with zeros at the end of the first dimension."""
+
+    @classmethod
+    def each(cls, adapters: dict[int, Unpacked], names: Sequence[str], suffixes: Sequence[str]) -> list[_Padded]:
+        """The modules of these names, which all ``adapters`` have. Hundreds of each: in few steps."""
+        places = {index: list(map(own.place, names)) for index, own in adapters.items()}
+        largest, pieces = {}, {}
+        for suffix in suffixes:
+            joined = {index: own.joined[suffix] for index, own in adapters.items()}
+            largest[suffix] = np.max([joined[index].shapes[own] for index, own in places.items()], 0).tolist()
+            pieces[suffix] = {index: [joined[index].pieces[at] for at in own] for index, own in places.items()}
+        return [
+            cls(
+                {suffix: {index: own[number] for index, own in each.items()} for suffix, each in pieces.items()},
+                {suffix: tuple(shapes[number]) for suffix, shapes in largest.items()},
+            )
+            for number in range(len(names))
+        ]
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """They share nothing but the file."""
+        return {}
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the tensors that each of these adapters is decoded from."""
+        return self.largest
+
+    def of(self, suffix: str, indices: list[int]) -> Tensor:
+        """The own tensors [n, ...] of the adapters, all of them, in the order of these indices."""
+        flat = pad_sequence([self.own[suffix][index] for index in indices], batch_first=True)
+        return flat.view(len(indices), *self.largest[suffix])
+
 
 class Decoder:
     """`decode` in float64 for many adapters and modules at once; for any thread.
 
     ``most`` bounds the elements in one batch: in the factors of the originals and of what is decoded, and in what is
-    shared, which a product copies for each adapter.
+    shared, which a product copies for each adapter. ``unpacked`` gives the adapters in a file of several, by default
+    `Bundle.unpacked_in`.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, most: int) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, most: int, unpacked: UnpackedIn | None = None) -> None:
         self.bundle = bundle
         self.device = device
         self._most = most
+        self._unpacked = unpacked or bundle.unpacked_in
         self._shard = lru_cache(_MOST_SHARDS)(self._read_shard)
 
     def most_adapters(self, adapter: AdapterEntry, parts: Sequence[Part]) -> int:
         """How many adapters like this to decode at a time."""
+        if (scheme := packed_scheme(adapter.scheme)) and scheme.pads:
+            rank = max(each.rank or 1 for each in self.bundle.packed_in(str(adapter.individual)))
+            largest = max(part.parameters + rank * (part.module.d_out + part.module.d_in) for part in parts)
+            return max(1, self._most // largest)
         if adapter.cluster is None:
             return 1
-        scheme = self.bundle.scheme(adapter)
-        stored = self._stored(adapter, parts)
-        return max(1, self._most // max(_elements(*each, scheme) for each in zip(parts, stored, strict=True)))
+        stored = self._stored([adapter], parts)
+        of_scheme = self.bundle.scheme(adapter)
+        return max(1, self._most // max(_elements(*each, of_scheme) for each in zip(parts, stored, strict=True)))
 
     def batches(self, adapters: Sequence[AdapterEntry], parts: Sequence[Part]) -> Iterator[tuple[list[int], Factors]]:
-        """B̂ [n, m, d_out, k] and Â [n, m, k, d_in] of n adapters in one shard, or of one kept individually.
+        """B̂ [n, m, d_out, k] and Â [n, m, k, d_in] of n adapters in one shard or packed file, or of one alone.
 
         ``parts`` are the modules that the originals have. Each batch is of m of them, given by position, that have
         equal shapes and ranks, also of the originals. What all n have in common has no dimension for them.
         """
         scheme = self.bundle.scheme(adapters[0])
-        stored = self._stored(adapters[0], parts)
+        stored = self._stored(adapters, parts)
         indices = [self.bundle.index(adapter) for adapter in adapters]
         for columns in self._of_equal_shapes(scheme, parts, stored, len(adapters)):
             own = [stored[column] for column in columns]
             tensors = {suffix: self._stacked([each.shared[suffix] for each in own]) for suffix in scheme.shared}
             for suffix in scheme.own:
-                rows = [_taken(each.own[suffix], [each.rows[index] for index in indices]) for each in own]
-                tensors[suffix] = self._stacked(rows, 1)
+                tensors[suffix] = self._stacked([each.of(suffix, indices) for each in own], 1)
             yield columns, scheme.decode(tensors, torch.float64)
 
-    def _stored(self, adapter: AdapterEntry, parts: Sequence[Part]) -> list[_Stored]:
-        names = tuple(part.module.name for part in parts)
-        if adapter.cluster is not None:
-            return self._shard(self.bundle.shard(adapter).adapters[0], names)
-        row = {self.bundle.index(adapter): 0}
-        return [
-            _Stored({}, {suffix: own[None] for suffix, own in self.bundle.own(adapter, name).items()}, row)
-            for name in names
-        ]
+    def _stored(self, adapters: Sequence[AdapterEntry], parts: Sequence[Part]) -> Sequence[_Stored | _Padded]:
+        """What each of ``parts`` is decoded from, of adapters as `batches` takes them."""
+        first, names = adapters[0], tuple(part.module.name for part in parts)
+        if first.cluster is not None:
+            return self._shard(self.bundle.shard(first).adapters[0], names)
+        if scheme := packed_scheme(first.scheme):
+            found = self._unpacked(str(first.individual))
+            own = {index: found[index] for index in map(self.bundle.index, adapters)}
+            if scheme.pads:
+                return _Padded.each(own, names, scheme.own)
+            (index,) = own
+            return [_alone(index, own[index][name]) for name in names]
+        return [_alone(self.bundle.index(first), self.bundle.own(first, name)) for name in names]
 
     def _read_shard(self, adapter: int, names: tuple[str, ...]) -> list[_Stored]:
         """The modules of the shard that has the adapter of this index."""
@@ -97,7 +157,7 @@ class Decoder:
         ]
 
     def _of_equal_shapes(
-        self, scheme: Scheme, parts: Sequence[Part], stored: Sequence[_Stored], adapters: int
+        self, scheme: Scheme, parts: Sequence[Part], stored: Sequence[_Stored | _Padded], adapters: int
     ) -> Iterator[list[int]]:
         """The positions of parts that can be decoded together, as many as fit into a batch with so many adapters."""
         groups: defaultdict[object, list[int]] = defaultdict(list)
@@ -113,7 +173,12 @@ class Decoder:
         return torch.stack(tensors, dim).to(self.device)
 
 
-def _elements(part: Part, stored: _Stored, scheme: Scheme) -> int:
+def _alone(index: int, own: dict[str, Tensor]) -> _Stored:
+    """A module of the one adapter of this index."""
+    return _Stored({}, {suffix: tensor[None] for suffix, tensor in own.items()}, {index: 0})
+
+
+def _elements(part: Part, stored: _Stored | _Padded, scheme: Scheme) -> int:
     """In the factors of an original, in those that are decoded, and in what is shared."""
     rank = scheme.decoded_rank(stored.shapes().__getitem__)
     decoded = rank * (part.module.d_out + part.module.d_in)

@@ -35,6 +35,7 @@ from .manifest import (
     read_manifest,
 )
 from .size import PACKED_MODULES
+from .unpacked import Unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Bundle:
         self._checked: dict[str, tuple[int, ...]] = {}
         self._rows: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
         self._unpacking: defaultdict[str, Lock] = defaultdict(Lock)
-        self._unpacked: OrderedDict[str, dict[int, dict[str, dict[str, Tensor]]]] = OrderedDict()
+        self._unpacked: OrderedDict[str, dict[int, Unpacked]] = OrderedDict()
 
     @cached_property
     def size_bytes(self) -> int:
@@ -133,9 +134,12 @@ class Bundle:
         """The adapters that are packed into one file, in order."""
         return [self.manifest.adapters[index] for index in self._packed[path]]
 
-    def unpacked(self, adapter: AdapterEntry) -> dict[str, dict[str, Tensor]]:
+    def unpacked(self, adapter: AdapterEntry) -> Unpacked:
         """By module, the own tensors of an adapter that shares a file with others."""
-        path = str(adapter.individual)
+        return self.unpacked_in(str(adapter.individual))[self.index(adapter)]
+
+    def unpacked_in(self, path: str) -> dict[int, Unpacked]:
+        """Of every adapter in a file of several, by its index, what `unpacked` returns."""
         with self._lock:
             unpacking = self._unpacking[path]
         with unpacking:
@@ -147,20 +151,13 @@ class Bundle:
                     self._unpacked[path] = found
                     while len(self._unpacked) > 1 and self._unpacked_bytes() > _UNPACKED_BYTES:
                         self._unpacked.popitem(last=False)
-        return found[self.index(adapter)]
+        return found
 
     def _unpacked_bytes(self) -> int:
         """Of all unpacked files that are kept."""
-        return sum(
-            tensor.nbytes
-            for adapters in self._unpacked.values()
-            for modules in adapters.values()
-            for tensors in modules.values()
-            for tensor in tensors.values()
-        )
+        return sum(each.size_bytes for adapters in self._unpacked.values() for each in adapters.values())
 
-    def _unpack(self, path: str) -> dict[int, dict[str, dict[str, Tensor]]]:
-        """Of every adapter in a file of several, by its index, what `unpacked` returns."""
+    def _unpack(self, path: str) -> dict[int, Unpacked]:
         from ..base.safetensors_header import TORCH_DTYPES
 
         indices = self._packed[path]
@@ -182,7 +179,7 @@ class Bundle:
         except ValueError as error:
             raise BundleDamaged(f"{self.path / path}: {error}", _RESTORE) from None
         return {
-            index: {module.name: tensors for module, tensors in zip(own, found, strict=True)}
+            index: Unpacked([module.name for module in own], found)
             for index, own, found in zip(indices, modules, unpacked, strict=True)
         }
 

@@ -51,6 +51,8 @@ def fault_of(tensor: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Fault | No
 
 def finite(tensor: Tensor) -> bool:
     """No NaN or Inf: one pass, and only if the sum is neither a second one, as it can overflow."""
+    if not tensor.is_floating_point():
+        return True
     total = tensor.sum(dtype=torch.float64)
     return bool(total.isfinite() or tensor.isfinite().all())
 

@@ -70,11 +70,8 @@ class Assembly:
 
     def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
-        files = packed_files(
-            {number: (each.scheme, len(each.squared_errors)) for number, each in kept.items()}, attempt
-        )
-        pack(files, attempt, self.pieces)
-        for file in files:
+        whose = ((number, kept[number].scheme, len(kept[number].squared_errors)) for number in sorted(kept))
+        for file in pack(packed_files(whose, attempt), attempt, self.pieces):
             self.writer.add_file(file.path, *self.pieces.file(file.piece))
             self._paths |= dict.fromkeys(file.adapters, file.path)
         for number, each in kept.items():

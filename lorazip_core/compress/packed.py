@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
@@ -14,11 +13,13 @@ from torch import Tensor
 from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.size import PACKED_ADAPTERS, PACKED_MODULES
-from ..schemes.registry import packed_scheme
+from ..schemes.joined import Joined
+from ..schemes.registry import SCHEMES, packed_scheme
 from ..schemes.scheme import PackedScheme
 from .pieces import Pieces, individual_piece
 
 _CPU = torch.device("cpu")
+_PACKERS = 8  # each has the codes of several adapters in memory
 
 
 class PackedFile(NamedTuple):
@@ -31,27 +32,30 @@ class PackedFile(NamedTuple):
     adapters: list[int]
 
 
-def packed_files(kept: Mapping[int, tuple[str, int]], attempt: int) -> list[PackedFile]:
-    """The files for adapters that are kept on their own: by number in which scheme, and how many modules they have."""
-    members: defaultdict[str, list[list[int]]] = defaultdict(list)
-    modules = 0
-    for number, (name, own) in sorted(kept.items(), key=lambda each: (each[1][0], each[0])):
-        if not packed_scheme(name):
-            continue
-        of_files = members[name]
-        if not of_files or len(of_files[-1]) == PACKED_ADAPTERS or modules + own > PACKED_MODULES:
-            of_files.append([])
-            modules = 0
-        of_files[-1].append(number)
-        modules += own
-    files: list[PackedFile] = []
-    for name, of_files in members.items():
+def packed_files(kept: Iterable[tuple[int, str, int]], attempt: int) -> Iterator[PackedFile]:
+    """The files for adapters that are kept on their own, by ascending number, in which scheme, with so many modules.
+
+    Each comes as soon as all of its adapters are known.
+    """
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    modules: Counter[str] = Counter()
+    begun: Counter[str] = Counter()
+
+    def file(name: str) -> PackedFile:
         scheme = packed_scheme(name)
         assert scheme is not None
-        for place, numbers in enumerate(of_files):
-            path, piece = f"individual/{name}-{place}.safetensors", f"packed-{len(files)}-{attempt}"
-            files.append(PackedFile(path, piece, scheme, numbers))
-    return files
+        place, begun[name] = begun[name], begun[name] + 1
+        piece = f"packed-{list(SCHEMES).index(name)}-{place}-{attempt}"
+        return PackedFile(f"individual/{name}-{place}.safetensors", piece, scheme, members.pop(name))
+
+    for number, name, own in kept:
+        if packed_scheme(name):
+            if members[name] and (len(members[name]) == PACKED_ADAPTERS or modules[name] + own > PACKED_MODULES):
+                yield file(name)
+                modules[name] = 0
+            members[name].append(number)
+            modules[name] += own
+    yield from map(file, list(members))
 
 
 def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,31 +66,25 @@ def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     modules = sorted({name.removesuffix(f".{scheme.own[0]}") for name in tensors if name.endswith(f".{scheme.own[0]}")})
     few = {}
     for suffix in scheme.own:
-        own = [tensors[f"{module}.{suffix}"] for module in modules]
-        few[suffix] = torch.cat([tensor.reshape(-1) for tensor in own])
-        few[f"{suffix}.shapes"] = torch.tensor([tensor.shape for tensor in own], dtype=torch.int64)
+        own = Joined.of([tensors[f"{module}.{suffix}"] for module in modules])
+        few[suffix], few[f"{suffix}.shapes"] = own.flat, torch.from_numpy(own.shapes)
     return few
 
 
-def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What was `joined`, module by module."""
-    own: dict[str, list[Tensor]] = {}
-    for suffix in scheme.own:
-        shapes = few[f"{suffix}.shapes"].tolist()
-        flat = torch.split(few[suffix], [math.prod(shape) for shape in shapes])
-        own[suffix] = [tensor.reshape(shape) for tensor, shape in zip(flat, shapes, strict=True)]
-    return [dict(zip(own, tensors, strict=True)) for tensors in zip(*own.values(), strict=True)]
+def _apart(scheme: PackedScheme, few: Mapping[str, Tensor]) -> dict[str, Joined]:
+    """What was `joined`, by suffix."""
+    return {suffix: Joined(few[suffix], few[f"{suffix}.shapes"].numpy()) for suffix in scheme.own}
 
 
-def pack(files: list[PackedFile], attempt: int, pieces: Pieces) -> None:
-    """Make the pieces that are ``files``."""
+def pack(files: Iterable[PackedFile], attempt: int, pieces: Pieces) -> list[PackedFile]:
+    """Make the pieces that are ``files``, each while those after it are still to come; returns the files."""
 
-    def one(file: PackedFile) -> None:
+    def one(file: PackedFile) -> PackedFile:
         check_stop()
         if file.piece not in pieces:
             own = (pieces.load(individual_piece(number, attempt)) for number in file.adapters)
             pieces.write(file.piece, file.scheme.pack([_apart(file.scheme, few) for few in own]))
+        return file
 
-    with closing(in_order(one, files, _CPU)) as done:
-        for _ in done:
-            pass
+    with closing(in_order(one, files, _CPU, workers=_PACKERS)) as done:
+        return list(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ from .assemble import Assembly
 from .attempt import Attempt, Taken, first_attempt
 from .individual import Kept, keep_exactly, keep_individually, stored
 from .key import work_key
+from .packed import pack, packed_files
 from .pieces import Pieces, individual_piece, note_left
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
@@ -361,10 +363,15 @@ class _Run:
             self.progress.stage("keeping adapters individually", len(alone)) as advance,
             closing(in_order(keep, alone, CPU, workers=workers)) as results,
         ):
-            for number, kept in zip(alone, results, strict=True):
-                if kept.scheme != options.chosen:
-                    told.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
-                advance(1)
+
+            def whose() -> Iterator[tuple[int, str, int]]:
+                for number, kept in zip(alone, results, strict=True):
+                    if kept.scheme != options.chosen:
+                        told.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
+                    advance(1)
+                    yield number, kept.scheme, len(kept.squared_errors)
+
+            pack(packed_files(whose(), count), count, self.pieces)  # while later ones are still encoded
         return told
 
     @property

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..maths.factored import Factors
     from ..maths.quantise import Codes, Components
+    from .joined import Joined
 
 DEFAULT_ERROR = 0.1
 """The squared error of those who ask for nothing: up to it, no task was seen to suffer."""
@@ -48,6 +49,7 @@ class Coded(PackedScheme, SteppedScheme):
     about: ClassVar[str] = "quantised singular components of each update, up to {rank} of them"
     own: ClassVar[tuple[str, ...]] = ("u", "v", "scale")
     has_own_rank: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
     default_rank: ClassVar[int | None] = None
     default_error: ClassVar[float | None] = DEFAULT_ERROR
     uses_inputs: ClassVar[bool] = True
@@ -82,15 +84,13 @@ class Coded(PackedScheme, SteppedScheme):
         """Components as `coded_resident` lays them out."""
         import torch
 
-        from .coded_file import CodedModule
-        from .coded_resident import lay_out
+        from .coded_resident import CodedModule, lay_out
 
         modules = [CodedModule(*(own[suffix].numpy() for suffix in self.own)) for own in adapters]
         return {name: torch.from_numpy(array) for name, array in lay_out(modules).items()}
 
     def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        from .coded_file import CodedModule
-        from .coded_resident import module_bytes
+        from .coded_resident import CodedModule, module_bytes
 
         return module_bytes(CodedModule(*(own[suffix].numpy() for suffix in self.own)))
 
@@ -115,8 +115,8 @@ class Coded(PackedScheme, SteppedScheme):
     def typical_bytes(self, size: Size) -> int:
         return round(_TYPICAL_BYTES * sum(size))
 
-    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
-        return len(own["scale"])
+    def stored_rank(self, own: Mapping[str, Joined]) -> int:
+        return int(own["scale"].shapes.max())
 
     def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
         counts = {shape[0] for shape in shapes.values()}
@@ -131,27 +131,38 @@ class Coded(PackedScheme, SteppedScheme):
             "codes": TensorSpec((some,), ("U8",)),
         }
 
-    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    def pack(self, adapters: Sequence[Mapping[str, Joined]]) -> dict[str, Tensor]:
+        import numpy as np
         import torch
 
-        from .coded_file import CodedModule, pack
+        from .coded_file import CodedModules, pack
 
-        arrays = [
-            [CodedModule(*(module[suffix].numpy() for suffix in self.own)) for module in adapter]
-            for adapter in adapters
-        ]
+        arrays = []
+        for adapter in adapters:
+            u, v, scale = (adapter[suffix] for suffix in self.own)
+            sizes = np.stack([u.shapes[:, 1], v.shapes[:, 1]], 1)
+            flat = (joined.flat.numpy() for joined in (u, v, scale))
+            arrays.append(CodedModules(sizes, scale.shapes[:, 0], *flat))
         return {name: torch.from_numpy(array) for name, array in pack(arrays).items()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[dict[str, Joined]]:
+        import numpy as np
         import torch
 
         from .coded_file import unpack
+        from .joined import Joined
 
-        unpacked = unpack({name: tensor.numpy() for name, tensor in tensors.items()}, sizes)
-        return [
-            [{suffix: torch.from_numpy(array) for suffix, array in module._asdict().items()} for module in adapter]
-            for adapter in unpacked
-        ]
+        unpacked = []
+        for own in unpack({name: tensor.numpy() for name, tensor in tensors.items()}, sizes):
+            u, v = (np.stack([own.counts, own.sizes[:, side]], 1) for side in (0, 1))
+            joined = ((own.u, u), (own.v, v), (own.scale, own.counts[:, None]))
+            unpacked.append(
+                {
+                    suffix: Joined(torch.from_numpy(flat), shapes)
+                    for suffix, (flat, shapes) in zip(self.own, joined, strict=True)
+                }
+            )
+        return unpacked
 
 
 class _Quantiser(NamedTuple):

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from .scheme import Size
 from .streams import (
-    Buffer,
     Bytes,
     Contradiction,
     Integers,
@@ -35,28 +34,31 @@ _LONGEST = 2**28  # of a vector
 _MOST_CODES = 64  # for each byte that they are stored in: Huffman codes alone leave 40
 
 
-class CodedModule(NamedTuple):
-    """The k components of a module."""
+class CodedModules(NamedTuple):
+    """The components of the modules of one adapter, module by module."""
 
-    u: NDArray[np.int8]
-    """[k, d_out]"""
-    v: NDArray[np.int8]
-    """[k, d_in]"""
+    sizes: Integers
+    """[modules, 2]: d_out and d_in of each."""
+    counts: Integers
+    """[modules]: how many components each has."""
+    u: Vector
+    """The d_out codes û of every component, one component after another."""
+    v: Vector
+    """The same of v̂, d_in codes each."""
     scale: NDArray[np.int16]
-    """[k]"""
+    """[components]"""
 
 
-def pack(adapters: Sequence[Sequence[CodedModule]]) -> Arrays:
-    """The arrays of a file: of every adapter, its modules in order."""
-    modules = [module for adapter in adapters for module in adapter]
-    counts = np.array([len(module.scale) for module in modules], np.int64)
-    us = [vector for module in modules for vector in module.u]
-    vs = [vector for module in modules for vector in module.v]
-    streams, kinds = assign_streams([*us, *vs])
-    of_u, of_v = streams[: len(us)], streams[len(us) :]
-    scales = np.concatenate([np.zeros(0, np.int64), *(module.scale for module in modules)])
-    rest = scales - _expected(us)
-    adapter_of = np.repeat(_owners(adapters), counts)
+def pack(adapters: Sequence[CodedModules]) -> Arrays:
+    """The arrays of a file."""
+    sizes, counts = (np.concatenate(each) for each in zip(*(adapter[:2] for adapter in adapters), strict=True))
+    lengths, total = _lengths(sizes, counts), int(counts.sum())
+    codes = np.concatenate([*(adapter.u for adapter in adapters), *(adapter.v for adapter in adapters)])
+    measured = measure(codes, lengths)
+    streams, kinds = assign_streams(lengths, measured)
+    of_u, of_v = streams[:total], streams[total:]
+    rest = np.concatenate([adapter.scale for adapter in adapters]) - _expected(measured.norms[:total])
+    adapter_of = _owners([len(adapter.scale) for adapter in adapters])
     bases = np.array([_median(rest[adapter_of == number]) for number in range(len(adapters))], np.int64)
     columns = [*_bytes_of(counts), of_u, of_v - of_u, *_bytes_of(rest - bases[adapter_of])]
     return {
@@ -65,11 +67,11 @@ def pack(adapters: Sequence[Sequence[CodedModule]]) -> Arrays:
         "index": _array(
             b"".join(min((deflate(column, alone=alone) for alone in (True, False)), key=len) for column in columns)
         ),
-        "codes": _array(pack_streams([*us, *vs], streams, kinds)),
+        "codes": _array(pack_streams(codes, lengths, streams, kinds)),
     }
 
 
-def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[Size]]) -> list[list[CodedModule]]:
+def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[Size]]) -> list[CodedModules]:
     """What `pack` was given, for modules of these sizes. Raises Contradiction."""
     flat = [size for adapter in sizes for size in adapter]
     if any(max(size) > _LONGEST for size in flat):
@@ -79,42 +81,41 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], sizes: Sequence[Sequence[S
     counts = columns.wide(len(shapes))
     if (counts > shapes.min(1)).any():
         raise Contradiction("a module has more components than it can have")
-    codes = arrays["codes"].tobytes()
-    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > _MOST_CODES * len(codes):
+    codes = arrays["codes"].data
+    if sum(int(count) * sum(size) for count, size in zip(counts, flat, strict=True)) > _MOST_CODES * codes.nbytes:
         raise Contradiction("there are more codes than its bytes can hold")
     total = int(counts.sum())
     of_u, apart = columns.narrow(total), columns.narrow(total)
     rest = columns.wide(total)
     if columns.left:
         raise Contradiction("the index has more than it should")
-    streams = np.concatenate([of_u, of_u + apart])
-    lengths = np.concatenate([np.repeat(shapes[:, side], counts) for side in (0, 1)])
+    lengths = _lengths(shapes, counts)
     kinds = arrays["kinds"].astype(np.uint8)
-    vectors = unpack_streams(codes, lengths, streams, kinds)
-    bases = arrays["bases"].astype(np.int64)
-    scales = (
-        rest.astype(np.uint16).view(np.int16) + bases[np.repeat(_owners(sizes), counts)] + _expected(vectors[:total])
-    )
+    vectors = unpack_streams(codes, lengths, np.concatenate([of_u, of_u + apart]), kinds)
+    u, v = np.split(vectors, [int(lengths[:total].sum())])
+    modules = _starts([len(adapter) for adapter in sizes])
+    components = _starts(counts)[modules]
+    bases = arrays["bases"].astype(np.int64)[_owners(np.diff(components))]
+    scales = rest.astype(np.uint16).view(np.int16) + bases + _expected(measure(u, lengths[:total]).norms)
     if len(scales) and not -(2**15) <= scales.min() <= scales.max() < 2**15:
         raise Contradiction("a scale is out of range")
-    stored = scales.astype(np.int16)
-    ends = np.cumsum(counts)
-    modules = iter(
-        CodedModule(
-            _stacked(vectors[end - count : end], d_out),
-            _stacked(vectors[total + end - count : total + end], d_in),
-            stored[end - count : end],
-        )
-        for end, count, (d_out, d_in) in zip(ends.tolist(), counts.tolist(), shapes.tolist(), strict=True)
+    of_adapters = [_starts(own)[components] for own in (lengths[:total], lengths[total:])]
+    cut = zip(
+        np.split(shapes, modules[1:-1]),
+        np.split(counts, modules[1:-1]),
+        np.split(u, of_adapters[0][1:-1]),
+        np.split(v, of_adapters[1][1:-1]),
+        np.split(scales.astype(np.int16), components[1:-1]),
+        strict=True,
     )
-    return [[next(modules) for _ in adapter] for adapter in sizes]
+    return [CodedModules(*own) for own in cut]
 
 
 class _Columns:
     """Columns of the index, one after another."""
 
     def __init__(self, data: bytes) -> None:
-        self.left: Buffer = data
+        self.left = memoryview(data)
 
     def narrow(self, count: int) -> Bytes:
         """One of bytes."""
@@ -133,27 +134,32 @@ def _bytes_of(numbers: Integers) -> Iterator[Bytes]:
     yield (numbers >> 8 & 255).astype(np.uint8)
 
 
-def _owners(adapters: Sequence[Sequence[object]]) -> Integers:
-    """The adapter of every module."""
-    return np.repeat(np.arange(len(adapters)), [len(adapter) for adapter in adapters])
+def _lengths(sizes: Integers, counts: Integers) -> Integers:
+    """Of the vectors û of all components, and of their v̂."""
+    return np.concatenate([np.repeat(sizes[:, side], counts) for side in (0, 1)])
 
 
-def _expected(us: Sequence[Vector]) -> Integers:
-    """What scales would be, up to a constant, if all entries had one step: −16 log₂ ‖û‖².
+def _starts(counts: Sequence[int] | Integers) -> Integers:
+    """Where each of several runs of this many begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _owners(counts: Sequence[int] | Integers) -> Integers:
+    """The adapter of every component."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _expected(norms: Integers) -> Integers:
+    """What scales would be, up to a constant, if all entries had one step: −16 log₂ ‖û‖², from these ``norms``.
 
     The logarithm of a whole number below 2³¹ is so far from any half that all arithmetic rounds it alike.
     """
-    _, norms = measure(us)
     return -np.rint(16 * np.log2(np.maximum(norms, 1))).astype(np.int64)
 
 
 def _median(numbers: Integers) -> int:
     """One of ``numbers``; 0 if there are none."""
     return int(np.sort(numbers)[len(numbers) // 2]) if len(numbers) else 0
-
-
-def _stacked(vectors: list[Vector], length: int) -> NDArray[np.int8]:
-    return np.stack(vectors) if vectors else np.zeros((0, length), np.int8)
 
 
 def _array(data: bytes) -> NDArray[np.uint8]:

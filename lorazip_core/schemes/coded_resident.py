@@ -12,13 +12,13 @@ Of a module, for n adapters that have Σk components together:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..base.errors import LocalError
-from .coded_file import Arrays, CodedModule
+from .coded_file import Arrays
 from .factors import START_BYTES
 from .fixed_width import forms_of, pack, packed_bytes, unpack
 from .scheme import Size
@@ -29,6 +29,17 @@ if TYPE_CHECKING:
 COMPONENT_BYTES = 4 + 2 + 2
 """Of a component in ``at``, ``forms`` and ``scale``."""
 _MOST_BYTES = 2**31
+
+
+class CodedModule(NamedTuple):
+    """The k components of a module of one adapter."""
+
+    u: NDArray[np.int8]
+    """[k, d_out]"""
+    v: NDArray[np.int8]
+    """[k, d_in]"""
+    scale: NDArray[np.int16]
+    """[k]"""
 
 
 def lay_out(adapters: Sequence[CodedModule]) -> Arrays:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..maths.factored import Factors
     from ..maths.stack import ScaledStack
     from ..maths.weighting import InputMoments
+    from .joined import Joined
 
 Shape = tuple[int, ...]
 ShapeOf = Callable[[str], Shape]
@@ -307,14 +308,21 @@ class SteppedScheme(IndividualScheme):
 
 
 class PackedScheme(IndividualScheme):
-    """Adapters of which several are packed into one file; `own` is what is there once they are unpacked."""
+    """Adapters of which several are packed into one file; `own` is what is there once they are unpacked.
+
+    Of an adapter, the own tensors of all its modules, in order, are joined by suffix.
+    """
+
+    pads: ClassVar[bool] = False
+    """Whether an update stays what it is when its own tensors get more zeros at the end of their first dimension: then
+    updates of unequal ranks are decoded together."""
 
     @abstractmethod
-    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-        """The tensors of a file. Of every adapter, its modules in order, each with its own tensors by suffix."""
+    def pack(self, adapters: Sequence[Mapping[str, Joined]]) -> dict[str, Tensor]:
+        """The tensors of a file of these adapters."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[dict[str, Joined]]:
         """What `pack` was given, for updates of these sizes. Raises ValueError if the tensors are not such ones."""
 
     @abstractmethod
@@ -322,8 +330,8 @@ class PackedScheme(IndividualScheme):
         """About what an update of this size takes where nothing is asked for; how much it is, only weights can tell."""
 
     @abstractmethod
-    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
-        """The rank of a module with these tensors."""
+    def stored_rank(self, own: Mapping[str, Joined]) -> int:
+        """The rank of an adapter with these tensors: the largest of its modules."""
 
     @abstractmethod
     def file_tensors(self, adapters: int) -> dict[str, TensorSpec]:

@@ -8,7 +8,7 @@ redundancy is about 1% over the entropy, it is in every standard library, and it
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
 _FULL = 2**15  # codes in a stream that is worth a table of its own
-_AT_ONCE = 2**8  # vectors that are measured together
-_READ = 2**16  # bytes that zlib is given at a time
+_AT_ONCE = 2**6  # vectors that are measured together: more do not stay in the cache of a processor
+_READ = 2**18  # bytes that zlib is given at a time
 _STREAMS = 2**8  # at most: their numbers are bytes
 
 
@@ -32,14 +32,35 @@ class Contradiction(ValueError):
     """Streams that do not hold what they should."""
 
 
-def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
+class Measured(NamedTuple):
+    """What is known of n vectors."""
+
+    largest: Integers
+    """[n]: the largest absolute value of each."""
+    norms: Integers
+    """[n]: the sum of the squares of each."""
+
+
+def measure(codes: Vector, lengths: Integers) -> Measured:
+    """Measure vectors of these ``lengths`` [n], none of them 0, whose ``codes`` follow each other."""
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    largest, norms = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    for first in range(0, len(lengths), _AT_ONCE):
+        own = slice(first, first + _AT_ONCE)
+        some, at = codes[starts[first] : ends[own][-1]].astype(np.int16), starts[own] - starts[first]
+        largest[own] = np.maximum.reduceat(np.abs(some), at)
+        some *= some
+        norms[own] = np.add.reduceat(some, at, dtype=np.int64)
+    return Measured(largest, norms)
+
+
+def assign_streams(lengths: Integers, measured: Measured) -> tuple[Bytes, Bytes]:
     """The stream of every vector [n], and how many codes a byte of each stream holds [streams]."""
-    lengths = np.array([len(vector) for vector in vectors], np.int64)
-    largest, norms = measure(vectors)
-    fits = np.select([largest <= most for most in PER_BYTE.values()], list(PER_BYTE))
-    mean_squares = np.maximum(norms / np.maximum(lengths, 1), 2.0**-16)
+    fits = np.select([measured.largest <= most for most in PER_BYTE.values()], list(PER_BYTE))
+    mean_squares = np.maximum(measured.norms / np.maximum(lengths, 1), 2.0**-16)
     classes = np.rint(_PER_OCTAVE / 2 * np.log2(mean_squares)).astype(np.int64)
-    streams = np.zeros(len(vectors), np.uint8)
+    streams = np.zeros(len(lengths), np.uint8)
     kinds: list[int] = []
     for place, fit in enumerate(PER_BYTE):
         most = _STREAMS * (place + 1) // len(PER_BYTE)
@@ -55,46 +76,42 @@ def assign_streams(vectors: Sequence[Vector]) -> tuple[Bytes, Bytes]:
     return streams, np.array(kinds, np.uint8)
 
 
-def measure(vectors: Sequence[Vector]) -> tuple[Integers, Integers]:
-    """The largest absolute value and the sum of the squares of every vector."""
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    for start in range(0, len(vectors), _AT_ONCE):
-        some = vectors[start : start + _AT_ONCE]
-        flat = np.concatenate(some).astype(np.int32)
-        starts = np.cumsum([0, *map(len, some[:-1])])
-        squares = np.add.reduceat(np.square(flat), starts, dtype=np.int64)
-        found.append((np.maximum.reduceat(np.abs(flat), starts).astype(np.int64), squares))
-    largest, norms = zip(*found, strict=True)
-    return np.concatenate(largest), np.concatenate(norms)
-
-
-def pack_streams(vectors: Sequence[Vector], streams: Bytes, kinds: Bytes) -> bytes:
-    """The streams, each compressed, one after another."""
+def pack_streams(codes: Vector, lengths: Integers, streams: Bytes, kinds: Bytes) -> bytes:
+    """The streams of vectors as `measure` takes them, each compressed, one after another."""
+    ends = np.cumsum(lengths)
     packed = []
     for stream, kind in enumerate(kinds.tolist()):
-        codes = np.concatenate([vectors[number] for number in np.flatnonzero(streams == stream).tolist()])
-        packed.append(deflate(_joined(codes, kind)))
+        members = np.flatnonzero(streams == stream)
+        begin_and_end = zip((ends - lengths)[members].tolist(), ends[members].tolist(), strict=True)
+        packed.append(deflate(_joined(np.concatenate([codes[begin:end] for begin, end in begin_and_end]), kind)))
     return b"".join(packed)
 
 
-def unpack_streams(data: Buffer, lengths: Integers, streams: Bytes, kinds: Bytes) -> list[Vector]:
-    """The vectors, of these ``lengths`` [n] and ``streams`` [n]. Raises Contradiction."""
+def unpack_streams(data: Buffer, lengths: Integers, streams: Bytes, kinds: Bytes) -> Vector:
+    """The codes of vectors of these ``lengths`` [n] and ``streams`` [n], as they follow each other.
+
+    Raises Contradiction.
+    """
     if len(streams) and int(streams.max()) >= len(kinds):
         raise Contradiction("a vector is in a stream that is not there")
-    vectors: list[Vector] = [np.empty(0, np.int8)] * len(lengths)
+    inflated: list[Vector] = []
     for stream, kind in enumerate(kinds.tolist()):
         if kind not in PER_BYTE:
             raise Contradiction(f"a byte of a stream cannot hold {kind} codes")
-        members = np.flatnonzero(streams == stream)
-        ends = np.cumsum(lengths[members])
-        count = int(ends[-1]) if len(ends) else 0
-        inflated, data = inflate(data, -(-count // kind))
-        codes = _split(inflated, kind)[:count]
-        for number, vector in zip(members.tolist(), np.split(codes, ends[:-1]), strict=False):
-            vectors[number] = vector
-    if data:
+        count = int(lengths[streams == stream].sum())
+        joined, data = inflate(data, -(-count // kind))
+        inflated.append(_split(joined, kind))
+    if len(data):
         raise Contradiction("there are more bytes than streams")
-    return vectors
+    codes = np.empty(int(lengths.sum()), np.int8)  # not before: now so many are known to be there
+    ends = np.cumsum(lengths)
+    for stream, own in enumerate(inflated):
+        members = np.flatnonzero(streams == stream)
+        begin = 0
+        for length, end in zip(lengths[members].tolist(), ends[members].tolist(), strict=True):
+            codes[end - length : end] = own[begin : begin + length]
+            begin += length
+    return codes
 
 
 def deflate(data: Bytes, *, alone: bool = True) -> bytes:
@@ -104,29 +121,31 @@ def deflate(data: Bytes, *, alone: bool = True) -> bytes:
     return encoder.compress(data.tobytes()) + encoder.flush()
 
 
-def inflate(data: Buffer, size: int) -> tuple[Bytes, Buffer]:
+def inflate(data: Buffer, size: int) -> tuple[Bytes, memoryview]:
     """The ``size`` bytes of the first raw deflate stream of ``data``, and what follows it. Raises Contradiction."""
+    left = memoryview(data)
     decoder = zlib.decompressobj(-15)
-    view, found, read = memoryview(data), bytearray(), 0
-    try:
-        while not decoder.eof and read < len(view) and len(found) <= size:
-            some = view[read : read + _READ]  # zlib copies what it leaves: all streams that follow, if it had them
-            read += len(some)
-            # One more than there should be: never more in memory than that.
-            found += decoder.decompress(some, size + 1 - len(found))
-    except zlib.error as error:
-        raise Contradiction(f"no deflate stream: {error}") from None
-    if not decoder.eof or len(found) != size:
+    found: list[bytes] = []
+    missing = size + 1  # one more: never more in memory than there should be
+    while len(left) and missing and not decoder.eof:
+        try:
+            # Of what it is given, the decoder copies all that follows the stream: not too much at a time.
+            found.append(decoder.decompress(left[:_READ], missing))
+        except zlib.error as error:
+            raise Contradiction(f"no deflate stream: {error}") from None
+        missing -= len(found[-1])
+        left = left[min(_READ, len(left)) - len(decoder.unused_data) :]
+    if not decoder.eof or missing != 1:
         raise Contradiction(f"a stream is not of the {size} bytes that it should have")
-    return np.frombuffer(found, np.uint8), view[read - len(decoder.unused_data) :]
+    return np.frombuffer(b"".join(found), np.uint8), left
 
 
 def _joined(codes: Vector, kind: int) -> Bytes:
     """``kind`` codes in each byte, the first one in the lowest place."""
-    most = PER_BYTE[kind]
-    padded = np.zeros(-(-len(codes) // kind) * kind, np.int16)
-    padded[: len(codes)] = codes
-    digits = (padded + most).reshape(-1, kind).astype(np.uint8)
+    most = np.uint8(PER_BYTE[kind])
+    padded = np.full(-(-len(codes) // kind) * kind, most)
+    np.add(codes.view(np.uint8), most, out=padded[: len(codes)])
+    digits = padded.reshape(-1, kind)
     joined = digits[:, kind - 1].copy()
     for place in range(kind - 2, -1, -1):
         joined *= np.uint8(2 * most + 1)
@@ -136,10 +155,15 @@ def _joined(codes: Vector, kind: int) -> Bytes:
 
 def _split(joined: Bytes, kind: int) -> Vector:
     """The codes of every byte. Raises Contradiction for a byte that stands for none."""
-    base = 2 * PER_BYTE[kind] + 1
+    most = PER_BYTE[kind]
+    base = 2 * most + 1
     if len(joined) and int(joined.max()) >= base**kind:
         raise Contradiction("a byte stands for no codes")
-    every = np.arange(256)
-    table = np.stack([every // base**place % base for place in range(kind)], 1) - PER_BYTE[kind]
-    codes: Vector = table.astype(np.int8)[joined].reshape(-1)
-    return codes
+    digits = np.empty((len(joined), kind), np.uint8)
+    for place in range(kind - 1):
+        higher = joined // np.uint8(base)
+        np.subtract(joined, higher * np.uint8(base), out=digits[:, place])
+        joined = higher
+    digits[:, kind - 1] = joined
+    digits -= np.uint8(most)
+    return digits.reshape(-1).view(np.int8)

@@ -13,6 +13,7 @@ from ..adapter.reader import Adapter, distinct_parts
 from ..base.errors import AdapterError
 from ..base.progress import Advance
 from ..base.stopping import check_stop
+from ..base.threads import thread_pool
 from ..bundle.decoder import Decoder
 from ..bundle.losses import Losses
 from ..bundle.manifest import AdapterEntry, SourceEntry
@@ -22,6 +23,8 @@ from ..model.calibration import Calibration
 from ..reading.blocks import Block, in_blocks
 from ..reading.groups import by_layout
 from ..reading.placement import HOST, Placement
+from ..schemes.registry import packed_scheme
+from .ahead import FILES, Ahead
 
 _CPU = torch.device("cpu")
 # Elements in the factors of one batch, also decoded ones: 32 MiB of float64, on a GPU 256 MiB.
@@ -69,7 +72,6 @@ def measure(
         return {}
     ordered = sorted(pairs, key=lambda pair: _home(bundle, pair.entry))  # those that share bases next to each other
     originals = [pair.original for pair in ordered]
-    decoder = Decoder(bundle, device, _BATCH_ELEMENTS[device.type])
 
     def look(block: Block) -> list[tuple[str, Seen]]:
         own = [ordered[number] for number in block.adapters]
@@ -84,8 +86,20 @@ def measure(
 
     modules = {name: part.module for parts, _ in distinct_parts(originals) for name, part in parts.items()}
     groups = by_layout(originals, list(modules.values()))
-    with closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
-        return dict(chain.from_iterable(results))
+    order = [ordered[number].entry for group in groups for number in group.adapters.tolist()]
+    with thread_pool(FILES) as pool:
+        ahead = None
+        if placement.kind != "host":  # else several threads compute, each of which unpacks what it needs
+            ahead = Ahead(bundle, _packed(order, measurable), pool)
+        decoder = Decoder(bundle, device, _BATCH_ELEMENTS[device.type], ahead)
+        with closing(in_blocks(look, originals, groups, device, placement, advance)) as results:
+            return dict(chain.from_iterable(results))
+
+
+def _packed(order: Sequence[AdapterEntry], measurable: Container[str]) -> Iterator[str]:
+    """The files of several adapters that are needed in this ``order``, of those that are measurable."""
+    homes = (str(entry.individual) for entry in order if packed_scheme(entry.scheme) and entry.name in measurable)
+    return (home for home, _ in groupby(homes))
 
 
 def _home(bundle: Bundle, entry: AdapterEntry) -> str:

@@ -50,6 +50,7 @@ from lorazip_core.export.size import export_bytes
 from lorazip_core.maths.factored import truncated_svd
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.schemes.coded import Coded
+from lorazip_core.schemes.joined import Joined
 from lorazip_core.verify.run import verify
 
 
@@ -88,7 +89,8 @@ def bundle_of(
         config = writer.add_bytes(f"configs/{safe}.json", adapter.config_text).path
         individual = extras = None
         if scheme == "coded":
-            packed.append([coded(adapter, module.name, rank) for module in modules if module.name in adapter.parts])
+            own = [coded(adapter, module.name, rank) for module in modules if module.name in adapter.parts]
+            packed.append({suffix: Joined.of([tensors[suffix] for tensors in own]) for suffix in Coded.own})
             individual = "individual/coded.safetensors"
         elif not shared:
             tensors = individual_tensors(adapter, scheme, rank, kind)

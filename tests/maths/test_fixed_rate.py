@@ -15,8 +15,7 @@ from torch import Tensor
 from lorazip_core.maths import fixed_rate
 from lorazip_core.maths.fixed_rate import BITS_OF_COMPONENT, FINEST, choice_for, predicted_of, quantise
 from lorazip_core.maths.quantise import MOST, Codes, Components, unpacked_scale
-from lorazip_core.schemes.coded_file import CodedModule
-from lorazip_core.schemes.coded_resident import COMPONENT_BYTES, module_bytes
+from lorazip_core.schemes.coded_resident import COMPONENT_BYTES, CodedModule, module_bytes
 from lorazip_core.schemes.factors import START_BYTES
 
 

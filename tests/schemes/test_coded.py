@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from decimal import Decimal, getcontext
 from itertools import chain, product
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -17,12 +17,50 @@ from hypothesis.extra import numpy as hnp
 
 from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
-from lorazip_core.schemes.coded_file import Arrays, CodedModule, pack, unpack
+from lorazip_core.schemes.coded_file import Arrays, CodedModules
 from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
 from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
 CPU = torch.device("cpu")
+
+
+class CodedModule(NamedTuple):
+    """The k components of a module."""
+
+    u: np.ndarray
+    """[k, d_out]"""
+    v: np.ndarray
+    """[k, d_in]"""
+    scale: np.ndarray
+    """[k]"""
+
+
+def pack(adapters: Sequence[Sequence[CodedModule]]) -> Arrays:
+    joined = []
+    for adapter in adapters:
+        sizes = np.array([(module.u.shape[1], module.v.shape[1]) for module in adapter], np.int64)
+        counts = np.array([len(module.scale) for module in adapter], np.int64)
+        u, v = (np.concatenate([module[side].reshape(-1) for module in adapter]) for side in (0, 1))
+        joined.append(CodedModules(sizes, counts, u, v, np.concatenate([module.scale for module in adapter])))
+    return coded_file.pack(joined)
+
+
+def unpack(arrays: Arrays, sizes: Sequence[Sequence[Size]]) -> list[list[CodedModule]]:
+    found = []
+    for own in coded_file.unpack(arrays, sizes):
+        (u, v), scale = ([*side] for side in (own.u, own.v)), [*own.scale]
+        adapter = []
+        for (d_out, d_in), count in zip(own.sizes.tolist(), own.counts.tolist(), strict=True):
+            cut = (u[: count * d_out], v[: count * d_in], scale[:count])
+            u, v, scale = u[count * d_out :], v[count * d_in :], scale[count:]
+            arrays_of = np.array(cut[0], np.int8), np.array(cut[1], np.int8), np.array(cut[2], np.int16)
+            adapter.append(
+                CodedModule(arrays_of[0].reshape(count, d_out), arrays_of[1].reshape(count, d_in), arrays_of[2])
+            )
+        assert max(map(len, (u, v, scale))) == 0
+        found.append(adapter)
+    return found
 
 
 @st.composite

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from torch import Tensor
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
 from lorazip_core.schemes.factors import apply_each
+from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
 from lorazip_core.schemes.scheme import (
     ANY,
@@ -108,8 +110,8 @@ class Signs(PackedScheme):
     def typical_bytes(self, size: Size) -> int:
         return 4 * sum(size)
 
-    def stored_rank(self, own: Mapping[str, Tensor]) -> int:
-        return len(own["signs_a"])
+    def stored_rank(self, own: Mapping[str, Joined]) -> int:
+        return int(own["signs_a"].shapes[:, 0].max())
 
     def file_tensors(self, adapters: int) -> dict[str, TensorSpec]:
         return {
@@ -118,25 +120,26 @@ class Signs(PackedScheme):
             "sizes": TensorSpec((ANY,), ("F32",)),
         }
 
-    def pack(self, adapters: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-        modules = [own for adapter in adapters for own in adapter]
+    def pack(self, adapters: Sequence[Mapping[str, Joined]]) -> dict[str, Tensor]:
+        ranks = np.concatenate([adapter["signs_a"].shapes[:, 0] for adapter in adapters])
         return {
-            "ranks": torch.tensor([self.stored_rank(own) for own in modules], dtype=torch.uint8),
-            "signs": torch.cat([own[side].flatten() for own in modules for side in ("signs_b", "signs_a")]),
-            "sizes": torch.stack([own["size"] for own in modules]),
+            "ranks": torch.from_numpy(ranks).to(torch.uint8),
+            "signs": torch.cat([adapter[side].flat for adapter in adapters for side in ("signs_b", "signs_a")]),
+            "sizes": torch.cat([adapter["size"].flat for adapter in adapters]),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[list[dict[str, Tensor]]]:
+    def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[dict[str, Joined]]:
         left = tensors["signs"]
         found = iter(zip(tensors["ranks"].tolist(), tensors["sizes"], strict=True))
         adapters = []
         for adapter in sizes:
-            modules = []
-            for d_out, d_in in adapter:
-                rank, size = next(found)
-                b, a, left = left.split([rank * d_out, rank * d_in, len(left) - rank * (d_out + d_in)])
-                modules.append({"signs_b": b.reshape(d_out, rank), "signs_a": a.reshape(rank, d_in), "size": size})
-            adapters.append(modules)
+            ranks, scales = zip(*(next(found) for _ in adapter), strict=True)
+            b = np.array([(size.d_out, rank) for size, rank in zip(adapter, ranks, strict=True)])
+            a = np.array([(rank, size.d_in) for size, rank in zip(adapter, ranks, strict=True)])
+            flat_b, flat_a, left = left.split(
+                [most := int(b.prod(1).sum()), other := int(a.prod(1).sum()), len(left) - most - other]
+            )
+            adapters.append({"signs_b": Joined(flat_b, b), "signs_a": Joined(flat_a, a), "size": Joined.of(scales)})
         return adapters
 
 

@@ -33,6 +33,7 @@ from lorazip_core.bundle.manifest import (
 )
 from lorazip_core.bundle.tensor_file import DTYPES
 from lorazip_core.bundle.writer import BundleWriter
+from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import packed_scheme
 
 BASE = "org/base"
@@ -243,7 +244,9 @@ class _Maker:
                 self._original(sketch)  # so late that others have the numbers that they have without these
                 modules = [self._coded(sketch, index) for index in sketch.modules]
                 ranks[sketch.name] = max(len(module["scale"]) for module in modules)
-                adapters.append(modules)
+                adapters.append(
+                    {suffix: Joined.of([module[suffix] for module in modules]) for suffix in ("u", "v", "scale")}
+                )
         if adapters:
             scheme = packed_scheme("coded")
             assert scheme is not None

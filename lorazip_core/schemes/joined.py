@@ -1,0 +1,37 @@
+"""Tensors of many modules as one: hundreds of small ones take long to store, to read and to pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Tensors of one dtype and equally many dimensions, one after another."""
+
+    flat: Tensor
+    """[elements]: those of all tensors, each in C order."""
+    shapes: NDArray[np.int64]
+    """[tensors, dimensions]"""
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Joined:
+        """Join tensors, of which there is one at least."""
+        shapes = np.array([tensor.shape for tensor in tensors], np.int64).reshape(len(tensors), -1)
+        return cls(torch.cat([tensor.reshape(-1) for tensor in tensors]), shapes)
+
+    def __getitem__(self, place: int) -> Tensor:
+        """One of the tensors; a view."""
+        return self.pieces[place].view(self.shapes[place].tolist())
+
+    @cached_property
+    def pieces(self) -> Sequence[Tensor]:
+        """The elements of every tensor; views."""
+        return self.flat.split_with_sizes(self.shapes.prod(1).tolist())
