@@ -2,7 +2,8 @@
 
 As ``verify --model`` for every bundle, but the originals answer once for all of them. For each bundle: bytes of the
 originals over those of the bundle, squared errors, the exact match kept with 95% of a paired bootstrap over rows, the
-divergence of answers, and by how many rows the worst adapter is down. ``--tsv`` has one line for each.
+divergence of answers, and by how many rows the worst adapter is down. ``--tsv`` has one line for each, and ``--svg``
+draws what such tables have: of bundles called NAME-… one line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import loglog
 import numpy
 import torch
 
@@ -45,6 +47,11 @@ class Kept(NamedTuple):
 
     def line(self) -> str:
         return "\t".join(f"{each:.5g}" if isinstance(each, float) else str(each) for each in self)
+
+    @classmethod
+    def of(cls, line: str) -> Kept:
+        bundle, *figures, rows = line.split("\t")
+        return cls(bundle, *map(float, figures), int(rows))
 
 
 def answers(
@@ -117,15 +124,38 @@ def _compressed(bundle: Bundle, name: str) -> Updates:
     return {module.name: decode(bundle, entry, module) for module in bundle.modules(entry)}
 
 
+def picture(found: Sequence[Kept]) -> str:
+    """The exact match that is lost over the squared error; what is not lost lies on the axis."""
+    kinds = sorted({each.bundle.rpartition("-")[0] for each in found})
+    lines = [
+        loglog.Line(kind, sorted((each.mean_squared_error, 1 - each.kept) for each in found if _is(each, kind)), True)
+        for kind in kinds
+    ]
+    lines.append(loglog.Line("1% lost", [(0.05, 0.01), (0.7, 0.01)], bound=True))
+    panel = loglog.Panel("Exact match lost over the mean squared error", lines)
+    return loglog.svg([panel], "mean squared error", "share of exact match lost", (0.05, 0.7), 0.002)
+
+
+def _is(kept: Kept, kind: str) -> bool:
+    return kept.bundle.rpartition("-")[0] == kind
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="+")
-    parser.add_argument("--against", type=Path, required=True, help="the original adapters")
-    parser.add_argument("--model", required=True, help="the base model")
-    parser.add_argument("--rows", type=Path, required=True, help="a folder of NAME.jsonl, a file for each adapter")
+    parser.add_argument("bundles", type=Path, nargs="+", help="bundles; with --svg, tables of an earlier --tsv")
+    parser.add_argument("--against", type=Path, help="the original adapters")
+    parser.add_argument("--model", help="the base model")
+    parser.add_argument("--rows", type=Path, help="a folder of NAME.jsonl, a file for each adapter")
     parser.add_argument("--only", type=Path, help="only adapters that this folder has, too")
     parser.add_argument("--tsv", type=Path, help="write the table here, also")
+    parser.add_argument("--svg", type=Path, help="draw tables, and measure nothing")
     options = parser.parse_args()
+    if options.svg:
+        lines = [line for path in options.bundles for line in path.read_text().splitlines()[1:]]
+        options.svg.write_text(picture([Kept.of(line) for line in lines]))
+        return
+    if not (options.against and options.model and options.rows):
+        parser.error("--against, --model and --rows are needed")
     only = {path.name for path in options.only.iterdir()} if options.only else set()
     bundles = [Bundle(path) for path in options.bundles]
     base = load_base_model(options.model, torch.device("cpu"), "f32")

@@ -21,6 +21,7 @@ from lorazip_core.maths.quantise import (
     quantise,
     unpacked_scale,
 )
+from lorazip_core.maths.weighting import DAMPING, InputMoments
 
 
 def factors(m: int, d_out: int, d_in: int, rank: int, seed: int = 0, decay: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def test_signs_of_pairs_and_the_order_of_modules_do_not_matter(
     assert torch.equal(turned.scale, codes.scale)
     torch.testing.assert_close(turned.squared_errors, codes.squared_errors, rtol=1e-9, atol=1e-9)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
-    permuted = quantise(Components(*(each[order] for each in components)), step)
+    permuted = quantise(Components(*(each[order] for each in components[:-1])), step)  # of no known inputs
     assert torch.equal(permuted.u, codes.u[order])
     assert torch.equal(permuted.v, codes.v[order])
     assert torch.equal(permuted.kept, codes.kept[order])
@@ -210,3 +211,73 @@ def test_codes_do_not_depend_on_threads() -> None:
         for one, also in zip(found[0], other, strict=True):
             for name in ("u", "v", "scale", "kept"):
                 assert torch.equal(getattr(one, name), getattr(also, name))
+
+
+def inputs_of(m: int, d_in: int, seed: int = 0) -> InputMoments:
+    """Of inputs whose directions differ much in size."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(m, 3, d_in, generator=generator, dtype=torch.float64) * torch.tensor([[5.0], [2.0], [0.5]])
+    rest = torch.rand(m, d_in, generator=generator, dtype=torch.float64) ** 4
+    return InputMoments.of(directions.square().sum(-2) + rest, directions)
+
+
+def lost_of_outputs(codes: Codes, dense: Tensor, inputs: InputMoments) -> Tensor:
+    rest = dense - decoded(codes)
+    return inputs.between(rest, rest).diagonal(dim1=-2, dim2=-1).sum(-1) + DAMPING * rest.square().sum((-2, -1))
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 99))
+def test_components_for_outputs_are_singular_under_the_moments(shape: tuple[int, int, int, int], seed: int) -> None:
+    m, _, d_in, rank = shape
+    b, a = factors(*shape, seed=seed)
+    inputs = inputs_of(m, d_in, seed)
+    found = Components.of((b, a), inputs)
+    su, v = b @ found.x, found.y @ a
+    torch.testing.assert_close(su @ v, b @ a, rtol=1e-5, atol=1e-6 * float((b @ a).abs().max()))
+    under = inputs.between(v, v) + DAMPING * (v @ v.mT)
+    there = found.s > 1e-4 * found.s[..., :1]
+    both = there.unsqueeze(-1) & there.unsqueeze(-2)
+    torch.testing.assert_close(under * both, torch.eye(rank, dtype=torch.float64) * both, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(su.square().sum(-2).sqrt() * there, found.s * there, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(v.square().sum(-1).sqrt() * there, found.lengths * there, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.energies, (b @ a).square().sum((-2, -1)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_codes_for_outputs_lose_less_of_them_in_as_many_bits(seed: int) -> None:
+    b, a = factors(3, 96, 64, 6, seed=seed)
+    inputs, dense = inputs_of(3, 64, seed), b @ a
+    plain, weighted = Components.of((b, a)), Components.of((b, a), inputs)
+    step = 0.3 * float(plain.s.max()) / 64**0.5
+    bits = float(predicted(plain, step)[1].sum())
+    low, high = 0.1 * step, 10 * step
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if float(predicted(weighted, middle)[1].sum()) > bits else (low, middle)
+    for_weights, for_outputs = quantise(plain, step), quantise(weighted, high)
+    assert lost_of_outputs(for_outputs, dense, inputs).sum() < 0.9 * lost_of_outputs(for_weights, dense, inputs).sum()
+    assert lost(for_outputs, dense).sum() > lost(for_weights, dense).sum()
+    torch.testing.assert_close(for_outputs.squared_errors, lost(for_outputs, dense))
+
+
+def test_scales_for_outputs_are_the_best() -> None:
+    b, a = factors(1, 24, 16, 3)
+    inputs = inputs_of(1, 16)
+    codes = quantise(Components.of((b, a), inputs), 1.0)
+    best = float(lost_of_outputs(codes, b @ a, inputs))
+    for change in (-1, 1):
+        for place in range(codes.scale.shape[-1]):
+            scale = codes.scale.clone()
+            scale[0, place] += 2 * change  # one is within rounding
+            assert best <= float(lost_of_outputs(codes._replace(scale=scale), b @ a, inputs))
+
+
+def test_inputs_that_are_all_alike_change_nothing() -> None:
+    b, a = factors(2, 30, 20, 4)
+    alike = InputMoments(torch.zeros(2, 1, 20, dtype=torch.float64), torch.ones(2, 20, dtype=torch.float64))
+    plain, weighted = (
+        quantise(Components.of((b, a)), 0.7),
+        quantise(Components.of((b, a), alike), 0.7 * (1 + DAMPING) ** 0.25),
+    )
+    torch.testing.assert_close(weighted.squared_errors, plain.squared_errors, rtol=0.3, atol=0)

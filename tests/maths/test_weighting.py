@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorazip_core.maths.factored import truncated_svd
-from lorazip_core.maths.weighting import leading_directions, weighting
+from lorazip_core.maths.weighting import InputMoments, leading_directions
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -23,68 +22,43 @@ def moments(size: int, seed: int, rank: int | None = None) -> Tensor:
     return x @ x.mT
 
 
-@given(size=st.integers(1, 12), rank=st.integers(1, 20), seed=st.integers(0, 99), damping=st.floats(1e-4, 1e3))
+def kept(h: Tensor, k: int) -> InputMoments:
+    """What a file of moments keeps of H [m, d, d], with k directions."""
+    directions = torch.stack([leading_directions(each, k) for each in h])
+    return InputMoments.of(h.diagonal(dim1=-2, dim2=-1), directions)
+
+
+def dense(inputs: InputMoments) -> Tensor:
+    return inputs.directions.mT @ inputs.directions + torch.diag_embed(inputs.rest)
+
+
+@given(size=st.integers(1, 12), k=st.integers(1, 14), seed=st.integers(0, 99), scale=st.floats(1e-6, 1e6))
 @settings(max_examples=60, deadline=None)
-def test_it_is_the_root_and_its_inverse(size: int, rank: int, seed: int, damping: float) -> None:
-    h = moments(size, seed, rank)
-    w, inverse = weighting(h.float(), damping)
-    eye = torch.eye(size, dtype=torch.float64)
-    h = h.float().double()
-    expected = h / h.diagonal().mean() + damping * eye
-    assert w.dtype == inverse.dtype == torch.float64
-    torch.testing.assert_close(w, w.mT)
-    torch.testing.assert_close(w @ w, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-    torch.testing.assert_close(w @ inverse, eye, rtol=0, atol=1e-7)
+def test_it_is_h_with_a_diagonal_of_mean_1(size: int, k: int, seed: int, scale: float) -> None:
+    h = torch.stack([moments(size, seed), moments(size, seed + 1)])
+    inputs = kept(scale * h, k)
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    found = dense(inputs)
+    torch.testing.assert_close(
+        found.diagonal(dim1=-2, dim2=-1), (h / mean).diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9
+    )
+    if k >= size:
+        torch.testing.assert_close(found, h / mean, rtol=1e-6, atol=1e-8 * size)
 
 
-def test_neither_scale_nor_batching_show() -> None:
-    batch = torch.stack([moments(9, seed) for seed in range(3)])
-    both = weighting(batch, 0.1)
-    for number, h in enumerate(batch):
-        for stacked, single in zip(both, weighting(1e-6 * h, 0.1), strict=True):
-            torch.testing.assert_close(stacked[number], single, rtol=1e-9, atol=1e-9)
+@given(size=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_products_are_those_of_h(size: int, seed: int) -> None:
+    inputs = kept(torch.stack([moments(size, seed), moments(size, seed + 1)]), 3)
+    x, y = random(2, 4, size, seed=seed), random(2, 3, size, seed=seed + 5)
+    expected = x @ dense(inputs) @ y.mT
+    torch.testing.assert_close(inputs.between(x, y), expected)
+    torch.testing.assert_close(inputs.root(x) @ inputs.root(y).mT, expected)
 
 
-def test_no_inputs_count_all_directions_alike() -> None:
-    w, inverse = weighting(torch.zeros(4, 4), 0.25)
-    torch.testing.assert_close(w, 0.5 * torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(inverse, 2 * torch.eye(4, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
-def test_without_damping_there_is_no_inverse(damping: float) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        weighting(torch.eye(2), damping)
-
-
-def lost(update: Tensor, approximation: Tensor, h: Tensor) -> float:
-    """E‖(ΔW − ΔŴ) x‖²."""
-    rest = update - approximation
-    return float((rest @ h * rest).sum())
-
-
-@given(seed=st.integers(0, 999), rank=st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
-def test_the_weighted_svd_loses_least_of_the_outputs(seed: int, rank: int) -> None:
-    b, a, h = random(10, 5, seed=seed), random(5, 12, seed=seed + 1), moments(12, seed)
-    h = h / h.diagonal().mean()
-    w, inverse = weighting(h, 1e-9)
-    u, v = truncated_svd(b, a @ w, rank)
-    best = lost(b @ a, u @ v @ inverse, h)
-    plain_u, plain_v = truncated_svd(b, a, rank)
-    assert best <= lost(b @ a, plain_u @ plain_v, h) * (1 + 1e-6)
-    for other in range(5):
-        moved = u @ v @ inverse + 0.01 * random(10, 1, seed=other) @ random(1, 12, seed=other + 50)
-        again_u, again_v = truncated_svd(moved, torch.eye(12, dtype=torch.float64), rank)
-        assert best <= lost(b @ a, again_u @ again_v, h) * (1 + 1e-6)
-
-
-def test_much_damping_is_a_plain_svd() -> None:
-    b, a = random(10, 5), random(5, 12, seed=1)
-    w, inverse = weighting(moments(12, 2), 1e8)
-    u, v = truncated_svd(b, a @ w, 2)
-    plain_u, plain_v = truncated_svd(b, a, 2)
-    torch.testing.assert_close(u @ v @ inverse, plain_u @ plain_v, rtol=1e-5, atol=1e-6)
+def test_no_inputs_are_of_no_weight() -> None:
+    inputs = InputMoments.of(torch.zeros(1, 4), torch.zeros(1, 2, 4))
+    assert not dense(inputs).any()
 
 
 @pytest.mark.parametrize(("size", "rank"), [(1, 4), (20, 5), (20, 40), (150, 8)])

@@ -1,0 +1,169 @@
+"""Moments of inputs for the modules of a collection, and a compression and a verification that use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from testing import random_adapters as ra
+
+from lorazip_cli.main import main
+from lorazip_core.adapter.module import Module
+from lorazip_core.base.errors import UsageError
+from lorazip_core.base.progress import Silent
+from lorazip_core.bundle.reader import Bundle
+from lorazip_core.model.calibration import Calibration, calibration_for
+from lorazip_core.model.moments import Moment, to_bytes
+
+CPU = torch.device("cpu")
+MODULES = tuple(Module(f"layers.{i}.proj", "linear", 256, 192 + 64 * (i % 2)) for i in range(4))
+
+
+def moment(size: int, *names: str, directions: int = 3, seed: int = 0) -> Moment:
+    x = torch.randn(400, size, generator=torch.Generator().manual_seed(seed)) * torch.logspace(1, -1, size)
+    return Moment.of_sum(names, x.mT @ x, len(x), directions)
+
+
+def written(path: Path, *moments: Moment) -> Path:
+    path.write_bytes(to_bytes(moments))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ra.write_collection(tmp_path_factory.mktemp("adapters"), ra.plain(6, rank=6, modules=MODULES))
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all modules but the last."""
+    path = tmp_path_factory.mktemp("moments") / "moments.safetensors"
+    known = [moment(module.d_in, module.name, seed=place) for place, module in enumerate(MODULES[:-1])]
+    return written(path, *known)
+
+
+def test_inputs_are_stacked_also_of_unequal_ranks_and_unknown_ones(tmp_path: Path) -> None:
+    modules = [Module(name, "linear", 4, 8) for name in "abc"]
+    one, other = moment(8, "a", directions=2), moment(8, "b", directions=4, seed=1)
+    calibration = Calibration.open(written(tmp_path / "moments", one, other), modules)
+    inputs = calibration.inputs_of(("a", "b", "c"), CPU)
+    assert inputs.directions.shape == (3, 4, 8)
+    eye = torch.eye(8, dtype=torch.float64).expand(3, 8, 8)
+    found = inputs.between(eye, eye)
+    for place, known in enumerate((one, other)):
+        expected = known.dense().double()
+        torch.testing.assert_close(found[place], expected / expected.diagonal().mean(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[2], eye[2])
+    assert calibration.known == {"a", "b"}
+    assert calibration.unknown == "nothing is known of the inputs of 1 module, c for one: all count alike"
+
+
+def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "moments", moment(8, "a"))
+    with pytest.raises(UsageError, match="knows the inputs of no module, not of b for one"):
+        Calibration.open(path, [Module("b", "linear", 4, 8)])
+    with pytest.raises(UsageError, match="the input of a has 8 entries there, but 9 in the adapters"):
+        Calibration.open(path, [Module("a", "linear", 4, 9)])
+
+
+def test_without_a_file_nothing_is_known(adapters: Path) -> None:
+    from lorazip_core.adapter.collection import open_collection
+
+    assert calibration_for(None, open_collection(adapters), Silent()) is None
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> tuple[str, str]:
+    assert main([*map(str, words)]) == code
+    return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+
+def test_a_budget_is_spent_on_outputs(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = {}
+    for name, more in (("weights", []), ("outputs", ["--calibration", moments])):
+        _, told = run(capsys, "compress", adapters, "-o", tmp_path / name, "--budget", "40kB", *more)
+        assert ("nothing is known of the inputs of 1 module, layers.3.proj for one" in told) == (name == "outputs")
+        words = ["verify", tmp_path / name, "--against", adapters, "--calibration", moments, "--json"]
+        reports[name] = json.loads(run(capsys, *words)[0])
+        assert 38_000 <= reports[name]["summary"]["bytes_bundle"] <= 40_000
+    weights, outputs = reports["weights"], reports["outputs"]
+    assert outputs["outputs"]["mean_squared_error"] < 0.8 * weights["outputs"]["mean_squared_error"]
+    assert outputs["summary"]["mean_squared_error"] > weights["summary"]["mean_squared_error"]
+    errors = {each["name"]: each["output_squared_error"] for each in outputs["adapters"]}
+    assert outputs["outputs"]["max_squared_error"] == max(errors.values())
+    assert errors[outputs["outputs"]["worst_adapter"]] == max(errors.values())
+    assert outputs["outputs"]["adapters"] == 6
+    calibration = Bundle(tmp_path / "outputs").manifest.parameters.calibration
+    assert calibration == Calibration.open(moments, MODULES).sha256
+
+
+def test_the_error_of_outputs_is_what_its_formula_says(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorazip_core.adapter.collection import open_collection
+    from lorazip_core.bundle.decoder import decode
+
+    bundle = tmp_path / "bundle"
+    run(capsys, "compress", adapters, "-o", bundle, "--method", "joint", "--rank", 8)
+    words = ["verify", bundle, "--against", adapters, "--calibration", moments, "--json"]
+    found = json.loads(run(capsys, *words)[0])["adapters"][0]
+    opened, adapter = Bundle(bundle), open_collection(adapters).adapters[0]
+    entry = opened.manifest.adapters[0]
+    lost = norm = 0.0
+    for module in opened.modules(entry):
+        inputs = Calibration.open(moments, MODULES)
+        if module.name in inputs.known:
+            (b, a), (c, d) = adapter.factors(module.name, torch.float64), decode(opened, entry, module, torch.float64)
+            update, rest = b @ a, b @ a - c @ d
+            h = inputs.inputs_of((module.name,), CPU)
+            norm += float(h.between(update[None], update[None]).diagonal(dim1=-2, dim2=-1).sum())
+            lost += float(h.between(rest[None], rest[None]).diagonal(dim1=-2, dim2=-1).sum())
+    assert found["name"] == adapter.name
+    assert found["output_squared_error"] == pytest.approx(lost / norm, rel=1e-6)
+
+
+def test_plans_are_about_outputs(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", adapters, "--budget", "40kB", "--calibration", moments, "--dry-run"]
+    plan = json.loads(run(capsys, *words, "--json")[0])
+    assert plan["weighted"]
+    assert {point["method"] for point in plan["frontier"]} == {"coded"}
+    [chosen] = [point for point in plan["frontier"] if point["chosen"]]
+    run(capsys, *words[:-1], "-o", tmp_path / "out")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert chosen["bytes_bundle"] == pytest.approx(size, rel=0.05)
+    assert "weighted by inputs, squared errors" in run(capsys, *words)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "limits are on the error of weights"),
+        (["--max-error", "0.1"], "limits are on the error of weights"),
+        (["--method", "svd", "--budget", "1MB"], "svd has no use for it"),
+        (["--method", "joint"], "joint has no use for it"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    _, error = run(capsys, "compress", adapters, "-o", tmp_path / "out", "--calibration", moments, *words, code=2)
+    assert told in error
+    assert "--calibration" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_none_is_refused_before_the_work(
+    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none").write_bytes(b"x" * 40)
+    budget = ["--budget", "40kB", "--calibration", tmp_path / "none"]
+    assert "is no file of moments" in run(capsys, "compress", adapters, "-o", tmp_path / "out", *budget, code=2)[1]
+    run(capsys, "compress", adapters, "-o", tmp_path / "bundle")
+    words = ["verify", tmp_path / "bundle", "--calibration", tmp_path / "none"]
+    assert "--against" in run(capsys, *words, code=2)[1]
+    assert "is no file of moments" in run(capsys, *words, "--against", adapters, code=2)[1]
