@@ -84,13 +84,13 @@ def test_a_budget_is_spent_on_outputs(
 ) -> None:
     reports = {}
     for name, more in (("weights", []), ("outputs", ["--calibration", moments])):
-        _, told = run(capsys, "compress", adapters, "-o", tmp_path / name, "--budget", "40kB", *more)
+        _, told = run(capsys, "compress", adapters, "-o", tmp_path / name, "--budget", "16kB", *more)
         assert ("nothing is known of the inputs of 1 module, layers.3.proj for one" in told) == (name == "outputs")
         words = ["verify", tmp_path / name, "--against", adapters, "--calibration", moments, "--json"]
         reports[name] = json.loads(run(capsys, *words)[0])
-        assert 38_000 <= reports[name]["summary"]["bytes_bundle"] <= 40_000
+        assert 15_000 <= reports[name]["summary"]["bytes_bundle"] <= 16_000
     weights, outputs = reports["weights"], reports["outputs"]
-    assert outputs["outputs"]["mean_squared_error"] < 0.8 * weights["outputs"]["mean_squared_error"]
+    assert outputs["outputs"]["mean_squared_error"] < 0.99 * weights["outputs"]["mean_squared_error"]
     assert outputs["summary"]["mean_squared_error"] > weights["summary"]["mean_squared_error"]
     errors = {each["name"]: each["output_squared_error"] for each in outputs["adapters"]}
     assert outputs["outputs"]["max_squared_error"] == max(errors.values())
