@@ -128,14 +128,16 @@ def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """`predicted` from singular values alone, [..., r], on the CPU."""
     curve = _curve(d_out, d_in)
-    place = ((s / step).clamp_min(TINY).log2() - curve.start) * _PER_OCTAVE
-    kept = place >= 0
-    place = place.clamp(0, len(curve.bits) - 1 - 1e-9)
-    below = place.floor().long()
-    share = place - below
-    bits = torch.lerp(curve.bits[below], curve.bits[below + 1], share)
-    left = torch.lerp(curve.left[below], curve.left[below + 1], share)
-    return (s.square() * torch.where(kept, left, 1.0)).sum(-1), (bits * kept).sum(-1)
+    at = curve.at((s / step).clamp_min(TINY).log2())
+    return (s.square() * curve.left_at(at)).sum(-1), curve.bits_at(at).sum(-1)
+
+
+class _At(NamedTuple):
+    """Places on a curve: between two of its points, or before the first one, where components are not kept."""
+
+    kept: Tensor
+    below: Tensor
+    share: Tensor
 
 
 class _Curve(NamedTuple):
@@ -145,6 +147,23 @@ class _Curve(NamedTuple):
     bits: Tensor
     left: Tensor
     """The share of its energy that is lost."""
+
+    def at(self, ratio: Tensor) -> _At:
+        """The places of components with these log2(s / Δ)."""
+        place = (ratio - self.start) * _PER_OCTAVE
+        kept = place >= 0
+        place = place.clamp(0, len(self.bits) - 1 - 1e-9)
+        below = place.floor()
+        return _At(kept, below.long(), place - below)
+
+    def left_at(self, at: _At) -> Tensor:
+        """The shares of their energies that are lost."""
+        left = torch.lerp(self.left[at.below], self.left[at.below + 1], at.share)
+        return torch.where(at.kept, left, 1.0)
+
+    def bits_at(self, at: _At) -> Tensor:
+        """What they take."""
+        return torch.lerp(self.bits[at.below], self.bits[at.below + 1], at.share) * at.kept
 
 
 @cache
@@ -164,11 +183,15 @@ def predicted_step(components: Sequence[Components], limit: float) -> float:
     """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
     largest = max(float(each.deviations.max()) for each in components if each.s.numel())
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
-    spectra = [(each.s.cpu(), each.b.shape[-2], each.a.shape[-1]) for each in components]
+    spectra = []
+    for each in components:
+        s = each.s.flatten().cpu()
+        spectra.append((s.clamp_min(TINY).log2(), s.square(), _curve(each.b.shape[-2], each.a.shape[-1])))
     for _ in range(_ROUNDS):
         steps = torch.linspace(low, high, _TRIED, dtype=torch.float64).exp2()
-        lost = sum(predicted_of(*of_shape, steps[:, None, None])[0].sum(-1) for of_shape in spectra)
-        assert isinstance(lost, Tensor)
+        lost = torch.zeros(_TRIED, dtype=torch.float64)
+        for logarithms, energies, curve in spectra:
+            lost += curve.left_at(curve.at(logarithms - steps[:, None].log2())) @ energies
         within = int((lost <= limit).sum())  # they ascend
         low, high = (math.log2(float(steps[min(max(place, 0), _TRIED - 1)])) for place in (within - 1, within))
     return float(2**low)
