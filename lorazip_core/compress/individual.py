@@ -16,7 +16,8 @@ from ..schemes.scheme import Encoding, Ranks, Target
 from .packed import joined
 from .pieces import Pieces, individual_piece
 
-_SCHEME, _RANK, _ASKED, _ERRORS = "scheme", "rank", "as_asked", "squared_errors"
+# Beside an adapter's own tensors, if they are in one piece: no suffix has a point.
+_SCHEME, _RANK, _ASKED, _ERRORS = "kept.scheme", "kept.rank", "kept.as_asked", "kept.squared_errors"
 
 
 class Kept(NamedTuple):
@@ -38,7 +39,11 @@ class Individual(NamedTuple):
     encoding: Encoding
 
     def store(self, number: int, attempt: int, pieces: Pieces) -> Kept:
-        """Store adapter ``number`` as two pieces: its file as the bundle has it, after what `stored` tells of it."""
+        """Store adapter ``number``, in as few pieces as can be: each is a file.
+
+        What `stored` tells of it is with its tensors if these are to be packed, else in a piece of its own, before the
+        one that is its file as the bundle has it.
+        """
         errors = self.encoding.squared_errors
         kept = Kept(
             self.scheme,
@@ -52,10 +57,12 @@ class Individual(NamedTuple):
             _ASKED: torch.tensor(kept.as_asked),
             _ERRORS: kept.squared_errors,
         }
-        pieces.write(_kept_piece(number, attempt), told)
-        packed = packed_scheme(self.scheme)
         tensors = self.encoding.tensors
-        pieces.write(individual_piece(number, attempt), joined(packed, tensors) if packed else tensors)
+        if packed := packed_scheme(self.scheme):
+            tensors = joined(packed, tensors) | told
+        else:
+            pieces.write(_kept_piece(number, attempt), told)
+        pieces.write(individual_piece(number, attempt), tensors)
         return kept
 
 
@@ -65,12 +72,15 @@ def _kept_piece(number: int, attempt: int) -> str:
 
 def stored(number: int, attempt: int, pieces: Pieces) -> Kept | None:
     """How adapter ``number`` was stored, or None if it is not there yet."""
-    name = _kept_piece(number, attempt)
-    if individual_piece(number, attempt) not in pieces or name not in pieces:
+    own, name = individual_piece(number, attempt), _kept_piece(number, attempt)
+    if own not in pieces:
         return None
-    told = pieces.load(name)
-    rank = int(told[_RANK])
-    return Kept(bytes(told[_SCHEME].tolist()).decode(), None if rank < 0 else rank, bool(told[_ASKED]), told[_ERRORS])
+    piece = pieces.read(name if name in pieces else own)
+    if _SCHEME not in piece.layouts:
+        return None  # it is the file of an adapter of which nothing is told any more
+    rank = int(piece.tensor(_RANK))
+    scheme = bytes(piece.tensor(_SCHEME).tolist()).decode()
+    return Kept(scheme, None if rank < 0 else rank, bool(piece.tensor(_ASKED)), piece.tensor(_ERRORS))
 
 
 def keep_individually(

@@ -44,18 +44,19 @@ def packed_files(kept: Iterable[tuple[int, str, int]], attempt: int) -> Iterator
     def file(name: str) -> PackedFile:
         scheme = packed_scheme(name)
         assert scheme is not None
-        place, begun[name] = begun[name], begun[name] + 1
+        place, begun[name], modules[name] = begun[name], begun[name] + 1, 0
         piece = f"packed-{list(SCHEMES).index(name)}-{place}-{attempt}"
         return PackedFile(f"individual/{name}-{place}.safetensors", piece, scheme, members.pop(name))
 
     for number, name, own in kept:
         if packed_scheme(name):
-            if members[name] and (len(members[name]) == PACKED_ADAPTERS or modules[name] + own > PACKED_MODULES):
+            if members[name] and modules[name] + own > PACKED_MODULES:
                 yield file(name)
-                modules[name] = 0
             members[name].append(number)
             modules[name] += own
-    yield from map(file, list(members))
+            if len(members[name]) == PACKED_ADAPTERS:
+                yield file(name)
+    yield from map(file, [name for name, numbers in members.items() if numbers])
 
 
 def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

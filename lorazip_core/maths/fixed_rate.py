@@ -78,6 +78,12 @@ def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tupl
     return (s.square() * (1 - choice.kept[chosen])).sum(-1), choice.bits[chosen].sum(-1)
 
 
+def predicted_left(ratios: Tensor, d_out: int, d_in: int) -> Tensor:
+    """The share of its energy that a component loses of an update of this size, for log2(s / Δ); on the CPU."""
+    choice = choice_for(d_out, d_in)
+    return 1 - choice.kept[choice.of(ratios.exp2(), 1.0)]
+
+
 @cache
 def choice_for(d_out: int, d_in: int) -> Choice:
     """The upper convex hull of what is kept over bits."""

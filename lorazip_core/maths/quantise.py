@@ -162,14 +162,16 @@ def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """`predicted` from singular values alone, [..., r], on the CPU."""
     curve = _curve(d_out, d_in)
-    place = ((s / step).clamp_min(TINY).log2() - curve.start) * _PER_OCTAVE
-    kept = place >= 0
-    place = place.clamp(0, len(curve.bits) - 1 - 1e-9)
-    below = place.floor().long()
-    share = place - below
-    bits = torch.lerp(curve.bits[below], curve.bits[below + 1], share)
-    left = torch.lerp(curve.left[below], curve.left[below + 1], share)
-    return (s.square() * torch.where(kept, left, 1.0)).sum(-1), (bits * kept).sum(-1)
+    at = curve.at((s / step).clamp_min(TINY).log2())
+    return (s.square() * curve.left_at(at)).sum(-1), curve.bits_at(at).sum(-1)
+
+
+class _At(NamedTuple):
+    """Places on a curve: between two of its points, or before the first one, where components are not kept."""
+
+    kept: Tensor
+    below: Tensor
+    share: Tensor
 
 
 class _Curve(NamedTuple):
@@ -179,6 +181,23 @@ class _Curve(NamedTuple):
     bits: Tensor
     left: Tensor
     """The share of its energy that is lost."""
+
+    def at(self, ratio: Tensor) -> _At:
+        """The places of components with these log2(s / Δ)."""
+        place = (ratio - self.start) * _PER_OCTAVE
+        kept = place >= 0
+        place = place.clamp(0, len(self.bits) - 1 - 1e-9)
+        below = place.floor()
+        return _At(kept, below.long(), place - below)
+
+    def left_at(self, at: _At) -> Tensor:
+        """The shares of their energies that are lost."""
+        left = torch.lerp(self.left[at.below], self.left[at.below + 1], at.share)
+        return torch.where(at.kept, left, 1.0)
+
+    def bits_at(self, at: _At) -> Tensor:
+        """What they take."""
+        return torch.lerp(self.bits[at.below], self.bits[at.below + 1], at.share) * at.kept
 
 
 @cache
@@ -194,21 +213,34 @@ def _curve(d_out: int, d_in: int) -> _Curve:
     return _Curve(start, bits, 1 - energy)
 
 
+def predicted_left(ratios: Tensor, d_out: int, d_in: int) -> Tensor:
+    """The share of its energy that a component loses of an update of this size, for log2(s / Δ); on the CPU."""
+    curve = _curve(d_out, d_in)
+    return curve.left_at(curve.at(ratios))
+
+
 def predicted_step(
     components: Sequence[Components],
     limit: float,
-    predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]] = predicted_of,
+    left: Callable[[Tensor, int, int], Tensor] = predicted_left,
 ) -> float:
-    """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``."""
+    """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``.
+
+    ``left`` is the `predicted_left` of the way to quantise them.
+    """
     largest = max(float(each.deviations.max()) for each in components if each.s.numel())
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
-    spectra = [(each.s.cpu(), each.b.shape[-2], each.a.shape[-1]) for each in components]
+    spectra = []
+    for each in components:
+        s = each.s.flatten().cpu()
+        spectra.append((s.clamp_min(TINY).log2(), s.square(), each.b.shape[-2], each.a.shape[-1]))
     for _ in range(_ROUNDS):
-        steps = torch.linspace(low, high, _TRIED, dtype=torch.float64).exp2()
-        lost = sum(predicted_of(*of_shape, steps[:, None, None])[0].sum(-1) for of_shape in spectra)
-        assert isinstance(lost, Tensor)
+        steps = torch.linspace(low, high, _TRIED, dtype=torch.float64)
+        lost = torch.zeros(_TRIED, dtype=torch.float64)
+        for logarithms, energies, d_out, d_in in spectra:
+            lost += left(logarithms - steps[:, None], d_out, d_in) @ energies
         within = int((lost <= limit).sum())  # they ascend
-        low, high = (math.log2(float(steps[min(max(place, 0), _TRIED - 1)])) for place in (within - 1, within))
+        low, high = (float(steps[min(max(place, 0), _TRIED - 1)]) for place in (within - 1, within))
     return float(2**low)
 
 

@@ -170,13 +170,14 @@ class _Quantiser(NamedTuple):
 
     quantise: Callable[[Components, float], Codes]
     predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]]
+    predicted_left: Callable[[Tensor, int, int], Tensor]
 
 
 def _quantiser(objective: Objective) -> _Quantiser:
     from ..maths import fixed_rate, quantise
 
     module = fixed_rate if objective == "resident" else quantise
-    return _Quantiser(module.quantise, module.predicted_of)
+    return _Quantiser(module.quantise, module.predicted_of, module.predicted_left)
 
 
 def _encode(
@@ -209,8 +210,8 @@ def _near(
 
     if limit <= 0:
         return
-    predicted_of = _quantiser(objective).predicted_of
-    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit, predicted_of)
+    left = _quantiser(objective).predicted_left
+    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit, left)
     best = None
     for tried in range(_TRIES):
         encoding = _encode(of_groups, step, objective)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from testing import random_adapters as ra
+from testing.broken import reseal
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import UsageError
 from lorazip_core.bundle.reader import Bundle
+from lorazip_core.compress.packed import packed_files
 from lorazip_core.compress.run import CompressReport, compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.planning.plan import plan
@@ -174,6 +178,46 @@ def test_more_adapters_than_a_packed_file_holds(
         for module in one.modules(a):
             own, other = one.own(a, module.name), several.own(b, module.name)
             assert all(own[suffix].equal(other[suffix]) for suffix in own)
+
+
+def test_every_damaged_packed_file_is_named(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorazip_core.compress.packed.PACKED_ADAPTERS", 3)
+    made(adapters, tmp_path / "out", max_error=0.1)
+    paths = list(dict.fromkeys(adapter.individual for adapter in Bundle(tmp_path / "out").manifest.adapters))
+    for path in (paths[0], paths[2]):
+        tensors = load_file(tmp_path / "out" / path)
+        save_file(tensors | {"codes": tensors["codes"][:-1].clone()}, tmp_path / "out" / path)
+    tensors = load_file(tmp_path / "out" / paths[3])
+    save_file({name: tensor for name, tensor in tensors.items() if name != "bases"}, tmp_path / "out" / paths[3])
+    reseal(tmp_path / "out")
+    report = verify(tmp_path / "out", against=adapters)
+    damage = sorted((finding.path, finding.kind) for finding in report.findings)
+    assert damage == [(paths[0], "unreadable"), (paths[2], "unreadable"), (paths[3], "missing-tensor")]
+    known = [adapter.name for adapter in report.adapters if adapter.squared_error is not None]
+    assert known == [adapter.name for adapter in Bundle(tmp_path / "out").packed_in(paths[1])]
+
+
+def test_a_packed_file_is_made_as_soon_as_it_can_be() -> None:
+    told = []
+
+    def kept() -> Iterator[tuple[int, str, int]]:
+        for number in range(70):
+            told.append(number)
+            yield number, "svd" if number % 5 == 4 else "coded", 2
+
+    files = packed_files(kept(), 1)
+    first = next(files)
+    assert first.adapters == [number for number in told if number % 5 != 4]
+    assert len(first.adapters) == 32
+    rest = list(files)
+    assert [len(file.adapters) for file in rest] == [24]
+    assert {file.path for file in (first, *rest)} == {f"individual/coded-{place}.safetensors" for place in (0, 1)}
+    assert first.piece != rest[0].piece
+
+
+def test_a_packed_file_has_a_bounded_number_of_modules() -> None:
+    own = [(number, "coded", 2**18 + (number == 2)) for number in range(9)]
+    assert [file.adapters for file in packed_files(own, 1)] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
 
 
 @pytest.mark.parametrize(

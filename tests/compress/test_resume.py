@@ -154,6 +154,19 @@ def test_what_is_there_is_not_made_again(
     assert contents(tmp_path / "out") == whole
 
 
+def test_adapters_that_are_packed_go_on_too(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is one piece, and files are packed before all of them are there."""
+    monkeypatch.setattr("lorazip_core.compress.packed.PACKED_ADAPTERS", 2)
+    coded = CompressOptions(method="coded", max_error=0.2)
+    compress(adapters, tmp_path / "whole", coded)
+    (tmp_path / "here").mkdir()
+    interrupt(adapters, tmp_path / "here/out", "keeping adapters individually", 3, coded)
+    kinds = {piece.name.split("-")[0] for piece in pieces(tmp_path / "here")}
+    assert {"individual"} <= kinds <= {"individual", "packed"}
+    assert "going on from" in (go_on(adapters, tmp_path / "here/out", coded) or "")
+    assert contents(tmp_path / "here/out") == contents(tmp_path / "whole")
+
+
 def test_svd_goes_on_too(adapters: Path, tmp_path: Path) -> None:
     compress(adapters, tmp_path / "whole", SVD)
     (tmp_path / "here").mkdir()

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModules
+from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
 from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
@@ -100,6 +101,20 @@ def test_round_trip(adapters: list[list[CodedModule]]) -> None:
         "bases": "int16", "kinds": "uint8", "index": "uint8", "codes": "uint8",
     }  # fmt: skip
     assert_equal(adapters, unpack(arrays, sizes_of(adapters)))
+
+
+def test_the_scheme_packs_adapters_of_one_module_of_none_and_of_mixed_sizes() -> None:
+    """Joined by suffix, as they come back."""
+    adapters = [*sample(), [sample()[0][0]], [sample()[1][0]]]
+    arrays = [[[torch.from_numpy(array) for array in module] for module in adapter] for adapter in adapters]
+    joined = [dict(zip(Coded.own, map(Joined.of, zip(*own, strict=True)), strict=True)) for own in arrays]
+    unpacked = Coded().unpack(Coded().pack(joined), sizes_of(adapters))
+    assert [Coded().stored_rank(own) for own in unpacked] == [3, 4, 3, 0]
+    for own, found in zip(arrays, unpacked, strict=True):
+        for place, tensors in enumerate(own):
+            for suffix, tensor in zip(Coded.own, tensors, strict=True):
+                assert found[suffix][place].equal(tensor)
+                assert found[suffix][place].dtype == tensor.dtype
 
 
 def test_nothing_at_all() -> None:

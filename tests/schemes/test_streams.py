@@ -122,6 +122,32 @@ def check_what_follows(data: bytes, after: bytes, alone: bool) -> None:
         inflate(packed[:-1], len(data))
 
 
+@pytest.mark.parametrize("piece", [1, 2, 7, 2**18])
+def test_inflate_does_so_piece_by_piece(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "_READ", piece)
+    data, after = np.random.default_rng(0).integers(0, 9, 500).astype(np.uint8), b"what follows"
+    packed = deflate(data)
+    for end in range(len(packed)):
+        with pytest.raises(Contradiction):
+            inflate(packed[:end], len(data))
+    found, left = inflate(packed + after, len(data))
+    assert found.tobytes() == data.tobytes()
+    assert left == after
+    for size in (len(data) - 1, len(data) + 1):
+        with pytest.raises(Contradiction):
+            inflate(packed + after, size)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_what_is_measured(count: int) -> None:
+    """Also of more vectors than are measured together, and of sums beyond what 16 bits hold."""
+    rng = np.random.default_rng(count)
+    vectors = [rng.integers(-127, 128, rng.integers(1, 90)).astype(np.int8) for _ in range(count)]
+    largest, norms = measure(flat(vectors), lengths_of(vectors))
+    assert largest.tolist() == [max(map(abs, vector.tolist())) for vector in vectors]
+    assert norms.tolist() == [sum(code**2 for code in vector.tolist()) for vector in vectors]
+
+
 @given(st.binary(max_size=60), st.integers(0, 60))
 def test_inflate_of_anything(data: bytes, size: int) -> None:
     try:

@@ -18,8 +18,7 @@ from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored
 from lorazip_core.schemes import coded_resident
-from lorazip_core.schemes.coded_resident import CodedModule
-from lorazip_core.schemes.coded_resident import components, lay_out
+from lorazip_core.schemes.coded_resident import CodedModule, components, lay_out
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.schemes.scheme import Size
 from lorazip_core.serving.resident import NONE, Resident
