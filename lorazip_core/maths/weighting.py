@@ -47,9 +47,6 @@ class InputMoments(NamedTuple):
         """Rows [..., m, i, k + d_in] whose products are those of x [..., m, i, d_in] under H: x H^½, turned."""
         return torch.cat([x @ self.directions.mT, x * self.rest.sqrt().unsqueeze(-2)], -1)
 
-    def to(self, device: torch.device) -> InputMoments:
-        return InputMoments(self.directions.to(device), self.rest.to(device))
-
 
 def leading_directions(moments: Tensor, rank: int) -> Tensor:
     """V [k, d_in] in float64 with VᵀV close to the best approximation of H [d_in, d_in] of rank k, ``rank`` or d_in.

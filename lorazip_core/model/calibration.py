@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Calibration:
         """The modules that it has the moments of."""
         self._moments = moments
         self._sizes = sizes
+        self._of_module = cache(self._read)
         self.inputs_of = lru_cache(_AT_HAND)(self._stacked)
         """Of modules, by a tuple of their names, on a device. Where nothing is known, all directions count alike."""
 
@@ -47,14 +48,22 @@ class Calibration:
                 "was it made for another model? 'lorazip calibrate --adapters' looks at these modules",
             )
         for name in sorted(found.known):
-            moment = moments.moment(name)
-            if moment is not None and len(moment.diagonal) != found._sizes[name]:
-                raise UsageError(
-                    f"«calibration» {path}: the input of {name} has {len(moment.diagonal)} entries there, but"
-                    f" {found._sizes[name]} in the adapters",
-                    "it was made for another model: calibrate with the base model of the adapters",
-                )
+            found._check(name)
         return found
+
+    def _check(self, module: str) -> None:
+        moment, size = self._moment(module), self._sizes[module]
+        if len(moment.diagonal) != size:
+            raise UsageError(
+                f"«calibration» {self.path}: the input of {module} has {len(moment.diagonal)} entries there, but"
+                f" {size} in the adapters",
+                "it was made for another model: calibrate with the base model of the adapters",
+            )
+        if not (moment.diagonal.isfinite().all() and moment.directions.isfinite().all()):
+            raise UsageError(
+                f"«calibration» {self.path}: the input of {module} has moments with NaN or Inf",
+                "the model overflows on some row: calibrate in f32",
+            )
 
     @cached_property
     def sha256(self) -> str:
@@ -70,11 +79,14 @@ class Calibration:
         return f"nothing is known of the inputs of {count(len(names), 'module')}, {names[0]} for one: all count alike"
 
     def _stacked(self, modules: tuple[str, ...], device: torch.device) -> InputMoments:
-        moments = [self._moment(name) for name in modules]
-        most = max(len(moment.directions) for moment in moments)
-        directions = [pad(each.directions, (0, 0, 0, most - len(each.directions))) for each in moments]
-        stacked = InputMoments.of(torch.stack([each.diagonal for each in moments]), torch.stack(directions))
-        return stacked.to(device)
+        each = [self._of_module(name, device) for name in modules]
+        most = max(inputs.directions.shape[1] for inputs in each)
+        directions = [pad(inputs.directions, (0, 0, 0, most - inputs.directions.shape[1])) for inputs in each]
+        return InputMoments(torch.cat(directions), torch.cat([inputs.rest for inputs in each]))
+
+    def _read(self, module: str, device: torch.device) -> InputMoments:
+        moment = self._moment(module)
+        return InputMoments.of(moment.diagonal[None].to(device), moment.directions[None].to(device))
 
     def _moment(self, module: str) -> Moment:
         size = self._sizes[module]

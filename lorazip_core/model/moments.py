@@ -28,6 +28,7 @@ from ..maths.weighting import leading_directions
 RANK = 32
 """Directions that are kept unless told otherwise: on SmolLM2-135M as good as all (docs/method.md)."""
 
+_HINT = "name a file that 'lorazip calibrate' wrote"
 _FORMAT, _VERSION = "lorazip.moments", 1
 
 
@@ -79,15 +80,14 @@ class Moments:
     @classmethod
     def open(cls, path: Path) -> Moments:
         """Raises UsageError for a file of another kind, Unsupported for another version, OSError for none."""
-        hint = "name a file that 'lorazip calibrate' wrote"
         with naming(path):
             try:
                 handle: Any = safe_open(path, framework="pt")
                 names = list(handle.keys())
             except SafetensorError as error:
-                raise UsageError(f"{path} is no file of moments: {error}", hint) from None
+                raise UsageError(f"{path} is no file of moments: {error}", _HINT) from None
         if _FORMAT not in names:
-            raise UsageError(f"{path} is no file of moments: it has no tensor {_FORMAT}", hint)
+            raise UsageError(f"{path} is no file of moments: it has no tensor {_FORMAT}", _HINT)
         version = int(handle.get_tensor(_FORMAT))
         if version != _VERSION:
             raise Unsupported(f"{path} is version {version} of moments, this lorazip reads {_VERSION}")
@@ -104,9 +104,14 @@ class Moments:
         name = self._names.get(module)
         if name is None:
             return None
-        diagonal, directions, vectors = (
-            self._handle.get_tensor(f"{name}:{part}") for part in ("diagonal", "directions", "vectors")
-        )
+        try:
+            diagonal, directions, vectors = (
+                self._handle.get_tensor(f"{name}:{part}") for part in ("diagonal", "directions", "vectors")
+            )
+        except SafetensorError as error:
+            raise UsageError(f"{self.path} is damaged: {error}", _HINT) from None
+        if directions.shape[1:] != diagonal.shape or vectors.shape != ():
+            raise UsageError(f"{self.path} is damaged: the tensors of {name} do not fit each other", _HINT)
         return Moment(tuple(name.split(",")), diagonal, directions, int(vectors))
 
     def of(self, module: str) -> Tensor | None:

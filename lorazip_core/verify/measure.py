@@ -111,7 +111,7 @@ def _errors(
     block: Block, pairs: list[Pair], measurable: Container[str], decoder: Decoder, calibration: Calibration | None
 ) -> tuple[list[Losses | None], list[Losses | None]]:
     """The errors of those of a block that are measurable and could be read, of weights and of outputs."""
-    known = [] if calibration is None else [part.module.name in calibration.known for part in block.group.parts]
+    known = frozenset() if calibration is None else calibration.known
     measured, outputs = _unmeasured(block, pairs, measurable, known)
     homes = [
         None if errors is None else _home(decoder.bundle, pair.entry)
@@ -128,7 +128,7 @@ def _errors(
             names = [parts[column].module.name for column in columns]
             _put(measured[rows], names, x, y)
             if calibration is not None:
-                places = [place for place, column in enumerate(columns) if known[column]]
+                places = [place for place, name in enumerate(names) if name in known]
                 if places:
                     names = [names[place] for place in places]
                     inputs = calibration.inputs_of(tuple(names), decoder.device)
@@ -138,14 +138,14 @@ def _errors(
 
 
 def _unmeasured(
-    block: Block, pairs: list[Pair], measurable: Container[str], known: list[bool]
+    block: Block, pairs: list[Pair], measurable: Container[str], known: Container[str]
 ) -> tuple[list[Losses | None], list[Losses | None]]:
     """Where errors go, of weights and of outputs; None for what is not to be measured."""
     measured: list[Losses | None] = []
     outputs: list[Losses | None] = []
     for pair, files in zip(pairs, block.files, strict=True):
         wanted = not isinstance(files, AdapterError) and pair.entry.name in measurable
-        names = [name for name, own in zip(pair.original.parts, known, strict=False) if own]
+        names = [name for name in pair.original.parts if name in known]
         measured.append(Losses(pair.original.parts) if wanted else None)
         outputs.append(Losses(names) if wanted and names else None)
     return measured, outputs

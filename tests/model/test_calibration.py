@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from testing import random_adapters as ra
+from torch import Tensor
 
 from lorazip_cli.main import main
 from lorazip_core.adapter.module import Module
@@ -66,6 +69,24 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
         Calibration.open(path, [Module("b", "linear", 4, 8)])
     with pytest.raises(UsageError, match="the input of a has 8 entries there, but 9 in the adapters"):
         Calibration.open(path, [Module("a", "linear", 4, 9)])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop("a:directions"), "is damaged: "),
+        (lambda tensors: tensors.update({"a:directions": torch.ones(3, 7, dtype=torch.bfloat16)}), "do not fit"),
+        (lambda tensors: tensors["a:diagonal"].fill_(torch.inf), "has moments with NaN or Inf"),
+    ],
+    ids=["missing", "unfit", "inf"],
+)
+def test_damaged_moments_are_refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], told: str) -> None:
+    path = written(tmp_path / "moments", moment(8, "a"))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(UsageError, match=told):
+        Calibration.open(path, [Module("a", "linear", 4, 8)])
 
 
 def test_without_a_file_nothing_is_known(adapters: Path) -> None:
