@@ -118,7 +118,7 @@ def deflate(data: Bytes, *, alone: bool = True) -> bytes:
     """``data`` as one raw deflate stream; ``alone`` for bytes of which each tells nothing of the next."""
     strategy = zlib.Z_HUFFMAN_ONLY if alone else zlib.Z_DEFAULT_STRATEGY
     encoder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
-    return encoder.compress(data.tobytes()) + encoder.flush()
+    return encoder.compress(np.ascontiguousarray(data).data) + encoder.flush()
 
 
 def inflate(data: Buffer, size: int) -> tuple[Bytes, memoryview]:
