@@ -44,7 +44,7 @@ from lorazip_core.adapter.collection import open_collection
 
 OURS = tuple(
     f"--max-mean-error {error:g}"
-    for error in (0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.055, 0.1, 0.15, 0.22, 0.3, 0.4, 0.55)
+    for error in (0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.055, 0.1, 0.15, 0.22, 0.3, 0.4, 0.55, 0.7)
 )
 JD = tuple(
     f"--method {method} --rank {rank}{f' --clusters {clusters}' if clusters > 1 else ''}"
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         "--ours",
         action="append",
         metavar="OPTIONS",
-        help="of `lorazip compress`, instead of fourteen mean errors; '': none",
+        help="of `lorazip compress`, instead of fifteen mean errors; '': none",
     )
     parser.add_argument(
         "--jd",
