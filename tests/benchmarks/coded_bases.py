@@ -35,7 +35,7 @@ from lorazip_core.bundle.size import bytes_besides_updates
 from lorazip_core.maths.factored import TINY
 from lorazip_core.maths.stack import Stack
 from lorazip_core.schemes.registry import SCHEMES
-from lorazip_core.schemes.streams import assign_streams, deflate, pack_streams
+from lorazip_core.schemes.streams import assign_streams, deflate, measure, pack_streams
 
 OCTAVE = 32  # scales are powers of 2 with this denominator in the exponent, as those of coded
 _RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # steps that are tried, as shares of the one that reaches the largest number
@@ -239,9 +239,10 @@ def _lost(problem: Problem, u: Tensor, v: Tensor, cores: Tensor) -> Tensor:
 def packed_bytes(every: Sequence[Coded]) -> int:
     """Bytes of all codes, their scales, and what says which stream is whose."""
     vectors = [vector for coded in every for vector in coded.vectors]
-    streams, kinds = assign_streams(vectors)
+    codes, lengths = np.concatenate(vectors), np.array(list(map(len, vectors)), np.int64)
+    streams, kinds = assign_streams(lengths, measure(codes, lengths))
     exponents = np.concatenate([coded.exponents for coded in every])
     apart = exponents - int(np.median(exponents))
     index = [streams, (apart & 255).astype(np.uint8), (apart >> 8 & 255).astype(np.uint8)]
     small = sum(min(len(deflate(column, alone=alone)) for alone in (True, False)) for column in index)
-    return len(pack_streams(vectors, streams, kinds)) + len(kinds) + small
+    return len(pack_streams(codes, lengths, streams, kinds)) + len(kinds) + small

@@ -99,14 +99,15 @@ def _panel(
     yield f'<text transform="translate(16,{middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     yield f'<g clip-path="url(#inside{number})" fill="none">'
     for line in sorted(panel.lines, key=lambda line: line.strong):  # ours on top
-        places = [(x_of(x), y_of(max(y, y_range[0] / 10))) for x, y in line.points]
-        path = "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        places = [f"{x_of(x):.0f},{y_of(max(y, y_range[0] / 10)):.0f}" for x, y in line.points]
+        yield f"<g {strokes[line.name]}><title>{escape(line.name)}</title>"
         if len(places) > 1:
-            yield f'<path d="M{path}" {strokes[line.name]}><title>{escape(line.name)}</title></path>'
-        radius = 0 if line.bound else 4 if line.strong else 2
-        if radius:
-            for x, y in places:
-                yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {strokes[line.name]} fill="white"/>'
+            yield f'<path d="M{"L".join(places)}"/>'
+        width = 0 if line.bound else 7 if line.strong else 4
+        if width:
+            dots = "".join(f"M{place}h0" for place in places)
+            yield f'<path d="{dots}" stroke-linecap="round" stroke-width="{width}"/>'
+        yield "</g>"
     yield "</g>"
 
 

@@ -133,10 +133,10 @@ def test_bytes_are_those_of_streams_that_can_be_read(bundle: Path, collection: C
     vectors = [np.arange(-7, 8, dtype=np.int8)] * 4 + [np.full(40, 100, np.int8)]
     coded = Coded(vectors, np.arange(5, dtype=np.int64), torch.zeros(1))
     size = coded_bases.packed_bytes([coded])
-    streams, kinds = coded_bases.assign_streams(vectors)
-    data = coded_bases.pack_streams(vectors, streams, kinds)
-    back = unpack_streams(data, np.array([15] * 4 + [40]), streams, kinds)
-    assert all((x == y).all() for x, y in zip(back, vectors, strict=True))
+    codes, lengths = np.concatenate(vectors), np.array([15] * 4 + [40])
+    streams, kinds = coded_bases.assign_streams(lengths, coded_bases.measure(codes, lengths))
+    data = coded_bases.pack_streams(codes, lengths, streams, kinds)
+    assert (unpack_streams(data, lengths, streams, kinds) == codes).all()
     # Two kinds of streams; and three deflated columns of five numbers, at most as long as if stored.
     assert len(data) + len(kinds) + 3 <= size <= len(data) + len(kinds) + 3 * (5 + 5)
     assert math.isclose(coded_bases.packed_bytes([coded, coded]), size, rel_tol=0.9)
