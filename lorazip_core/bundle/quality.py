@@ -29,14 +29,17 @@ def above(squared_errors: Sequence[float]) -> int:
 
 
 def quality_warnings(
-    squared_errors: Sequence[float], summary: Summary, *, method: str, max_error: float | None
+    squared_errors: Sequence[float], summary: Summary, *, method: str, max_error: float | None, calibrated: bool = False
 ) -> list[QualityWarning]:
-    """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it."""
+    """What to warn of. Whoever has set a limit ``max_error`` knows what he may lose, and hears nothing of it.
+
+    If ``calibrated``, the errors of weights are as large as they are because those of outputs are small.
+    """
     warnings = []
     large = above(squared_errors)
     has_rank = method not in SCHEMES or SCHEMES[method].default_rank is not None
     alone = method in SCHEMES and not SCHEMES[method].shared  # else it may be a method of a later version
-    if large and max_error is None:
+    if large and max_error is None and not calibrated:
         more = "a higher «rank»" if has_rank else "a larger «budget»"
         hint = more if alone else f"{more}, more «clusters» or «method» coded"
         warnings.append(

@@ -69,13 +69,13 @@ def quantise(components: Components, step: float) -> Codes:
 
 
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
-    """What `quantise` will lose of updates with these singular values [..., r], ‖ΔW − ΔŴ‖² [...], and its bits [...].
+    """What `quantise` will lose of the energy of every component, a share [..., r], and the bits of updates [...].
 
-    On the CPU, in float64.
+    From the `Components.strengths` ``s`` [..., r] alone, on the CPU, in float64.
     """
     choice = choice_for(d_out, d_in)
     chosen = choice.of(s, step)
-    return (s.square() * (1 - choice.kept[chosen])).sum(-1), choice.bits[chosen].sum(-1)
+    return 1 - choice.kept[chosen], choice.bits[chosen].sum(-1)
 
 
 def predicted_left(ratios: Tensor, d_out: int, d_in: int) -> Tensor:

@@ -156,14 +156,18 @@ def last(kept: Tensor) -> int:
 
 def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
-    return predicted_of(components.strengths.cpu(), components.b.shape[-2], components.a.shape[-1], step)
+    left, bits = predicted_of(components.strengths.cpu(), components.b.shape[-2], components.a.shape[-1], step)
+    return (components.s.cpu().square() * left).sum(-1), bits
 
 
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
-    """`predicted` from singular values alone, [..., r], on the CPU."""
+    """What `quantise` will lose of the energy of every component, a share [..., r], and the bits of updates [...].
+
+    From the `strengths` of components ``s`` [..., r] alone, on the CPU.
+    """
     curve = _curve(d_out, d_in)
     at = curve.at((s / step).clamp_min(TINY).log2())
-    return (s.square() * curve.left_at(at)).sum(-1), curve.bits_at(at).sum(-1)
+    return curve.left_at(at), curve.bits_at(at).sum(-1)
 
 
 class _At(NamedTuple):
@@ -256,7 +260,10 @@ def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
 
 
 def _best_scales(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
-    """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖²; 0 for components that are not ``kept``."""
+    """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖², in the norm of the products that are given.
+
+    0 for components that are not ``kept``.
+    """
     alone = torch.diag_embed((~kept).to(gram.dtype))
     both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
     ridge = torch.diag_embed(_RIDGE * gram.diagonal(dim1=-2, dim2=-1))  # coarse codes may be those of another component

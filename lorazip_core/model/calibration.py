@@ -15,6 +15,7 @@ from ..base.digests import sha256_file
 from ..base.errors import UsageError
 from ..base.progress import Progress
 from ..base.text import count
+from ..bundle.manifest import ModuleEntry
 from ..maths.weighting import InputMoments
 from .moments import Moment, Moments
 
@@ -35,7 +36,7 @@ class Calibration:
         """Of modules, by a tuple of their names, on a device. Where nothing is known, all directions count alike."""
 
     @classmethod
-    def open(cls, path: Path, modules: Iterable[Module]) -> Calibration:
+    def open(cls, path: Path, modules: Iterable[Module | ModuleEntry]) -> Calibration:
         """For these ``modules``, of which it may lack some.
 
         Raises as `Moments.open`, and UsageError for moments of another model.

@@ -110,7 +110,7 @@ class Moments:
             )
         except SafetensorError as error:
             raise UsageError(f"{self.path} is damaged: {error}", _HINT) from None
-        if directions.shape[1:] != diagonal.shape or vectors.shape != ():
+        if diagonal.ndim != 1 or directions.shape[1:] != diagonal.shape or vectors.shape != ():
             raise UsageError(f"{self.path} is damaged: the tensors of {name} do not fit each other", _HINT)
         return Moment(tuple(name.split(",")), diagonal, directions, int(vectors))
 

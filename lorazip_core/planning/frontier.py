@@ -62,8 +62,9 @@ class Frontier:
             for scheme in stepped_schemes()
             if scheme.name != chosen.method
         ]
+        where = "" if chosen.bytes_resident is None else " on a device"
         return (
-            f"in {megabytes(chosen.bytes)}, {chosen.method} is predicted to lose"
+            f"in {megabytes(chosen.bytes)}{where}, {chosen.method} is predicted to lose"
             f" {error(chosen.mean_squared_error)} on average; {', '.join(others)}"
         )
 

@@ -40,7 +40,9 @@ class _Block(NamedTuple):
     adapters: Tensor
     """[m]: whose they are."""
     s: Tensor
-    """[m, r] in float64, descending."""
+    """[m, r] in float64: singular values, descending; if inputs are known, `Components.strengths`."""
+    energies: Tensor
+    """[m, r] in float64: of the components."""
 
 
 class Outlook(NamedTuple):
@@ -60,7 +62,7 @@ class Spectra:
     energies: Tensor
     """[n]: Σ‖ΔW‖² of every adapter."""
     inputs_of: InputsOf | None = None
-    """If inputs are known, all of this is about updates weighted by them, see `Components.strengths`."""
+    """If inputs are known, energies are those of updates weighted by them, and so are the errors that are predicted."""
 
     @classmethod
     def of(cls, scanned: Scan, device: torch.device, progress: Progress, inputs_of: InputsOf | None = None) -> Spectra:
@@ -68,33 +70,34 @@ class Spectra:
         adapters = scanned.collection.adapters
         load_linear_algebra(device)
 
-        def of_adapter(number: int) -> list[tuple[Size, Tensor]]:
+        def of_adapter(number: int) -> list[tuple[Size, Tensor, Tensor]]:
             check_stop()
-            return [
-                (Size(group.b.shape[1], group.a.shape[2]), _strengths(group).cpu())
-                for group in module_groups(adapters[number], device, inputs_of)
-            ]
+            found = []
+            for group in module_groups(adapters[number], device, inputs_of):
+                s, energies = _spectrum(group)
+                found.append((Size(group.b.shape[1], group.a.shape[2]), s.cpu(), energies.cpu()))
+            return found
 
-        found: defaultdict[tuple[Size, int], list[tuple[int, Tensor]]] = defaultdict(list)
+        found: defaultdict[tuple[Size, int], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
         with (
             progress.stage("planning", len(adapters)) as advance,
             closing(in_order(of_adapter, range(len(adapters)), device)) as results,
         ):
             for number, groups in enumerate(results):
-                for size, s in groups:
-                    found[size, s.shape[1]].append((number, s))
+                for size, s, energies in groups:
+                    found[size, s.shape[1]].append((number, s, energies))
                 advance(1)
         scanned.check_unchanged()
         blocks = []
         for (size, _), owned in found.items():
-            numbers = torch.tensor([number for number, s in owned for _ in s])
-            blocks.append(_Block(size, numbers, torch.cat([s for _, s in owned])))
-        energies = scanned.norms.sum(1)
+            numbers = torch.tensor([number for number, s, _ in owned for _ in s])
+            blocks.append(_Block(size, numbers, *(torch.cat(each) for each in list(zip(*owned, strict=True))[1:])))
+        every = scanned.norms.sum(1)
         if inputs_of is not None:
-            energies = torch.zeros_like(energies)
+            every = torch.zeros_like(every)
             for block in blocks:
-                energies.index_add_(0, block.adapters, block.s.square().sum(-1))
-        return cls(blocks, energies, inputs_of)
+                every.index_add_(0, block.adapters, block.energies.sum(-1))
+        return cls(blocks, every, inputs_of)
 
     def outlook(self, scheme: SteppedScheme, step: float | Tensor, counting: Counting) -> Outlook:
         """At a ``step``, or one for each adapter [n], that is a share of the adapter's √Σ‖ΔW‖².
@@ -105,9 +108,12 @@ class Spectra:
         every = step * self.energies.sqrt().clamp_min(TINY)
         for block in self.blocks:
             steps = every[block.adapters]
-            own_lost, own_bits = scheme.predicted(block.s, block.size, steps[:, None], counting)
+            left, own_bits = scheme.predicted(block.s, block.size, steps[:, None], counting)
+            if self.inputs_of is not None:  # what rounding costs is, of û as of v̂, as if v were of length 1
+                own_left, _ = scheme.predicted(block.energies.sqrt(), block.size, steps[:, None], counting)
+                left = torch.where(left < 1, own_left, left)
             bits.index_add_(0, block.adapters, own_bits)
-            lost.index_add_(0, block.adapters, own_lost)
+            lost.index_add_(0, block.adapters, (block.energies * left).sum(-1))
         return Outlook(bits / 8, torch.where(self.energies > 0, lost / self.energies.clamp_min(TINY), 0.0))
 
     def step_for_bytes(self, scheme: SteppedScheme, most: float, counting: Counting) -> float:
@@ -128,11 +134,13 @@ class Spectra:
         return low.exp2()
 
 
-def _strengths(group: ModuleGroup) -> Tensor:
-    """[m, r], of all components."""
+def _spectrum(group: ModuleGroup) -> tuple[Tensor, Tensor]:
+    """What decides on the bits of all components [m, r], and their energies [m, r]."""
     if group.inputs is None:
-        return singular_values(*group.exact)
-    return Components.of(group.exact, group.inputs).strengths
+        s = singular_values(*group.exact)
+        return s, s.square()
+    components = Components.of(group.exact, group.inputs)
+    return components.strengths, components.s.square()
 
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:

@@ -34,6 +34,7 @@ def page(compression: Compression, options: CompressOptions) -> str:
             method=report.method,
             written=summary,
             bytes_resident=report.bytes_resident,
+            weighted=options.calibration is not None,
         )
     sections += [
         errors_chart(worst, x="squared error, measured", limits=_limits(options)),
@@ -81,12 +82,15 @@ def plan_page(report: PlanReport, options: CompressOptions) -> str:
         Tile("Saved", saved(1 - size / report.bytes_original), times(report.bytes_original, size)),
     ]
     sections: list[Table | Chart] = []
+    predicted = "squared, weighted by inputs, predicted" if report.weighted else "squared, predicted"
     if chosen is not None:
         tiles += [
-            Tile("Mean error", error(chosen.mean_squared_error), "squared, predicted"),
-            Tile("Worst error", error(chosen.max_squared_error), "squared, predicted"),
+            Tile("Mean error", error(chosen.mean_squared_error), predicted),
+            Tile("Worst error", error(chosen.max_squared_error), predicted),
         ]
-        sections += frontier_sections(report.frontier, report.bytes_original, method=chosen.method)
+        sections += frontier_sections(
+            report.frontier, report.bytes_original, method=chosen.method, weighted=report.weighted
+        )
     return skeleton.render(
         Page(
             kind="lorazip compress --dry-run",
@@ -153,6 +157,8 @@ def _tables(options: CompressOptions, skipped: Sequence[SkippedEntry]) -> list[T
         "--max-mean-error": options.max_mean_error,
         "--budget": None if options.budget is None else f"{options.budget:,} bytes",
         "--budget-per-adapter": None if options.budget_per_adapter is None else f"{options.budget_per_adapter:,} bytes",
+        "--objective": None if options.objective == "disk" else options.objective,
+        "--calibration": options.calibration,
     }
     rows = [(option, str(value)) for option, value in given.items() if value is not None]
     tables = [

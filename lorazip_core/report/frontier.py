@@ -39,13 +39,15 @@ def frontier_sections(
     method: str,
     written: Summary | None = None,
     bytes_resident: int | None = None,
+    weighted: bool = False,
 ) -> tuple[Chart, Table]:
     """All ``points`` of a collection of ``original`` bytes, and of the bundle that was ``written`` what it has.
 
-    ``bytes_resident`` are those of the bundle on a device, where they are what the points are about.
+    ``bytes_resident`` are those of the bundle on a device, where they are what the points are about. Errors that are
+    ``weighted`` by inputs are not those of weights, which were measured.
     """
     rows = [_Row.of(point) for point in points]
-    if written is not None:
+    if written is not None and not weighted:
         assert written.mean_squared_error is not None
         assert written.max_squared_error is not None
         rows.append(
@@ -58,7 +60,7 @@ def frontier_sections(
             )
         )
         rows.sort(key=lambda row: -row.size)
-    return _chart(points, rows), _table(rows, original)
+    return _chart(points, rows, weighted=weighted), _table(rows, original)
 
 
 def _counted(points: Sequence[FrontierPoint]) -> str:
@@ -66,8 +68,9 @@ def _counted(points: Sequence[FrontierPoint]) -> str:
     return "bundle, MB" if all(point.bytes_resident is None for point in points) else "on a device, MB"
 
 
-def _chart(points: Sequence[FrontierPoint], rows: Sequence[_Row]) -> Chart:
-    figure = empty_figure(_HEIGHT, _counted(points), "squared error")
+def _chart(points: Sequence[FrontierPoint], rows: Sequence[_Row], *, weighted: bool) -> Chart:
+    what = "squared error, weighted by inputs" if weighted else "squared error"
+    figure = empty_figure(_HEIGHT, _counted(points), what)
     methods = sorted({point.method for point in points})
     colour = dict(zip(methods, [*COLOURS[:4], *[GREY] * len(methods)], strict=False))
     for method in methods:
@@ -92,6 +95,8 @@ def _chart(points: Sequence[FrontierPoint], rows: Sequence[_Row]) -> Chart:
         + (", a diamond the bundle that was written, as measured." if len(rows) > len(points) else ".")
         + " The table has the same figures."
     )
+    if weighted:
+        caption += " Errors are weighted by inputs, as the calibration has it; those of weights are larger."
     if any(row.mean <= 0 or row.worst <= 0 for row in rows):
         caption += " An error of 0 has no place on such an axis, so only the table shows it."
     return Chart("Error against size", figure, caption)

@@ -301,9 +301,10 @@ class SteppedScheme(IndividualScheme):
 
     @abstractmethod
     def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
-        """What updates of one size lose, ‖ΔW − ΔŴ‖² [m], and take, in bits [m], about, at a ``step`` [m, 1].
+        """What updates of one size lose and take, about, at a ``step`` [m, 1].
 
-        ``s`` [m, r] are their singular values, descending.
+        Lost is a share of the energy of each component [m, r]; bits are those of the updates [m]. ``s`` [m, r] are
+        their singular values, descending; if inputs are known, `Components.strengths`.
         """
 
 

@@ -64,11 +64,10 @@ class Svd(FactorsScheme, SteppedScheme):
 
     def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
         """A component is kept if its energy is that of ``step`` in every element, or if it is its module's largest."""
-        import torch
 
         kept = s.square() >= sum(size) * step**2  # [m, r]
         kept[:, :1] = True
-        return torch.where(kept, 0.0, s.square()).sum(-1), kept.sum(-1).double() * (8.0 * counting.itemsize * sum(size))
+        return (~kept).double(), kept.sum(-1).double() * (8.0 * counting.itemsize * sum(size))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["B"].to(dtype), tensors["A"].to(dtype)

@@ -71,8 +71,7 @@ def compare(
     pairs = [Pair(entry, originals[entry.name]) for entry in entries if entry.name in originals]
     different = _differences(bundle, pairs, damaged, progress)
     measurable = {name for name, each in different.items() if each.comparable}
-    modules = {part.module.name: part.module for pair in pairs for part in pair.original.parts.values()}
-    inputs = None if calibration is None else Calibration.open(calibration, modules.values())
+    inputs = None if calibration is None else Calibration.open(calibration, bundle.manifest.modules)
     if inputs is not None and inputs.unknown is not None:
         progress.note(inputs.unknown)
     seen = _read(bundle, pairs, measurable, device, inputs, progress)

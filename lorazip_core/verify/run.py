@@ -261,7 +261,13 @@ def _report(
     warnings: list[QualityWarning] = []
     if manifest and summary:
         limit = gates.max_error if gates.max_error is not None else manifest.parameters.max_error
-        warnings = quality_warnings(known, summary, method=manifest.parameters.method, max_error=limit)
+        warnings = quality_warnings(
+            known,
+            summary,
+            method=manifest.parameters.method,
+            max_error=limit,
+            calibrated=manifest.parameters.calibration is not msgspec.UNSET,
+        )
     return VerifyReport(
         ok=not findings,
         bundle=printable(str(path)),

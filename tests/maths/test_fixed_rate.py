@@ -68,8 +68,8 @@ def test_no_pair_of_bits_is_better(size: tuple[int, int], s: float, step: float)
         kept = math.prod(1 - fixed_rate._left(bits, length) for bits, length in zip(pair, size, strict=True))
         bits = 64 + sum(8 * math.ceil(bits * length / 8) for bits, length in zip(pair, size, strict=True))
         best = min(best, s**2 * (1 - kept) + rate * bits)
-    error, bits_of = predicted_of(torch.tensor([s], dtype=torch.float64), *size, step)
-    assert float(error + rate * bits_of) == pytest.approx(best, rel=1e-9, abs=1e-4 * s**2)
+    left, bits_of = predicted_of(torch.tensor([s], dtype=torch.float64), *size, step)
+    assert float(s**2 * left[0] + rate * bits_of) == pytest.approx(best, rel=1e-9, abs=1e-4 * s**2)
 
 
 @settings(deadline=None)
@@ -107,8 +107,8 @@ def test_what_is_predicted(step: float) -> None:
     """Errors within 5% for Gaussian factors; bits to the last one."""
     components = components_of(16, 511, 384, 12, decay=0.8)
     codes = quantise(components, step)
-    error, bits = predicted_of(components.s, 511, 384, step)
-    assert float(error.sum()) == pytest.approx(float(codes.squared_errors.sum()), rel=0.05)
+    left, bits = predicted_of(components.s, 511, 384, step)
+    assert float((components.s.square() * left).sum()) == pytest.approx(float(codes.squared_errors.sum()), rel=0.05)
     assert int(bits.sum()) == resident_bits(codes)
     assert BITS_OF_COMPONENT == 8 * COMPONENT_BYTES
 

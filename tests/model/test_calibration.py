@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,9 +77,10 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
     [
         (lambda tensors: tensors.pop("a:directions"), "is damaged: "),
         (lambda tensors: tensors.update({"a:directions": torch.ones(3, 7, dtype=torch.bfloat16)}), "do not fit"),
+        (lambda tensors: tensors.update({"a:diagonal": torch.ones(()), "a:directions": torch.ones(3)}), "do not fit"),
         (lambda tensors: tensors["a:diagonal"].fill_(torch.inf), "has moments with NaN or Inf"),
     ],
-    ids=["missing", "unfit", "inf"],
+    ids=["missing", "unfit", "scalar", "inf"],
 )
 def test_damaged_moments_are_refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], told: str) -> None:
     path = written(tmp_path / "moments", moment(8, "a"))
@@ -144,6 +146,41 @@ def test_the_error_of_outputs_is_what_its_formula_says(
             lost += float(h.between(rest[None], rest[None]).diagonal(dim1=-2, dim2=-1).sum())
     assert found["name"] == adapter.name
     assert found["output_squared_error"] == pytest.approx(lost / norm, rel=1e-6)
+
+
+def test_originals_that_cannot_be_read_are_findings_all_the_same(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(adapters, tmp_path / "adapters")
+    run(capsys, "compress", root, "-o", tmp_path / "bundle")
+    for path in root.rglob("adapter_model.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    words = ["verify", tmp_path / "bundle", "--against", root, "--calibration", moments, "--json"]
+    report = json.loads(run(capsys, *words, code=1)[0])
+    assert {finding["kind"] for finding in report["findings"]} == {"source-unusable"}
+    assert report["outputs"] is None
+
+
+def test_errors_of_weights_are_no_warning_where_outputs_count(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", adapters, "-o", tmp_path / "out", "--budget", "9kB", "--json"]
+    assert [each["kind"] for each in json.loads(run(capsys, *words)[0])["warnings"]] == ["large-errors"]
+    report = json.loads(run(capsys, *words, "--calibration", moments, "--force")[0])
+    assert report["summary"]["mean_squared_error"] > 0.1
+    assert not report["warnings"]
+    assert not json.loads(run(capsys, "verify", tmp_path / "out", "--json")[0])["warnings"]
+
+
+def test_a_page_tells_weighted_errors_from_those_of_weights(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", adapters, "--budget", "16kB", "--calibration", moments, "--report", tmp_path / "page.html"]
+    for more in (["--dry-run"], ["-o", tmp_path / "out", "--force"]):
+        run(capsys, *words, *more)
+        page = (tmp_path / "page.html").read_text()
+        assert "weighted by inputs" in page
+        assert str(moments) in page or "--dry-run" in more
 
 
 def test_plans_are_about_outputs(
