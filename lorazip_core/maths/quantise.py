@@ -154,12 +154,6 @@ def last(kept: Tensor) -> int:
     return int(places[-1]) + 1 if len(places) else 0
 
 
-def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
-    """What `quantise` will lose of every update, ‖ΔW − ΔŴ‖² [m], and its bits [m], by `Rate`; both in float64."""
-    left, bits = predicted_of(components.strengths.cpu(), components.b.shape[-2], components.a.shape[-1], step)
-    return (components.s.cpu().square() * left).sum(-1), bits
-
-
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """What `quantise` will lose of the energy of every component, a share [..., r], and the bits of updates [...].
 

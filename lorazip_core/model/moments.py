@@ -49,13 +49,6 @@ class Moment(NamedTuple):
         directions = leading_directions(mean, rank).to(torch.bfloat16)
         return cls(tuple(modules), mean.diagonal().float().cpu(), directions.cpu(), vectors)
 
-    def dense(self) -> Tensor:
-        """H [d_in, d_in] in float32: VᵀV with the diagonal that is kept, or VᵀV's where rounding made that larger."""
-        v = self.directions.float()
-        h = v.mT @ v
-        h.diagonal().copy_(torch.maximum(self.diagonal, h.diagonal()))
-        return h
-
 
 def to_bytes(moments: Iterable[Moment]) -> bytes:
     """The file of some moments; the same ones give the same bytes."""
@@ -79,7 +72,9 @@ class Moments:
 
     @classmethod
     def open(cls, path: Path) -> Moments:
-        """Raises UsageError for a file of another kind, Unsupported for another version, OSError for none."""
+        """Raises UsageError for what is no file or one of another kind, Unsupported for another version."""
+        if not path.is_file():
+            raise UsageError(f"{path} is not a file", _HINT)
         with naming(path):
             try:
                 handle: Any = safe_open(path, framework="pt")
@@ -88,7 +83,10 @@ class Moments:
                 raise UsageError(f"{path} is no file of moments: {error}", _HINT) from None
         if _FORMAT not in names:
             raise UsageError(f"{path} is no file of moments: it has no tensor {_FORMAT}", _HINT)
-        version = int(handle.get_tensor(_FORMAT))
+        marked = handle.get_tensor(_FORMAT)
+        if marked.shape != () or marked.dtype != torch.int64:
+            raise UsageError(f"{path} is no file of moments: its {_FORMAT} is no version", _HINT)
+        version = int(marked)
         if version != _VERSION:
             raise Unsupported(f"{path} is version {version} of moments, this lorazip reads {_VERSION}")
         together = [name.removesuffix(":diagonal") for name in names if name.endswith(":diagonal")]
@@ -113,8 +111,3 @@ class Moments:
         if diagonal.ndim != 1 or directions.shape[1:] != diagonal.shape or vectors.shape != ():
             raise UsageError(f"{self.path} is damaged: the tensors of {name} do not fit each other", _HINT)
         return Moment(tuple(name.split(",")), diagonal, directions, int(vectors))
-
-    def of(self, module: str) -> Tensor | None:
-        """H = E[x xᵀ] [d_in, d_in] of what goes into a module, float32, positive semidefinite; None for none."""
-        moment = self.moment(module)
-        return None if moment is None else moment.dense()

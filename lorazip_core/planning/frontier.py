@@ -97,5 +97,5 @@ def frontier(spectra: Spectra, scanned: Scan, step: float | Tensor, options: Com
     points = [each for other in others for times in _TIMES for each in of_size(other, original / times)]
     return Frontier(
         sorted([chosen, *points], key=lambda each: (-each.bytes, each.method)),
-        [each for other in stepped_schemes() if other.name != scheme.name for each in of_size(other, chosen.bytes)],
+        [each for other in others if other.name != scheme.name for each in of_size(other, chosen.bytes)],
     )

@@ -100,7 +100,8 @@ class CompressOptions(Struct, frozen=True):
         if self.objective != "disk" and not self.by_spectrum:
             able = " or ".join(scheme.name for scheme in stepped_schemes())
             kept = self.chosen if self.kept_rank is None else f"{self.chosen} of rank {self.kept_rank}"
-            raise UsageError(f"«objective» {self.objective}: {kept} takes the same either way", f"use «method» {able}")
+            hint = f"use «method» {able}, and say what may be lost or taken instead of a rank"
+            raise UsageError(f"«objective» {self.objective}: {kept} takes the same either way", hint)
         if self.dtype not in get_args(Dtype):
             raise UsageError(f"«dtype» {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
         if not self.scheme.shared and self.clusters != 1:

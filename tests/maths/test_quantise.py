@@ -16,7 +16,7 @@ from lorazip_core.maths.quantise import (
     WEAKEST,
     Codes,
     Components,
-    predicted,
+    predicted_of,
     predicted_step,
     quantise,
     unpacked_scale,
@@ -33,6 +33,12 @@ def factors(m: int, d_out: int, d_in: int, rank: int, seed: int = 0, decay: floa
 
 def components_of(b: Tensor, a: Tensor) -> Components:
     return Components.of((b, a))
+
+
+def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
+    """What every update will lose [m], and its bits [m]."""
+    left, bits = predicted_of(components.strengths, components.b.shape[-2], components.a.shape[-1], step)
+    return (components.s.square() * left).sum(-1), bits
 
 
 def decoded(codes: Codes) -> Tensor:

@@ -11,17 +11,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from testing import random_adapters as ra
+from testing.input_moments import dense
 from torch import Tensor
 
+import lorazip_core
 from lorazip_cli.main import main
+from lorazip_core.adapter.collection import open_collection
 from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import UsageError
 from lorazip_core.base.progress import Silent
+from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
+from lorazip_core.compress.run import compress
+from lorazip_core.maths.weighting import DAMPING
 from lorazip_core.model.calibration import Calibration, calibration_for
 from lorazip_core.model.moments import Moment, to_bytes
+from lorazip_core.planning.options import CompressOptions
+from lorazip_core.planning.plan import plan
 
 CPU = torch.device("cpu")
+SAMPLE = Path(lorazip_core.__file__).parent / "sample" / "adapters"
 MODULES = tuple(Module(f"layers.{i}.proj", "linear", 256, 192 + 64 * (i % 2)) for i in range(4))
 
 
@@ -57,7 +66,7 @@ def test_inputs_are_stacked_also_of_unequal_ranks_and_unknown_ones(tmp_path: Pat
     eye = torch.eye(8, dtype=torch.float64).expand(3, 8, 8)
     found = inputs.between(eye, eye)
     for place, known in enumerate((one, other)):
-        expected = known.dense().double()
+        expected = dense(known).double()
         torch.testing.assert_close(found[place], expected / expected.diagonal().mean(), rtol=1e-5, atol=1e-6)
     assert torch.equal(found[2], eye[2])
     assert calibration.known == {"a", "b"}
@@ -78,9 +87,10 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
         (lambda tensors: tensors.pop("a:directions"), "is damaged: "),
         (lambda tensors: tensors.update({"a:directions": torch.ones(3, 7, dtype=torch.bfloat16)}), "do not fit"),
         (lambda tensors: tensors.update({"a:diagonal": torch.ones(()), "a:directions": torch.ones(3)}), "do not fit"),
+        (lambda tensors: tensors.update({"lorazip.moments": torch.tensor([1, 1])}), "is no version"),
         (lambda tensors: tensors["a:diagonal"].fill_(torch.inf), "has moments with NaN or Inf"),
     ],
-    ids=["missing", "unfit", "scalar", "inf"],
+    ids=["missing", "unfit", "scalar", "version", "inf"],
 )
 def test_damaged_moments_are_refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], told: str) -> None:
     path = written(tmp_path / "moments", moment(8, "a"))
@@ -92,8 +102,6 @@ def test_damaged_moments_are_refused(tmp_path: Path, change: Callable[[dict[str,
 
 
 def test_without_a_file_nothing_is_known(adapters: Path) -> None:
-    from lorazip_core.adapter.collection import open_collection
-
     assert calibration_for(None, open_collection(adapters), Silent()) is None
 
 
@@ -126,9 +134,6 @@ def test_a_budget_is_spent_on_outputs(
 def test_the_error_of_outputs_is_what_its_formula_says(
     adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorazip_core.adapter.collection import open_collection
-    from lorazip_core.bundle.decoder import decode
-
     bundle = tmp_path / "bundle"
     run(capsys, "compress", adapters, "-o", bundle, "--method", "joint", "--rank", 8)
     words = ["verify", bundle, "--against", adapters, "--calibration", moments, "--json"]
@@ -218,6 +223,9 @@ def test_what_makes_no_sense_is_refused(
 def test_a_file_that_is_none_is_refused_before_the_work(
     adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for wrong in (tmp_path / "absent", tmp_path):
+        words = ["compress", adapters, "-o", tmp_path / "out", "--budget", "40kB", "--calibration", wrong]
+        assert f"{wrong} is not a file" in run(capsys, *words, code=2)[1]
     (tmp_path / "none").write_bytes(b"x" * 40)
     budget = ["--budget", "40kB", "--calibration", tmp_path / "none"]
     assert "is no file of moments" in run(capsys, "compress", adapters, "-o", tmp_path / "out", *budget, code=2)[1]
@@ -225,3 +233,34 @@ def test_a_file_that_is_none_is_refused_before_the_work(
     words = ["verify", tmp_path / "bundle", "--calibration", tmp_path / "none"]
     assert "--against" in run(capsys, *words, code=2)[1]
     assert "is no file of moments" in run(capsys, *words, "--against", adapters, code=2)[1]
+
+
+def test_errors_that_are_planned_are_those_under_damped_moments(tmp_path: Path) -> None:
+    """About: of real adapters, for inputs of the directions that they act on."""
+    collection = open_collection(SAMPLE)
+    names = [module.name for module in collection.modules]
+    moments = []
+    for name in names:
+        x = torch.cat([adapter.factors(name)[0] @ adapter.factors(name)[1] for adapter in collection.adapters])
+        moments.append(Moment.of_sum([name], x.mT @ x, len(x), 32))
+    path = written(tmp_path / "moments", *moments)
+    options = CompressOptions(budget=100_000, calibration=path)
+    [chosen] = [point for point in plan(SAMPLE, options).frontier if point.chosen]
+    compress(SAMPLE, tmp_path / "out", options)
+    bundle, calibration = Bundle(tmp_path / "out"), Calibration.open(path, collection.modules)
+
+    def energy(module: str, b: Tensor, a: Tensor) -> float:
+        gram = calibration.inputs_of((module,), CPU).between(a[None], a[None])[0] + DAMPING * a @ a.mT
+        return float((b.mT @ b * gram).sum())
+
+    modules = {module.name: module for module in bundle.manifest.modules}
+    errors = []
+    for adapter, entry in zip(collection.adapters, bundle.manifest.adapters, strict=True):
+        lost = norm = 0.0
+        for name in names:
+            b, a = adapter.factors(name, torch.float64)
+            c, d = decode(bundle, entry, modules[name], torch.float64)
+            norm += energy(name, b, a)
+            lost += energy(name, torch.cat([b, -c], 1), torch.cat([a, d]))
+        errors.append(lost / norm)
+    assert chosen.mean_squared_error == pytest.approx(sum(errors) / len(errors), rel=0.3)
