@@ -96,8 +96,8 @@ class AdapterStore:
             self._tables.append(table)
 
     @property
-    def names(self) -> Mapping[str, int]:
-        """The number of every adapter that is held."""
+    def numbers(self) -> Mapping[str, int]:
+        """The number of every adapter that was there from the start."""
         return self._numbers
 
     @property
@@ -107,8 +107,6 @@ class AdapterStore:
 
     def add(self, bundle: Bundle, name: str) -> int:
         """Hold one more adapter, of this bundle. Raises LocalError where it does not fit, and as `stored`."""
-        if name in self._numbers:
-            raise LocalError(f"adapter {name} is held already")
         adapter = next((each for each in bundle.manifest.adapters if each.name == name), None)
         if adapter is None:
             raise LocalError(f"{bundle.path} has no adapter {name}")
@@ -122,11 +120,10 @@ class AdapterStore:
         else:
             group = self._cluster(bundle, adapter, table)
             place = table.add({module: own["core"] for module, own in _stored(bundle, adapter)})
-        return self._enter(name, self.kinds.index(kind), group, place)
+        return self._enter(self.kinds.index(kind), group, place)
 
-    def remove(self, name: str) -> None:
+    def remove(self, number: int) -> None:
         """Let go of an adapter, which no token of a batch to come may have."""
-        number = self._numbers.pop(name)
         self._tables[self._kind_of[number]].remove(int(self._place_of[number]))
         self._kind_of[number] = NONE
         self._free.append(number)
@@ -167,10 +164,9 @@ class AdapterStore:
         """How many groups of tokens there can be."""
         return int(table.index.shape[1]) if isinstance(table, TermsTable) else len(table.clusters)
 
-    def _enter(self, name: str, kind: int, group: int, place: int) -> int:
+    def _enter(self, kind: int, group: int, place: int) -> int:
         number = self._free.pop()
         self._kind_of[number], self._group_of[number], self._place_of[number] = kind, group, place
-        self._numbers[name] = number
         return number
 
     def _terms_table(
@@ -180,7 +176,7 @@ class AdapterStore:
             (self._own_terms(bundle, adapter) for adapter in members), self._sizes, device, spare.adapters
         )
         for row, adapter in enumerate(members):
-            self._enter(adapter.name, len(self._tables), row, row)
+            self._numbers[adapter.name] = self._enter(len(self._tables), row, row)
         return table
 
     def _own_terms(self, bundle: Bundle, adapter: AdapterEntry) -> dict[int, Terms]:
@@ -215,7 +211,8 @@ class AdapterStore:
         )
         for adapter in members:
             assert adapter.cluster is not None
-            self._enter(adapter.name, len(self._tables), table.clusters[adapter.cluster], table.take())
+            group = table.clusters[adapter.cluster]
+            self._numbers[adapter.name] = self._enter(len(self._tables), group, table.take())
         table.add_all(cores)
         return table
 
