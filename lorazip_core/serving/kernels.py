@@ -32,6 +32,7 @@ _WIDE = 1024
 """Columns of one token that a program works on at once, and of y."""
 _NARROW = 64
 """The same for a tile of several tokens."""
+_WARPS = 4
 _OUT = 128
 """Columns of y that a program adds to with shared bases."""
 
@@ -77,33 +78,33 @@ def _shrink_terms(
     end = tl.minimum(start + part, d_in)
     to = inner + ((split * tl.num_programs(1) + slice_) * tokens).to(tl.int64) * most
     if count == 1:
-        token = tl.load(order).to(tl.int64)
+        only = tl.load(order).to(tl.int64)
+        i = tl.arange(0, WIDE)
         for term in range(terms):
             which = begin + term
             v_at, form = tl.load(at + 2 * which + 1), tl.load(forms + 2 * which + 1).to(tl.int32)
             total = tl.zeros([WIDE], tl.float32)
             for column in range(start, end, WIDE):
-                i = column + tl.arange(0, WIDE)
-                inside = i < end
-                values = _elements(data, v_at, form, in_start + i, inside)
-                total += values * tl.load(x + token * x_stride + i, mask=inside, other=0).to(tl.float32)
-            tl.store(to + token * most + term, tl.sum(total, 0) * tl.load(scale + which))
+                inside = column + i < end
+                values = _elements(data, v_at, form, in_start + column + i, inside)
+                total += values * tl.load(x + only * x_stride + column + i, mask=inside, other=0).to(tl.float32)
+            tl.store(to + only * most + term, tl.sum(total, 0) * tl.load(scale + which))
     else:
         place = tl.arange(0, _TILE)
         there = place < count
-        token = tl.load(order + place, mask=there, other=0).to(tl.int64)
+        several = tl.load(order + place, mask=there, other=0).to(tl.int64)
+        j = tl.arange(0, NARROW)
         for term in range(terms):
             which = begin + term
             v_at, form = tl.load(at + 2 * which + 1), tl.load(forms + 2 * which + 1).to(tl.int32)
             totals = tl.zeros([_TILE, NARROW], tl.float32)
             for column in range(start, end, NARROW):
-                i = column + tl.arange(0, NARROW)
-                inside = i < end
-                values = _elements(data, v_at, form, in_start + i, inside)
-                entries = x + token[:, None] * x_stride + i[None, :]
-                given = tl.load(entries, mask=there[:, None] & inside[None, :], other=0).to(tl.float32)
-                totals += values[None, :] * given
-            tl.store(to + token * most + term, tl.sum(totals, 1) * tl.load(scale + which), mask=there)
+                within = column + j < end
+                parts = _elements(data, v_at, form, in_start + column + j, within)
+                entries = x + several[:, None] * x_stride + column + j[None, :]
+                given = tl.load(entries, mask=there[:, None] & within[None, :], other=0).to(tl.float32)
+                totals += parts[None, :] * given
+            tl.store(to + several * most + term, tl.sum(totals, 1) * tl.load(scale + which), mask=there)
 
 
 @triton.jit
@@ -120,12 +121,8 @@ def _expand_terms(
     own = batch + tl.load(head + 1) + _FIELDS * tile
     first, count, row = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     order = batch + tl.load(head + 2) + first
-    slice_, within, column = (
-        tl.load(blocks + 4 * block),
-        tl.load(blocks + 4 * block + 1),
-        tl.load(blocks + 4 * block + 2),
-    )
-    width = tl.load(blocks + 4 * block + 3)
+    slice_, row_within = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
+    column, width = tl.load(blocks + 4 * block + 2), tl.load(blocks + 4 * block + 3)
     begin = tl.load(index + (slice_ * rows + row) * 2)
     terms = tl.load(index + (slice_ * rows + row) * 2 + 1)
     if terms == 0:
@@ -133,38 +130,38 @@ def _expand_terms(
     parts = inner + (slice_ * tokens).to(tl.int64) * most
     apart = (slices * tokens).to(tl.int64) * most
     if count == 1:
-        token = tl.load(order).to(tl.int64)
+        only = tl.load(order).to(tl.int64)
         i = tl.arange(0, WIDE)
         inside = i < width
-        target = y + token * y_stride + column + i
+        target = y + only * y_stride + column + i
         total = tl.load(target, mask=inside, other=0).to(tl.float32)
         for term in range(terms):
             which = begin + term
             amount = 0.0
             for split in tl.static_range(SPLITS):
-                amount += tl.load(parts + split * apart + token * most + term)
+                amount += tl.load(parts + split * apart + only * most + term)
             form = tl.load(forms + 2 * which).to(tl.int32)
-            total += amount * _elements(data, tl.load(at + 2 * which), form, within + i, inside)
+            total += amount * _elements(data, tl.load(at + 2 * which), form, row_within + i, inside)
         tl.store(target, total, mask=inside)
     else:
         place = tl.arange(0, _TILE)
         there = place < count
-        token = tl.load(order + place, mask=there, other=0).to(tl.int64)
+        several = tl.load(order + place, mask=there, other=0).to(tl.int64)
         for left in range(0, width, NARROW):
-            i = left + tl.arange(0, NARROW)
-            inside = i < width
-            target = y + token[:, None] * y_stride + column + i[None, :]
-            both = there[:, None] & inside[None, :]
-            totals = tl.load(target, mask=both, other=0).to(tl.float32)
+            j = left + tl.arange(0, NARROW)
+            within = j < width
+            targets = y + several[:, None] * y_stride + column + j[None, :]
+            both = there[:, None] & within[None, :]
+            totals = tl.load(targets, mask=both, other=0).to(tl.float32)
             for term in range(terms):
                 which = begin + term
                 amounts = tl.zeros([_TILE], tl.float32)
                 for split in tl.static_range(SPLITS):
-                    amounts += tl.load(parts + split * apart + token * most + term, mask=there, other=0)
+                    amounts += tl.load(parts + split * apart + several * most + term, mask=there, other=0)
                 form = tl.load(forms + 2 * which).to(tl.int32)
-                values = _elements(data, tl.load(at + 2 * which), form, within + i, inside)
+                values = _elements(data, tl.load(at + 2 * which), form, row_within + j, within)
                 totals += amounts[:, None] * values[None, :]
-            tl.store(target, totals, mask=both)
+            tl.store(targets, totals, mask=both)
 
 
 @triton.jit
@@ -224,12 +221,8 @@ def _expand_bases(
         return
     own = batch + tl.load(head + 1) + _FIELDS * tile
     first, count, cluster = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-    slice_, within, column = (
-        tl.load(blocks + 4 * block),
-        tl.load(blocks + 4 * block + 1),
-        tl.load(blocks + 4 * block + 2),
-    )
-    width = tl.load(blocks + 4 * block + 3)
+    slice_, row_within = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
+    column, width = tl.load(blocks + 4 * block + 2), tl.load(blocks + 4 * block + 3)
     place = tl.arange(0, _TILE)
     there = place < count
     token = tl.load(batch + tl.load(head + 2) + first + place, mask=there, other=0).to(tl.int64)
@@ -240,7 +233,7 @@ def _expand_bases(
         total += tl.load(part, mask=there[:, None], other=0)
     i = tl.arange(0, OUT)
     inside = i < width
-    row = cluster.to(tl.int64) * wide + within + i
+    row = cluster.to(tl.int64) * wide + row_within + i
     basis = tl.load(u + row[None, :] * RANK + column_of[:, None], mask=inside[None, :], other=0)
     added = tl.dot(total.to(basis.dtype), basis, input_precision=PRECISION)
     target = y + token[:, None] * y_stride + column + i[None, :]
@@ -275,12 +268,12 @@ def add_terms(
     _shrink_terms[tiles, slices, SPLITS](
         inner, x, batch, index, at, forms, scale, data,
         tokens, x.shape[1], x.stride(0), index.shape[1], most, in_start,
-        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW,
+        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW, num_warps=_WARPS,
     )  # fmt: skip
     _expand_terms[tiles, len(blocks)](
         y, inner, batch, index, at, forms, data, blocks,
         tokens, slices, y.stride(0), index.shape[1], most,
-        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW,
+        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW, num_warps=_WARPS,
     )  # fmt: skip
 
 
