@@ -330,7 +330,7 @@ class TestExitCodes:
                 "No such option: --out (did you mean --output? see 'lorazip verify --help')",
             ),
             (["compres"], "No such command 'compres'. Did you mean 'compress'? (see 'lorazip --help')"),
-            (["serve"], "No such command 'serve' (see 'lorazip --help')"),
+            (["train"], "No such command 'train' (see 'lorazip --help')"),
             (
                 ["export"],
                 "Missing argument 'BUNDLE' (usage: lorazip export BUNDLE -o DIR [options];"
