@@ -5,7 +5,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types clean
+.PHONY: help demo test test-all test-vllm lint types clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -19,6 +19,9 @@ test: .venv/dev  ## Run the quick tests (ARGS="-k verify" for some of them)
 test-all: .venv/dev  ## Run all tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not acceptance and not network" $(ARGS)
 
+test-vllm: .venv-vllm/run  ## Run the tests in vLLM, for which an environment of 2.2 GB is made
+	.venv-vllm/bin/python -m pytest -m "not acceptance and not network" tests/vllm $(ARGS)
+
 lint: .venv/dev  ## Check style and formatting
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -27,7 +30,7 @@ types: .venv/dev  ## Check the types
 	.venv/bin/python -m mypy
 
 clean:  ## Remove the virtual environment and all that was built or cached
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers are younger than what they were made from, so that a second call installs nothing.
@@ -37,6 +40,10 @@ clean:  ## Remove the virtual environment and all that was built or cached
 		"Name another one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv-vllm/run: pyproject.toml constraints-vllm.txt .ci/vllm-env
+	PYTHON=$(PYTHON) .ci/vllm-env .venv-vllm
 	@touch $@
 
 .venv/dev: .venv/run

@@ -56,6 +56,13 @@ TEXTS = {
         ),
     ),
     "info": Text("BUNDLE", ("lorazip info bundle", "lorazip info bundle --json")),
+    "serve": Text(
+        "BUNDLE --model MODEL",
+        (
+            "lorazip serve bundle --model mistralai/Mistral-7B-v0.1 --port 8000",
+            "lorazip serve bundle --model ./base --spare 100 -- --max-model-len 4096 --tensor-parallel-size 2",
+        ),
+    ),
     "calibrate": Text(
         "MODEL FILE -o FILE.safetensors",
         (

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazip_core.base.errors import UsageError
 from lorazip_core.base.text import plain
 
 from . import console
-from .options import Bundle, Json, Quiet
+from .options import Bundle, Json, Quiet, share, size
 from .table import by_file, count, error, megabytes, table, times
 from .wording import report_in_options
 
 if TYPE_CHECKING:
     from lorazip_core.adapter.lock import Origin
     from lorazip_core.info import AdapterInfo, InfoReport
+    from lorazip_core.vllm.capacity import ServingInfo
 
 _UNKNOWN = "unknown"  # the Hub's own word for it, too
 
@@ -26,13 +29,40 @@ def info(
     resident: Annotated[
         bool, typer.Option("--resident", help="Also read it all, and tell what it takes on a GPU that serves it.")
     ] = False,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="The same, beside ordinary LoRA in vLLM and the memory of a GPU.")
+    ] = False,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option("--gpu-memory", metavar="SIZE", parser=size, help="With --serving: of one GPU, like 80GiB."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="With --gpu-memory: the base model, whose weights are there too."),
+    ] = None,
+    cache_share: Annotated[
+        float,
+        typer.Option(
+            "--cache-share",
+            metavar="S",
+            callback=share,
+            help="With --gpu-memory: set aside for the KV cache and all else.",
+        ),
+    ] = 0.3,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """List what is inside a bundle, as its manifest claims it."""
+    if gpu_memory is not None and not serving:
+        raise UsageError("--gpu-memory says nothing without --serving", "add it")
+    if model is not None and gpu_memory is None:
+        raise UsageError("--model says nothing without --gpu-memory", "give its size, like 80GiB")
+    from lorazip_core.info import Serving
     from lorazip_core.info import info as describe
 
-    console.show(report_in_options(describe(bundle, resident=resident)), _render, as_json=json, quiet=False)
+    compared = Serving(gpu_memory, cache_share, model) if serving else None
+    report = describe(bundle, resident=resident, serving=compared)
+    console.show(report_in_options(report), _render, as_json=json, quiet=False)
     return 0
 
 
@@ -59,6 +89,9 @@ def _render(report: InfoReport) -> None:
             f" an adapter {megabytes(round(report.resident.mean_bytes_own))} on average,"
             f" {megabytes(report.resident.max_bytes_own)} at most"
         )
+    if report.serving:
+        assert report.resident is not None
+        _render_serving(report.serving, report.resident.bytes)
     known = any(adapter.origin for adapter in report.adapters)
     if known:
         console.line(f"licences     {_licences(report.adapters)}")
@@ -108,6 +141,21 @@ def _render(report: InfoReport) -> None:
         console.line("files that were beside the originals, and are not in the bundle")
         for text in beside:
             console.line(f"  {text}")
+
+
+def _render_serving(compared: ServingInfo, resident: int) -> None:
+    slots, memory = compared.slots, compared.memory
+    console.line(
+        f"as LoRA      {megabytes(slots.bytes)} a slot of rank {slots.rank} in vLLM:"
+        f" the bundle takes as much as {resident / slots.bytes:,.1f} slots"
+    )
+    if memory:
+        model = "" if memory.bytes_model is None else f" {megabytes(memory.bytes_model)} for the base model,"
+        console.line(
+            f"GPU          {megabytes(memory.bytes)}:{model} {megabytes(memory.bytes_cache)} for the KV cache"
+            f" and all else, {megabytes(memory.bytes_adapters)} for adapters"
+        )
+        console.line(f"fits         {count(memory.fit, 'adapter')} like these, or {count(slots.fit or 0, 'slot')}")
 
 
 def _alone(adapter: AdapterInfo) -> str:

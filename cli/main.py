@@ -28,6 +28,7 @@ from .fetch import fetch
 from .help import Program, Verb
 from .info import info
 from .interrupt import INTERRUPTED, TOLD, interruptible
+from .serve import serve
 from .verify import verify
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fetch, cluster, compress, verify, export, info, calibrate, demo):
+for verb in (fetch, cluster, compress, verify, export, info, serve, calibrate, demo):
     app.command(cls=Verb)(verb)
 
 

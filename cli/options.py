@@ -24,6 +24,13 @@ def squared_error(value: float | None) -> float | None:
     return value
 
 
+def share(value: float) -> float:
+    """A part of a whole, which leaves some of it."""
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{value} is not a share, of 0 or more and below 1")
+    return value
+
+
 def between(least: int, most: int) -> Callable[[int | None], int | None]:
     """A check that a number is neither less nor more."""
 

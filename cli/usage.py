@@ -27,7 +27,9 @@ def explain_usage(error: typer.TyperException) -> str:
     hint = f"see '{context.command_path} --help'"
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         text = f"No such option: {error.option_name}"  # the parser would name what is hardly alike
-        if near := nearest_option(error.option_name, context.command):
+        if context.info_name == "serve":
+            hint = f"options of vLLM follow --; {hint}"
+        elif near := nearest_option(error.option_name, context.command):
             hint = f"did you mean {near}? {hint}"
     elif hasattr(error, "param_type") and context.info_name in TEXTS:
         hint = f"usage: {usage(context.info_name)}; {hint}"

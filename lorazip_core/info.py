@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -13,6 +13,10 @@ from .bundle.contradictions import refuse_contradictions
 from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
 from .bundle.reader import Bundle
 from .schemes.scheme import Size
+from .vllm.capacity import ServingInfo, serving_info
+
+if TYPE_CHECKING:
+    from .serving.resident import Resident
 
 
 class ModuleShape(Struct, frozen=True):
@@ -83,15 +87,26 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     resident: ResidentInfo | None = None
     """Null if it was not asked for."""
+    serving: ServingInfo | None = None
+    """Null if it was not asked for."""
 
 
-def info(path: Path, *, resident: bool = False) -> InfoReport:
+class Serving(NamedTuple):
+    """What to compare with what a device holds; sizes in bytes, as `serving_info` takes them."""
+
+    gpu_memory: int | None = None
+    cache_share: float = 0.3
+    model: Path | None = None
+
+
+def info(path: Path, *, resident: bool = False, serving: Serving | None = None) -> InfoReport:
     """Describe the bundle at ``path`` as its manifest does, without reading tensors: what it claims, nothing proven.
 
-    With ``resident`` all tensors are read, and what they take on a device is counted.
+    With ``resident`` or ``serving`` all tensors are read, and what they take on a device is counted; with ``serving``
+    that is compared with ordinary LoRA in vLLM, and with the memory of a GPU.
 
     Raises UsageError, BundleDamaged and Unsupported as opening a bundle does, and BundleDamaged for a manifest that
-    contradicts itself; with ``resident`` also for tensors that do.
+    contradicts itself; with ``resident`` also for tensors that do, and with ``serving`` as `serving_info`.
     """
     bundle = Bundle(path)
     manifest = bundle.manifest
@@ -101,7 +116,14 @@ def info(path: Path, *, resident: bool = False) -> InfoReport:
         path for adapter in manifest.adapters for path in (adapter.individual, adapter.config, adapter.extras) if path
     )
     shares = {index: share for shard in _shards(bundle) for index, share in _shares(bundle, shard, sizes).items()}
-    held, own_resident = _resident(bundle) if resident else (None, [None] * len(manifest.adapters))
+    held, own_resident, compared = None, None, None
+    if resident or serving is not None:
+        on_device = _held(bundle)
+        own_resident, total = on_device.own_bytes, on_device.nbytes
+        own = sum(own_resident)
+        held = ResidentInfo(total, total - own, own / len(own_resident), max(own_resident))
+        if serving is not None:
+            compared = serving_info(bundle, on_device, **serving._asdict())
     shapes = Counter((module.kind, module.d_out, module.d_in, tuple(module.kernel)) for module in manifest.modules)
     return InfoReport(
         bundle=str(path),
@@ -143,24 +165,23 @@ def info(path: Path, *, resident: bool = False) -> InfoReport:
                 ),
                 origin=adapter.origin,
                 left_out=adapter.left_out,
-                bytes_resident=own_resident[index],
+                bytes_resident=None if own_resident is None else own_resident[index],
             )
             for index, adapter in enumerate(manifest.adapters)
         ],
         skipped=manifest.skipped,
         resident=held,
+        serving=compared,
     )
 
 
-def _resident(bundle: Bundle) -> tuple[ResidentInfo, list[int]]:
-    """What a device holds of the bundle, and of every adapter."""
+def _held(bundle: Bundle) -> Resident:
+    """What a device holds of the bundle."""
     import torch  # and what needs it: not for whoever reads the manifest only
 
     from .serving.resident import Resident
 
-    held = Resident.of(bundle, torch.device("cpu"))
-    own, total = held.own_bytes, held.nbytes
-    return ResidentInfo(total, total - sum(own), sum(own) / len(own), max(own)), own
+    return Resident.of(bundle, torch.device("cpu"))
 
 
 def _original(bundle: Bundle, adapter: AdapterEntry) -> int:

@@ -31,6 +31,7 @@ FLOORS = (
     "compress",
     "verify",
     "export",
+    "vllm",
     "report",
     "sample",
     "info",
@@ -47,7 +48,7 @@ ENCODER = (
     "planning",
     "compress",
 )
-DECODER = ("bundle.decoder", "serving", "export", "verify", "info")
+DECODER = ("bundle.decoder", "serving", "export", "verify", "vllm", "info")
 
 # What PEFT calls its files, tensors and fields: adapter/formats alone knows it.
 FORMATS = "adapter.formats"
@@ -286,9 +287,10 @@ COMMAND = re.compile(r"'lorazip [^']*'")  # in quotes, to be typed as it is
 OPTION = re.compile(r"(?<![\w-])--[a-z]| -o\b")
 # The pages are about a run of a command, and so have its options.
 SPEAKS_OF_PARAMETERS = sorted(name for name in MODULES if name and not name.startswith("report"))
+OPTIONS_OF_OTHERS = {"vllm.launch"}  # another program's, which it starts
 
 
-@pytest.mark.parametrize("name", SPEAKS_OF_PARAMETERS)
+@pytest.mark.parametrize("name", sorted(set(SPEAKS_OF_PARAMETERS) - OPTIONS_OF_OTHERS))
 def test_the_core_names_no_option(name: str) -> None:
     assert not [text for text in texts(MODULES[name]) if OPTION.search(COMMAND.sub("", text)) or text == "-o"]
 

