@@ -7,6 +7,7 @@ part of the rows of ΔW, or of its columns, as its layer does of W.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,13 +97,12 @@ class Added(QuantizeMethodBase):
 
 
 def _renamed(model: Any, name: str) -> str:
-    """What vLLM calls a module of the checkpoint."""
+    """What vLLM calls a module of the checkpoint, before it puts some of them side by side."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return name
-    if hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
-    found = mapper.apply_list([f"{name}.weight"])
+    stacked = {"orig_to_new_stacked": {}} if hasattr(mapper, "orig_to_new_stacked") else {}
+    found = replace(mapper, **stacked).apply_list([f"{name}.weight"])
     return found[0].removesuffix(".weight") if found else name
 
 
