@@ -20,11 +20,15 @@ from .layers import Layer
 from .spans import Spans
 
 LEAST = 16
-"""The fewest columns that a tensor core multiplies with."""
+"""The fewest rows and columns that tensor cores multiply."""
+TILE = LEAST
+"""The most tokens that a kernel works on together in a batch of few."""
 
 
 class CoreTable:
     """The bases of all clusters and the cores of all adapters, by place, for every layer."""
+
+    tile = TILE
 
     def __init__(
         self,

@@ -10,47 +10,55 @@ size; programs without a tile end at once. Tokens beyond the batch, with which g
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..schemes.fixed_width import ODD
-from .tiles import FIELDS, HEAD, TILE, most_tiles
+from .cores import TILE as CORES_TILE
+from .terms import TILE as TERMS_TILE
+from .tiles import FEW, FIELDS, HEAD, WIDE, most_tiles
 from .vectors import FLOATS
 
-SPLITS = 4
-_ODD = tl.constexpr(ODD)
 _BF16 = tl.constexpr(FLOATS[torch.bfloat16])
 _F16 = tl.constexpr(FLOATS[torch.float16])
-_F32 = tl.constexpr(FLOATS[torch.float32])
+_ODD = tl.constexpr(ODD)
 _HEAD = tl.constexpr(HEAD)
 _FIELDS = tl.constexpr(FIELDS)
-_TILE = tl.constexpr(TILE)
-
-_WIDE = 1024
-"""Columns of one token that a program works on at once, and of y."""
-_NARROW = 64
-"""The same for a tile of several tokens."""
-_WARPS = 4
-_OUT = 128
-"""Columns of y that a program adds to with shared bases."""
 
 
 @triton.jit
-def _elements(data, at, form, i, mask):
-    """Elements ``i`` of a vector, in float32, 0 where ``mask`` is not."""
-    if form < _BF16:
+def _tile(batch, KIND: tl.constexpr):
+    """How many tiles there are; of this program's: its tokens, their adapters, how many these are, and their group."""
+    head = batch + _HEAD * KIND
+    own = batch + tl.load(head + 1) + _FIELDS * tl.program_id(0)
+    first = tl.load(own)
+    return batch + tl.load(head + 2) + first, batch + tl.load(head + 3) + first, tl.load(own + 1), tl.load(own + 2)
+
+
+@triton.jit
+def _values(data, at, form, i, mask, first_form):
+    """Elements ``i`` [1, w] of vectors that begin ``at`` [k, 1], in float32, 0 where ``mask`` is not.
+
+    Those of an adapter are all codes, or all floats of one dtype, as the ``first_form`` says.
+    """
+    if first_form < _BF16:
         bits = form & 15
+        odd = (form & _ODD) != 0
+        times = tl.where(odd, 2, 1)
+        less = tl.where(odd, (1 << bits) - 1, 1 << (bits - 1))
         bit = i * bits
-        low = tl.load(data + at + (bit >> 3), mask=mask, other=0).to(tl.int32)
-        high = tl.load(data + at + (bit >> 3) + 1, mask=mask, other=0).to(tl.int32)
+        byte = data + at + (bit >> 3)
+        low = tl.load(byte, mask=mask, other=0).to(tl.int32)
+        high = tl.load(byte + 1, mask=mask, other=0).to(tl.int32)
         field = ((low | (high << 8)) >> (bit & 7)) & ((1 << bits) - 1)
-        code = tl.where((form & _ODD) != 0, 2 * field - ((1 << bits) - 1), field - (1 << (bits - 1)))
-        values = tl.where(mask, code, 0).to(tl.float32)
-    elif form == _BF16:
+        values = tl.where(mask, field * times - less, 0).to(tl.float32)
+    elif first_form == _BF16:
         values = tl.load((data + at).to(tl.pointer_type(tl.bfloat16)) + i, mask=mask, other=0).to(tl.float32)
-    elif form == _F16:
+    elif first_form == _F16:
         values = tl.load((data + at).to(tl.pointer_type(tl.float16)) + i, mask=mask, other=0).to(tl.float32)
     else:
         values = tl.load((data + at).to(tl.pointer_type(tl.float32)) + i, mask=mask, other=0)
@@ -61,184 +69,215 @@ def _elements(data, at, form, i, mask):
 def _shrink_terms(
     inner, x, batch, index, at, forms, scale, data,
     tokens, d_in, x_stride, rows, most, in_start,
-    KIND: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """inner [SPLITS, slices, tokens, most]: scale · v̂ᵀx, each over a part of the columns."""
-    tile, slice_, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = batch + _HEAD * KIND
-    if tile >= tl.load(head):
+    slice_, split = tl.program_id(1), tl.program_id(2)
+    if tl.program_id(0) >= tl.load(batch + _HEAD * KIND):
         return
-    own = batch + tl.load(head + 1) + _FIELDS * tile
-    first, count, row = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-    order = batch + tl.load(head + 2) + first
+    order, _, count, row = _tile(batch, KIND)
     begin = tl.load(index + (slice_ * rows + row) * 2)
     terms = tl.load(index + (slice_ * rows + row) * 2 + 1)
+    first_form = tl.load(forms + 2 * begin + 1, mask=terms > 0, other=0).to(tl.int32)
     part = (tl.cdiv(d_in, SPLITS) + 7) // 8 * 8
     start = split * part
     end = tl.minimum(start + part, d_in)
     to = inner + ((split * tl.num_programs(1) + slice_) * tokens).to(tl.int64) * most
-    if count == 1:
+    if TILE == 1:
         only = tl.load(order).to(tl.int64)
-        i = tl.arange(0, WIDE)
-        for term in range(terms):
-            which = begin + term
-            v_at, form = tl.load(at + 2 * which + 1), tl.load(forms + 2 * which + 1).to(tl.int32)
-            total = tl.zeros([WIDE], tl.float32)
-            for column in range(start, end, WIDE):
-                inside = column + i < end
-                values = _elements(data, v_at, form, in_start + column + i, inside)
-                total += values * tl.load(x + only * x_stride + column + i, mask=inside, other=0).to(tl.float32)
-            tl.store(to + only * most + term, tl.sum(total, 0) * tl.load(scale + which))
+        for done in range(0, terms, TERMS):
+            term = done + tl.arange(0, TERMS)
+            there = term < terms
+            v_at = tl.load(at + 2 * (begin + term) + 1, mask=there, other=0)
+            form = tl.load(forms + 2 * (begin + term) + 1, mask=there, other=1).to(tl.int32)
+            total = tl.zeros([TERMS, COLUMNS], tl.float32)
+            for column in range(start, end, COLUMNS):
+                i = column + tl.arange(0, COLUMNS)
+                inside = i < end
+                both = there[:, None] & inside[None, :]
+                values = _values(data, v_at[:, None], form[:, None], in_start + i[None, :], both, first_form)
+                given = tl.load(x + only * x_stride + i, mask=inside, other=0).to(tl.float32)
+                total += values * given[None, :]
+            scales = tl.load(scale + begin + term, mask=there, other=0)
+            tl.store(to + only * most + term, tl.sum(total, 1) * scales, mask=there)
     else:
-        place = tl.arange(0, _TILE)
-        there = place < count
-        several = tl.load(order + place, mask=there, other=0).to(tl.int64)
-        j = tl.arange(0, NARROW)
-        for term in range(terms):
-            which = begin + term
-            v_at, form = tl.load(at + 2 * which + 1), tl.load(forms + 2 * which + 1).to(tl.int32)
-            totals = tl.zeros([_TILE, NARROW], tl.float32)
-            for column in range(start, end, NARROW):
-                within = column + j < end
-                parts = _elements(data, v_at, form, in_start + column + j, within)
-                entries = x + several[:, None] * x_stride + column + j[None, :]
-                given = tl.load(entries, mask=there[:, None] & within[None, :], other=0).to(tl.float32)
-                totals += parts[None, :] * given
-            tl.store(to + several * most + term, tl.sum(totals, 1) * tl.load(scale + which), mask=there)
+        place = tl.arange(0, TILE)
+        used = place < count
+        several = tl.load(order + place, mask=used, other=0).to(tl.int64)
+        for done in range(0, terms, TERMS):
+            terms_ = done + tl.arange(0, TERMS)
+            known = terms_ < terms
+            v_ats = tl.load(at + 2 * (begin + terms_) + 1, mask=known, other=0)
+            forms_ = tl.load(forms + 2 * (begin + terms_) + 1, mask=known, other=1).to(tl.int32)
+            totals = tl.zeros([TILE, TERMS], tl.float32)
+            for column in range(start, end, COLUMNS):
+                j = column + tl.arange(0, COLUMNS)
+                within = j < end
+                several_x = x + several[:, None] * x_stride + j[None, :]
+                givens = tl.load(several_x, mask=used[:, None] & within[None, :], other=0).to(tl.float32)
+                wanted = known[:, None] & within[None, :]
+                vectors = _values(data, v_ats[:, None], forms_[:, None], in_start + j[None, :], wanted, first_form)
+                totals = tl.dot(givens, tl.trans(vectors), totals, input_precision=PRECISION)
+            many_scales = tl.load(scale + begin + terms_, mask=known, other=0)
+            tl.store(
+                to + several[:, None] * most + terms_[None, :],
+                totals * many_scales[None, :],
+                mask=used[:, None] & known[None, :],
+            )
 
 
 @triton.jit
 def _expand_terms(
     y, inner, batch, index, at, forms, data, blocks,
     tokens, slices, y_stride, rows, most,
-    KIND: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y += û (sum of the parts of inner), for one tile and one block of columns of y."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    head = batch + _HEAD * KIND
-    if tile >= tl.load(head):
+    block = blocks + 4 * tl.program_id(1)
+    if tl.program_id(0) >= tl.load(batch + _HEAD * KIND):
         return
-    own = batch + tl.load(head + 1) + _FIELDS * tile
-    first, count, row = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-    order = batch + tl.load(head + 2) + first
-    slice_, row_within = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    column, width = tl.load(blocks + 4 * block + 2), tl.load(blocks + 4 * block + 3)
+    order, _, count, row = _tile(batch, KIND)
+    slice_, row_of_u, column, width = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     begin = tl.load(index + (slice_ * rows + row) * 2)
     terms = tl.load(index + (slice_ * rows + row) * 2 + 1)
     if terms == 0:
         return
+    first_form = tl.load(forms + 2 * begin).to(tl.int32)
     parts = inner + (slice_ * tokens).to(tl.int64) * most
     apart = (slices * tokens).to(tl.int64) * most
-    if count == 1:
+    if TILE == 1:
         only = tl.load(order).to(tl.int64)
-        i = tl.arange(0, WIDE)
+        i = tl.arange(0, COLUMNS)
         inside = i < width
         target = y + only * y_stride + column + i
         total = tl.load(target, mask=inside, other=0).to(tl.float32)
-        for term in range(terms):
-            which = begin + term
-            amount = 0.0
-            for split in tl.static_range(SPLITS):
-                amount += tl.load(parts + split * apart + only * most + term)
-            form = tl.load(forms + 2 * which).to(tl.int32)
-            total += amount * _elements(data, tl.load(at + 2 * which), form, row_within + i, inside)
+        split = tl.arange(0, SPLITS)
+        for done in range(0, terms, TERMS):
+            term = done + tl.arange(0, TERMS)
+            there = term < terms
+            u_at = tl.load(at + 2 * (begin + term), mask=there, other=0)
+            form = tl.load(forms + 2 * (begin + term), mask=there, other=1).to(tl.int32)
+            entries = parts + split[None, :] * apart + only * most + term[:, None]
+            amount = tl.sum(tl.load(entries, mask=there[:, None], other=0), 1)
+            both = there[:, None] & inside[None, :]
+            values = _values(data, u_at[:, None], form[:, None], row_of_u + i[None, :], both, first_form)
+            total += tl.sum(amount[:, None] * values, 0)
         tl.store(target, total, mask=inside)
     else:
-        place = tl.arange(0, _TILE)
-        there = place < count
-        several = tl.load(order + place, mask=there, other=0).to(tl.int64)
-        for left in range(0, width, NARROW):
-            j = left + tl.arange(0, NARROW)
-            within = j < width
-            targets = y + several[:, None] * y_stride + column + j[None, :]
-            both = there[:, None] & within[None, :]
-            totals = tl.load(targets, mask=both, other=0).to(tl.float32)
-            for term in range(terms):
-                which = begin + term
-                amounts = tl.zeros([_TILE], tl.float32)
-                for split in tl.static_range(SPLITS):
-                    amounts += tl.load(parts + split * apart + several * most + term, mask=there, other=0)
-                form = tl.load(forms + 2 * which).to(tl.int32)
-                values = _elements(data, tl.load(at + 2 * which), form, row_within + j, within)
-                totals += amounts[:, None] * values[None, :]
-            tl.store(targets, totals, mask=both)
+        place = tl.arange(0, TILE)
+        used = place < count
+        several = tl.load(order + place, mask=used, other=0).to(tl.int64)
+        j = tl.arange(0, COLUMNS)
+        within = j < width
+        targets = y + several[:, None] * y_stride + column + j[None, :]
+        written = used[:, None] & within[None, :]
+        totals = tl.load(targets, mask=written, other=0).to(tl.float32)
+        for done in range(0, terms, TERMS):
+            terms_ = done + tl.arange(0, TERMS)
+            known = terms_ < terms
+            u_ats = tl.load(at + 2 * (begin + terms_), mask=known, other=0)
+            forms_ = tl.load(forms + 2 * (begin + terms_), mask=known, other=1).to(tl.int32)
+            amounts = tl.zeros([TILE, TERMS], tl.float32)
+            for each in tl.static_range(SPLITS):
+                part = parts + each * apart + several[:, None] * most + terms_[None, :]
+                amounts += tl.load(part, mask=used[:, None] & known[None, :], other=0)
+            wanted = known[:, None] & within[None, :]
+            vectors = _values(data, u_ats[:, None], forms_[:, None], row_of_u + j[None, :], wanted, first_form)
+            totals = tl.dot(amounts, vectors, totals, input_precision=PRECISION)
+        tl.store(targets, totals, mask=written)
 
 
 @triton.jit
 def _shrink_bases(
     inner, x, batch, v, core,
     tokens, d_in, x_stride, slices, places,
-    KIND: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, NARROW: tl.constexpr, DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """inner [SPLITS, slices, tokens, RANK]: Σ Vᵀx, each over a part of the columns."""
-    tile, slice_, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = batch + _HEAD * KIND
-    if tile >= tl.load(head):
+    slice_, split = tl.program_id(1), tl.program_id(2)
+    if tl.program_id(0) >= tl.load(batch + _HEAD * KIND):
         return
-    own = batch + tl.load(head + 1) + _FIELDS * tile
-    first, count, cluster = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-    place = tl.arange(0, _TILE)
-    there = place < count
-    token = tl.load(batch + tl.load(head + 2) + first + place, mask=there, other=0).to(tl.int64)
-    adapter = tl.load(batch + tl.load(head + 3) + first + place, mask=there, other=0).to(tl.int64)
-    part = tl.cdiv(tl.cdiv(d_in, SPLITS), NARROW) * NARROW
+    order, adapters, count, cluster = _tile(batch, KIND)
+    place = tl.arange(0, TILE)
+    used = place < count
+    token = tl.load(order + place, mask=used, other=0).to(tl.int64)
+    adapter = tl.load(adapters + place, mask=used, other=0).to(tl.int64)
+    part = tl.cdiv(tl.cdiv(d_in, SPLITS), COLUMNS) * COLUMNS
     start = split * part
     end = tl.minimum(start + part, d_in)
-    column_of = tl.arange(0, RANK)
+    r = tl.arange(0, RANK)
     basis = v + (cluster * slices + slice_).to(tl.int64) * RANK * d_in
-    total = tl.zeros([_TILE, RANK], tl.float32)
-    for column in range(start, end, NARROW):
-        i = column + tl.arange(0, NARROW)
+    total = tl.zeros([TILE, RANK], tl.float32)
+    for column in range(start, end, COLUMNS):
+        i = column + tl.arange(0, COLUMNS)
         inside = i < end
-        given = tl.load(x + token[:, None] * x_stride + i[None, :], mask=there[:, None] & inside[None, :], other=0)
-        side = tl.load(basis + column_of[None, :] * d_in + i[:, None], mask=inside[:, None], other=0)
+        given = tl.load(x + token[:, None] * x_stride + i[None, :], mask=used[:, None] & inside[None, :], other=0)
+        side = tl.load(basis + r[None, :] * d_in + i[:, None], mask=inside[:, None], other=0)
         total = tl.dot(given.to(side.dtype), side, total, input_precision=PRECISION)
     own_core = core + slice_.to(tl.int64) * places * (RANK if DIAGONAL else RANK * RANK)
     if DIAGONAL:
-        entries = own_core + adapter[:, None] * RANK + column_of[None, :]
-        product = total * tl.load(entries, mask=there[:, None], other=0).to(tl.float32)
+        entries = own_core + adapter[:, None] * RANK + r[None, :]
+        product = total * tl.load(entries, mask=used[:, None], other=0).to(tl.float32)
     else:
-        product = tl.zeros([_TILE, RANK], tl.float32)
-        for r in range(RANK):
-            amounts = tl.sum(tl.where(column_of[None, :] == r, total, 0.0), 1)
-            entries = own_core + (adapter[:, None] * RANK + r) * RANK + column_of[None, :]
-            product += amounts[:, None] * tl.load(entries, mask=there[:, None], other=0).to(tl.float32)
-    to = inner + (((split * slices + slice_) * tokens).to(tl.int64) + token[:, None]) * RANK + column_of[None, :]
-    tl.store(to, product, mask=there[:, None])
+        product = tl.zeros([TILE, RANK], tl.float32)
+        for k in tl.static_range(RANK):
+            amount = tl.sum(tl.where(r[None, :] == k, total, 0.0), 1)
+            row = own_core + (adapter[:, None] * RANK + k) * RANK + r[None, :]
+            product += amount[:, None] * tl.load(row, mask=used[:, None], other=0).to(tl.float32)
+    to = inner + (((split * slices + slice_) * tokens).to(tl.int64) + token[:, None]) * RANK + r[None, :]
+    tl.store(to, product, mask=used[:, None])
 
 
 @triton.jit
 def _expand_bases(
     y, inner, batch, u, blocks,
     tokens, slices, y_stride, wide,
-    KIND: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y += U (sum of the parts of inner), for one tile and one block of columns of y."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    head = batch + _HEAD * KIND
-    if tile >= tl.load(head):
+    block = blocks + 4 * tl.program_id(1)
+    if tl.program_id(0) >= tl.load(batch + _HEAD * KIND):
         return
-    own = batch + tl.load(head + 1) + _FIELDS * tile
-    first, count, cluster = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-    slice_, row_within = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    column, width = tl.load(blocks + 4 * block + 2), tl.load(blocks + 4 * block + 3)
-    place = tl.arange(0, _TILE)
-    there = place < count
-    token = tl.load(batch + tl.load(head + 2) + first + place, mask=there, other=0).to(tl.int64)
-    column_of = tl.arange(0, RANK)
-    total = tl.zeros([_TILE, RANK], tl.float32)
+    order, _, count, cluster = _tile(batch, KIND)
+    slice_, row_of_u, column, width = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    place = tl.arange(0, TILE)
+    used = place < count
+    token = tl.load(order + place, mask=used, other=0).to(tl.int64)
+    r = tl.arange(0, RANK)
+    total = tl.zeros([TILE, RANK], tl.float32)
     for split in tl.static_range(SPLITS):
-        part = inner + (((split * slices + slice_) * tokens).to(tl.int64) + token[:, None]) * RANK + column_of[None, :]
-        total += tl.load(part, mask=there[:, None], other=0)
-    i = tl.arange(0, OUT)
+        part = inner + (((split * slices + slice_) * tokens).to(tl.int64) + token[:, None]) * RANK + r[None, :]
+        total += tl.load(part, mask=used[:, None], other=0)
+    i = tl.arange(0, COLUMNS)
     inside = i < width
-    row = cluster.to(tl.int64) * wide + row_within + i
-    basis = tl.load(u + row[None, :] * RANK + column_of[:, None], mask=inside[None, :], other=0)
-    added = tl.dot(total.to(basis.dtype), basis, input_precision=PRECISION)
+    row = cluster.to(tl.int64) * wide + row_of_u + i
+    basis = tl.load(u + row[None, :] * RANK + r[:, None], mask=inside[None, :], other=0).to(tl.float32)
     target = y + token[:, None] * y_stride + column + i[None, :]
-    both = there[:, None] & inside[None, :]
-    tl.store(target, tl.load(target, mask=both, other=0).to(tl.float32) + added, mask=both)
+    written = used[:, None] & inside[None, :]
+    before = tl.load(target, mask=written, other=0).to(tl.float32)
+    tl.store(target, tl.dot(total, basis, before, input_precision=PRECISION), mask=written)
+
+
+class Shape(NamedTuple):
+    """How kernels cut their work, which changes no result but by the order of sums."""
+
+    splits: int
+    """Programs that share the columns of x."""
+    columns: int
+    """Columns of x at once."""
+    out: int
+    """Columns of y of a program."""
+    warps: int
+    terms: int = 0
+    """Terms at once."""
+
+
+TERMS_OF_FEW, TERMS_OF_MANY = Shape(4, 512, 512, 4, terms=4), Shape(1, 64, 128, 4, terms=16)
+BASES_OF_FEW, BASES_OF_MANY = Shape(8, 128, 256, 4), Shape(1, 128, 256, 4)
 
 
 def add_terms(
@@ -260,20 +299,24 @@ def add_terms(
 ) -> None:
     """As the operator."""
     tokens, slices = len(x), len(columns)
-    tiles = most_tiles(tokens, groups)
+    tiles = most_tiles(tokens, groups, TERMS_TILE)
     if not tiles:
         return
-    blocks = _blocks(tuple(columns), tuple(widths), tuple(out_starts), _WIDE, y.device)
-    inner = torch.empty(SPLITS, slices, tokens, most, dtype=torch.float32, device=y.device)
-    _shrink_terms[tiles, slices, SPLITS](
+    few = tokens <= FEW
+    shape = TERMS_OF_FEW if few else TERMS_OF_MANY
+    blocks = _blocks(tuple(columns), tuple(widths), tuple(out_starts), shape.out, y.device)
+    inner = torch.empty(shape.splits, slices, tokens, most, dtype=torch.float32, device=y.device)
+    both = {
+        "KIND": kind, "TILE": TERMS_TILE if few else WIDE, "SPLITS": shape.splits, "TERMS": shape.terms,
+        "PRECISION": _precision(y), "num_warps": shape.warps,
+    }  # fmt: skip
+    _shrink_terms[tiles, slices, shape.splits](
         inner, x, batch, index, at, forms, scale, data,
-        tokens, x.shape[1], x.stride(0), index.shape[1], most, in_start,
-        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW, num_warps=_WARPS,
+        tokens, x.shape[1], x.stride(0), index.shape[1], most, in_start, COLUMNS=shape.columns, **both,
     )  # fmt: skip
     _expand_terms[tiles, len(blocks)](
         y, inner, batch, index, at, forms, data, blocks,
-        tokens, slices, y.stride(0), index.shape[1], most,
-        KIND=kind, SPLITS=SPLITS, WIDE=_WIDE, NARROW=_NARROW, num_warps=_WARPS,
+        tokens, slices, y.stride(0), index.shape[1], most, COLUMNS=shape.out, **both,
     )  # fmt: skip
 
 
@@ -291,23 +334,32 @@ def add_cores(
 ) -> None:
     """As the operator."""
     tokens, slices, rank = len(x), len(columns), u.shape[-1]
-    tiles = most_tiles(tokens, groups)
+    tiles = most_tiles(tokens, groups, CORES_TILE)
     if not tiles:
         return
+    few = tokens <= FEW
+    shape = BASES_OF_FEW if few else BASES_OF_MANY
     starts = [sum(widths[:number]) for number in range(slices)]
-    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), _OUT, y.device)
-    inner = torch.empty(SPLITS, slices, tokens, rank, dtype=torch.float32, device=y.device)
-    precision = "ieee" if u.dtype == torch.float32 else "tf32"  # which is about float32 only
-    _shrink_bases[tiles, slices, SPLITS](
+    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), shape.out, y.device)
+    inner = torch.empty(shape.splits, slices, tokens, rank, dtype=torch.float32, device=y.device)
+    both = {
+        "KIND": kind, "TILE": CORES_TILE if few else WIDE, "SPLITS": shape.splits, "RANK": rank,
+        "PRECISION": _precision(y), "num_warps": shape.warps,
+    }  # fmt: skip
+    _shrink_bases[tiles, slices, shape.splits](
         inner, x, batch, v, core,
         tokens, x.shape[1], x.stride(0), slices, core.shape[1],
-        KIND=kind, SPLITS=SPLITS, RANK=rank, NARROW=_NARROW, DIAGONAL=core.ndim == 3, PRECISION=precision,
+        COLUMNS=shape.columns, DIAGONAL=core.ndim == 3, **both,
     )  # fmt: skip
     _expand_bases[tiles, len(blocks)](
         y, inner, batch, u, blocks,
-        tokens, slices, y.stride(0), u.shape[1],
-        KIND=kind, SPLITS=SPLITS, RANK=rank, OUT=_OUT, PRECISION=precision,
+        tokens, slices, y.stride(0), u.shape[1], COLUMNS=shape.out, **both,
     )  # fmt: skip
+
+
+def _precision(y: Tensor) -> str:
+    """Of products of float32: all of it where the engine is in float32, else that of 11 bits, which bf16 has not."""
+    return "ieee" if y.dtype == torch.float32 else "tf32"
 
 
 _Key = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, torch.device]

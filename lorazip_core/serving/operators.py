@@ -77,7 +77,7 @@ def _add_cores(
             inner = x[tokens].float() @ v[cluster, slice_].float().mT
             own = core[slice_, places].float()
             inner = inner * own if own.ndim == 2 else (inner.unsqueeze(1) @ own).squeeze(1)
-            added = inner.to(u.dtype).float() @ u[cluster, first : first + width].float().mT
+            added = inner @ u[cluster, first : first + width].float().mT
             target = y[tokens, column : column + width]
             y[tokens, column : column + width] = (target.float() + added).to(y.dtype)
             first += width

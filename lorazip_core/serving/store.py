@@ -133,11 +133,16 @@ class AdapterStore:
         known = np.maximum(numbers, 0)
         kinds = np.where(numbers >= 0, self._kind_of[known], NONE)
         groups, places = self._group_of[known], self._place_of[known]
-        return batch([Grouped(np.where(kinds == kind, groups, NONE), places) for kind in range(len(self.kinds))])
+        return batch(
+            [
+                Grouped(np.where(kinds == kind, groups, NONE), places, table.tile)
+                for kind, table in enumerate(self._tables)
+            ]
+        )
 
     def most_ints(self, tokens: int) -> int:
         """How long `batch` can be, for so many tokens."""
-        return most_ints(tokens, [self._groups(table) for table in self._tables])
+        return most_ints(tokens, len(self._tables))
 
     def calls(self, layer: int) -> list[Call]:
         """The operators of a layer, one for each kind of adapter there is. Their tensors stay where they are."""

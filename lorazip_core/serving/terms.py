@@ -31,8 +31,14 @@ _TYPICAL_TERMS, _TYPICAL_BITS = 4, 4  # of a module, and of an element, where no
 _MOST_TERMS = 16  # of one module, if none that is there has more
 
 
+TILE = 1
+"""The most tokens that a kernel works on together in a batch of few: most have adapters of their own."""
+
+
 class TermsTable:
     """What is in which row. Rows 0, 1, … are those of the adapters that it is made of."""
+
+    tile = TILE
 
     def __init__(
         self, adapters: Iterable[Modules], sizes: Sequence[Size], device: torch.device, spare: int = 0
