@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
+from lorazip_core.maths.stack import ScaledStack
 from lorazip_core.schemes.factors import apply_each
 from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
@@ -160,14 +161,17 @@ class Mean(SharedScheme):
                 updates = dict(self._updates(stack.select(set(members)).exact()))
                 dense = torch.stack([updates[member] for member in sorted(members)])
                 u, _, vh = torch.linalg.svd(dense.mean(0))
-                left, right = u[:, :1].to(dtype), vh[:1].to(dtype)
-                amounts = (dense * (left.double() @ right.double())).sum((1, 2)).to(dtype)
-                kept = amounts.double()[:, None, None] * (left.double() @ right.double())
-                errors = (dense - kept).square().sum((1, 2))
-                found[problem] = Solution(
-                    {"left": left, "right": right}, {"amount": amounts[:, None]}, tuple(sorted(members)), errors
-                )
+                shared = {"left": u[:, :1].to(dtype), "right": vh[:1].to(dtype)}
+                found[problem] = self.project(stack.select(set(members)), shared)
         return [found[problem] for problem in range(problems.total)]
+
+    def project(self, stack: ScaledStack, shared: Mapping[str, Tensor]) -> Solution:
+        updates = dict(self._updates(stack.exact()))
+        dense = torch.stack([updates[member] for member in sorted(updates)])
+        common = shared["left"].double() @ shared["right"].double()
+        amounts = (dense * common).sum((1, 2)).to(shared["left"].dtype)
+        errors = (dense - amounts.double()[:, None, None] * common).square().sum((1, 2))
+        return Solution(dict(shared), {"amount": amounts[:, None]}, tuple(sorted(updates)), errors)
 
     def _updates(self, stack: object) -> Iterable[tuple[int, Tensor]]:
         for b, a, positions in stack.factors():  # type: ignore[attr-defined]
