@@ -59,7 +59,6 @@ EXCEPT = {
     # A feature that a manifest requires, so a word of bundles.
     "bundle.contradictions": {"target_parameters"},
     "bundle.manifest": {"target_parameters"},
-    "compress.assemble": {"target_parameters"},
     # What of PEFT's vLLM refuses or ignores is known of vLLM.
     "export.vllm": {"base_layer", "lora_bias", "modules_to_save", "target_parameters", "use_dora"},
     # The model card says to people how the factors are scaled.
