@@ -91,6 +91,10 @@ class BundleWriter:
         origin = of.sha256 if of.rest_of is UNSET else of.rest_of
         self._files[path] = msgspec.structs.replace(self._files[path], rest_of=origin)
 
+    def digest(self, path: str) -> str:
+        """The digest of a file that was written."""
+        return self._files[path].sha256
+
     def free(self, path: str) -> str:
         """``path``, or if a file that was written has this name, the same with the next number behind it."""
         folder, _, name = path.rpartition("/")

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..base.digests import safe_name
 from ..bundle.manifest import ClusterEntry, Manifest, Parameters, required_to_export, required_to_read
 from ..bundle.writer import BundleWriter
 from ..reading.scan import Scan
 from ..schemes.scheme import SharedScheme
+from .alone import write_alone
 from .entries import Placed, adapter_entry, module_entry, skipped_entries
 from .individual import Kept
-from .packed import pack, packed_files
-from .pieces import Pieces, individual_piece
+from .pieces import Pieces
 from .shards import ClusterFiles
 from .shared import Encoded
 
@@ -56,14 +55,10 @@ class Assembly:
 
     def add_individual(self, kept: Mapping[int, Kept], attempt: int) -> None:
         """Take over the files of adapters that are kept on their own, by number, some of them packed together."""
-        whose = ((number, kept[number].scheme, len(kept[number].squared_errors)) for number in sorted(kept))
-        for file in pack(packed_files(whose, attempt), attempt, self.pieces):
-            self.writer.add_file(file.path, *self.pieces.file(file.piece))
-            self._paths |= dict.fromkeys(file.adapters, file.path)
+        self._paths |= write_alone(
+            self.writer, kept, attempt, self.pieces, lambda number: self.scan.collection.adapters[number].name
+        )
         for number, each in kept.items():
-            if number not in self._paths:
-                self._paths[number] = f"individual/{safe_name(self.scan.collection.adapters[number].name)}.safetensors"
-                self.writer.add_file(self._paths[number], *self.pieces.file(individual_piece(number, attempt)))
             self._lost[number, self.has[number]] = each.squared_errors
         self._individual |= kept
 
