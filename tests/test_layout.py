@@ -29,6 +29,7 @@ FLOORS = (
     "clustering",
     "planning",
     "compress",
+    "maintain",
     "verify",
     "export",
     "report",
@@ -46,6 +47,7 @@ ENCODER = (
     "clustering",
     "planning",
     "compress",
+    "maintain",
 )
 DECODER = ("bundle.decoder", "serving", "export", "verify", "info")
 
