@@ -1,13 +1,16 @@
-"""Adapters of a bundle, chosen by their names."""
+"""Names of adapters: which ones somebody means, and what those in a directory are called in a bundle."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from ..base.errors import UsageError
+from .kinds import is_adapter
 from .manifest import Manifest
 
 
@@ -26,3 +29,23 @@ def matching(manifest: Manifest, bundle: Path, wanted: Sequence[str]) -> list[st
             raise UsageError(f"{bundle} has no adapter {name!r}", hint)
         chosen.update(found)
     return [name for name in known if name in chosen]
+
+
+_ITSELF = "."  # the name of an adapter in the directory of the collection itself
+
+
+class Names(NamedTuple):
+    """What adapters below a directory are called in a bundle that they are added to."""
+
+    within: str | None
+    """The name of the directory, if it is an adapter itself."""
+
+    @classmethod
+    def below(cls, root: Path) -> Names:
+        return cls(os.path.basename(os.path.abspath(root)) if is_adapter(root) else None)
+
+    def of(self, name: str) -> str:
+        """Of an adapter by its path below the directory."""
+        if self.within is None:
+            return name
+        return self.within if name == _ITSELF else f"{self.within}/{name}"

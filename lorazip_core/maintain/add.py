@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from msgspec import UNSET, Struct
 
-from ..adapter.collection import Company, open_collection
+from ..adapter.collection import Collection, Company, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
 from ..base.device import find_device
@@ -21,6 +20,7 @@ from ..base.text import megabytes
 from ..bundle.contradictions import refuse_contradictions
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import AdapterEntry, Manifest, SkippedEntry
+from ..bundle.names import Names
 from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.refit import reasons_to_refit
@@ -29,7 +29,7 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..compress.pieces import Pieces
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.scan import scan_for
-from .addition import Addition, Names
+from .addition import Addition
 from .manner import check_limit, individual_options
 
 _SILENT = Silent()
@@ -128,7 +128,7 @@ def add(
     )
     names = Names.below(root)
     if not options.replace:
-        _refuse_names(bundle.manifest, [names.of(adapter.name) for adapter in collection.adapters])
+        collection = _without_known(collection, names, bundle.manifest, skip_bad=options.skip_bad)
     for note in notes(collection):
         progress.note(note)
     alone = individual_options(bundle.manifest, options.max_error, options.device)
@@ -159,12 +159,16 @@ def _company(manifest: Manifest) -> Company:
     return Company("the bundle", manifest.base_model, modules)
 
 
-def _refuse_names(manifest: Manifest, names: Sequence[str]) -> None:
-    """Adapters of names that are there are never left out in silence: they may be newer ones."""
+def _without_known(collection: Collection, names: Names, manifest: Manifest, *, skip_bad: bool) -> Collection:
+    """Raise AdapterErrors for adapters of names that the bundle has, or leave them out: they may be newer ones."""
     there = {adapter.name for adapter in manifest.adapters}
-    hint = "rename it, or «replace» the one that is there"
-    if known := [name for name in names if name in there]:
-        raise AdapterErrors([AdapterError(name, "the bundle has one of that name", hint) for name in known])
+    known = [adapter.name for adapter in collection.adapters if names.of(adapter.name) in there]
+    if not known:
+        return collection
+    reason, hint = "the bundle has one of that name", "rename it, or «replace» the one that is there"
+    if skip_bad and len(known) < len(collection.adapters):
+        return collection.without([AdapterError(name, reason, hint) for name in known])
+    raise AdapterErrors([AdapterError(names.of(name), reason, hint) for name in known])
 
 
 def _report(
@@ -179,7 +183,8 @@ def _report(
         output=None if output is None else str(output),
         base_model=before.base_model,
         added=[
-            _added(addition, number, entries.get(name), name in there) for number, name in enumerate(addition.called)
+            _added(addition, number, entries.get(name), replaces=name in there)
+            for number, name in enumerate(addition.called)
         ],
         skipped=[SkippedEntry(addition.names.of(each.name), each.reason) for each in addition.scan.collection.skipped],
         adapters=len(addition.staying.indices) + len(addition.called),

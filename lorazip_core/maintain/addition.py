@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base.progress import Progress
-from ..bundle.kinds import is_adapter
 from ..bundle.manifest import AdapterEntry, Manifest, SkippedEntry
+from ..bundle.names import Names
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter
@@ -27,25 +24,6 @@ from ..reading.scan import Scan
 from .carry import Staying
 from .projection import Host, Nearest, Projection, hosts
 from .successor import Joining, successor
-
-_ITSELF = "."  # the name of an adapter in the directory of the collection itself
-
-
-class Names(NamedTuple):
-    """What adapters below a directory are called in a bundle that they are added to."""
-
-    within: str | None
-    """The name of the directory, if it is an adapter itself."""
-
-    @classmethod
-    def below(cls, root: Path) -> Names:
-        return cls(os.path.basename(os.path.abspath(root)) if is_adapter(root) else None)
-
-    def of(self, name: str) -> str:
-        """Of an adapter by its path below the directory."""
-        if self.within is None:
-            return name
-        return self.within if name == _ITSELF else f"{self.within}/{name}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ class Addition:
     @cached_property
     def nearest(self) -> list[Nearest | None]:
         """For every adapter, the cluster that serves it best."""
-        return self.projection.nearest(hosts(self.staying, self.max_error))
+        return self.projection.nearest(hosts(self.staying, self.max_error, self.alone.largest_error or 0.0))
 
     @cached_property
     def joining(self) -> dict[int, Host]:

@@ -55,11 +55,11 @@ class Nearest(NamedTuple):
     """Whether that is little enough."""
 
 
-def hosts(staying: Staying, max_error: float | None) -> list[Host]:
+def hosts(staying: Staying, max_error: float | None, alone: float) -> list[Host]:
     """The clusters that adapters may join: those that somebody stays in.
 
     No adapter may lose more than ``max_error``, or what the bundle promises. Where nothing is promised, it may lose
-    what 95 of 100 of those do that the basis was fitted to.
+    what 95 of 100 of those do that the basis was fitted to, or as much as it would ``alone``.
     """
     manifest = staying.bundle.manifest
     limit = manifest.parameters.max_error if max_error is None else max_error
@@ -67,7 +67,8 @@ def hosts(staying: Staying, max_error: float | None) -> list[Host]:
     for number in staying.clusters:
         members = staying.members(number)
         modules = frozenset(manifest.modules[module].name for module in staying.modules(members))
-        own = limit if limit is not None else _usual_error([manifest.adapters[index] for index in members])
+        usual = _usual_error([manifest.adapters[index] for index in members])
+        own = max(usual, alone) if limit is None else limit
         found.append(Host(number, manifest.clusters[number], modules, own))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -64,6 +64,7 @@ def successor(staying: Staying, joining: Joining, writer: BundleWriter) -> Manif
         )
         for entry, names in everyone
     ]
+    index_of = {entry.name: index for index, entry in enumerate(adapters)}
     return Manifest(
         created_by=f"lorazip {__version__}",
         requires={"read": required_to_read(adapters), "export": required_to_export(modules, adapters)},
@@ -71,9 +72,9 @@ def successor(staying: Staying, joining: Joining, writer: BundleWriter) -> Manif
         parameters=before.parameters,
         modules=modules,
         module_sets=[list(indices) for indices in sets],
-        clusters=_clusters(staying, joining, writer, {entry.name: index for index, entry in enumerate(adapters)}),
+        clusters=_clusters(staying, joining, writer, index_of),
         adapters=adapters,
-        skipped=_skipped(before, joining),
+        skipped=_skipped(before, joining, index_of),
         files=writer.files,
     )
 
@@ -111,13 +112,12 @@ def _clusters(
     return clusters
 
 
-def _skipped(before: Manifest, joining: Joining) -> list[SkippedEntry]:
-    """Who was left out, then or now; not who was then and has joined now."""
-    anew = {entry.name for entry in joining.entries} | {entry.name for entry in joining.skipped}
-    left = [entry for entry in before.skipped if entry.name not in anew]
-    return (
-        left if not joining.skipped else sorted([*left, *joining.skipped], key=lambda entry: (entry.name, entry.reason))
-    )
+def _skipped(before: Manifest, joining: Joining, there: Collection[str]) -> list[SkippedEntry]:
+    """Who was left out, then or now, of those that are not ``there`` by their names."""
+    anew = [entry for entry in joining.skipped if entry.name not in there]
+    names = {entry.name for entry in anew}
+    left = [entry for entry in before.skipped if entry.name not in names and entry.name not in there]
+    return sorted([*left, *anew], key=lambda entry: (entry.name, entry.reason)) if anew else left
 
 
 def _as_format_2(entry: AdapterEntry, manifest: Manifest) -> AdapterEntry:
