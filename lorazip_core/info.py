@@ -12,6 +12,7 @@ from .adapter.lock import Origin
 from .bundle.contradictions import refuse_contradictions
 from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
 from .bundle.reader import Bundle
+from .bundle.refit import reasons_to_refit
 from .schemes.scheme import Size
 
 
@@ -54,6 +55,8 @@ class AdapterInfo(Struct, frozen=True):
     """Files that were beside it with weights that are not its own, and are not in the bundle."""
     bytes_resident: int | None = None
     """What it adds to what a device holds; null if that was not asked for."""
+    added: bool = False
+    """Whether it was added to the bundle after that was made."""
 
 
 class ResidentInfo(Struct, frozen=True):
@@ -83,6 +86,8 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     skipped: list[SkippedEntry]
     resident: ResidentInfo | None = None
     """Null if it was not asked for."""
+    refit: list[str] = []
+    """Why compressing all adapters again would pay; empty if it would not."""
 
 
 def info(path: Path, *, resident: bool = False) -> InfoReport:
@@ -144,11 +149,13 @@ def info(path: Path, *, resident: bool = False) -> InfoReport:
                 origin=adapter.origin,
                 left_out=adapter.left_out,
                 bytes_resident=own_resident[index],
+                added=adapter.added,
             )
             for index, adapter in enumerate(manifest.adapters)
         ],
         skipped=manifest.skipped,
         resident=held,
+        refit=reasons_to_refit(manifest),
     )
 
 
