@@ -62,7 +62,7 @@ def add(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Add adapters to a bundle, as a new one; what is in it stays as it is."""
+    """Add adapters to a bundle; all else stays as it is."""
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
     check_bundle_path(bundle)

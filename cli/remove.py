@@ -32,7 +32,7 @@ def remove(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Remove adapters from a bundle, as a new one; what is left stays as it is."""
+    """Remove adapters from a bundle; the rest stays as it is."""
     if output is None and not dry_run:
         raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
     check_bundle_path(bundle)
