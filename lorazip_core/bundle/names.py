@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base.errors import UsageError
+from ..base.errors import AdapterError, UsageError
+from ..base.text import printable
 from .kinds import is_adapter
 from .manifest import Manifest
 
@@ -42,7 +43,13 @@ class Names(NamedTuple):
 
     @classmethod
     def below(cls, root: Path) -> Names:
-        return cls(os.path.basename(os.path.abspath(root)) if is_adapter(root) else None)
+        """Raises AdapterError for an adapter in a directory whose name is no text."""
+        if not is_adapter(root):
+            return cls(None)
+        name = os.path.basename(os.path.abspath(root))
+        if printable(name) != name:
+            raise AdapterError(printable(name), "the name of its folder is not UTF-8", "rename it")
+        return cls(name)
 
     def of(self, name: str) -> str:
         """Of an adapter by its path below the directory."""

@@ -231,6 +231,14 @@ def test_a_new_scheme_goes_through_every_command(
     assert 0 < own < told["resident"]["bytes"]  # type: ignore[index]
     assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True
     assert run(capsys, "export", bundle, "-o", exported, "--dtype", "f32")["adapters"]
+    more = ra.write_collection(tmp_path / "more", (ra.Recipe("b/x", 3), ra.Recipe("i", 2, (ra.Q, ra.EMBED))))
+    longer, shorter = tmp_path / "longer", tmp_path / "shorter"
+    added = run(capsys, "add", bundle, more, "-o", longer, "--max-error", "1")["added"]
+    assert {each["scheme"] for each in added} == {scheme.name}  # type: ignore[attr-defined]
+    options = ["--adapter", "b/x", "--adapter", "i"]
+    assert run(capsys, "verify", longer, "--against", more, *options)["ok"] is True
+    run(capsys, "remove", longer, "b/x", "b/d", "-o", shorter)
+    assert run(capsys, "verify", shorter)["ok"] is True
     cards, weights = list(exported.rglob("README.md")), list(exported.rglob("adapter_model.safetensors"))
     assert len(cards) == len(weights) == len(ra.MIXED)
     assert all(scheme.about.split("{")[0] in card.read_text() for card in cards)
