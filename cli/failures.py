@@ -40,7 +40,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> Failure | None:
     """The failure that an exception of a command stands for, or None for one that is a bug."""
     match error:
         case AdapterErrors(errors=errors):
-            escape = arguments[:1] in (["cluster"], ["compress"]) and "--skip-bad" not in arguments
+            escape = arguments[:1] in (["add"], ["cluster"], ["compress"]) and "--skip-bad" not in arguments
             hint = " (--skip-bad goes on without)" if escape else ""
             lines = [in_options(str(each)) for each in errors]
             return Failure([*lines, f"{count(len(errors), 'adapter')} cannot be used{hint}"], error.exit_code)

@@ -40,6 +40,18 @@ TEXTS = {
             "lorazip compress adapters -o bundle --clusters clusters.json --force",
         ),
     ),
+    "add": Text(
+        "BUNDLE DIR -o NEW",
+        (
+            "lorazip add bundle new-adapters -o bundle-2",
+            "lorazip add bundle adapters/acme -o bundle-2 --replace --max-error 0.1",
+            "lorazip add bundle new-adapters --dry-run",
+        ),
+    ),
+    "remove": Text(
+        "BUNDLE NAME... -o NEW",
+        ("lorazip remove bundle owner/repo -o bundle-2", "lorazip remove bundle 'acme/*' --dry-run"),
+    ),
     "verify": Text(
         "BUNDLE",
         (

@@ -83,6 +83,12 @@ def _render(report: InfoReport) -> None:
         f"size         {megabytes(report.bytes_bundle)}, was {megabytes(report.bytes_original)}:"
         f" {times(report.bytes_original, report.bytes_bundle)}"
     )
+    if added := [adapter for adapter in report.adapters if adapter.added]:
+        on_bases = sum(adapter.cluster is not None for adapter in added)
+        shared = f": {on_bases:,} on shared bases, {len(added) - on_bases:,} on their own" if report.clusters else ""
+        console.line(f"added        {count(len(added), 'adapter')} since it was made{shared}")
+    for reason in report.refit:
+        console.line(f"refit        compressing all adapters again would pay: {reason}")
     if report.resident:
         console.line(
             f"resident     {megabytes(report.resident.bytes)}: {megabytes(report.resident.bytes_shared)} shared,"

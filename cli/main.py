@@ -17,6 +17,7 @@ from lorazip_core.base.errors import Interrupted, UsageError
 from lorazip_core.base.stopping import stop_requested
 
 from . import console
+from .add import add
 from .calibrate import calibrate
 from .cluster import cluster
 from .compress import compress
@@ -28,6 +29,7 @@ from .fetch import fetch
 from .help import Program, Verb
 from .info import info
 from .interrupt import INTERRUPTED, TOLD, interruptible
+from .remove import remove
 from .serve import serve
 from .verify import verify
 
@@ -37,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fetch, cluster, compress, verify, export, info, serve, calibrate, demo):
+for verb in (fetch, cluster, compress, add, remove, verify, export, info, serve, calibrate, demo):
     app.command(cls=Verb)(verb)
 
 

@@ -103,6 +103,8 @@ def not_negative(value: float | None) -> float | None:
 
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as `lorazip compress` writes it.")]
+NewBundle = Annotated[Path | None, typer.Option("-o", "--output", metavar="NEW", help="Where the new bundle goes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of lorazip that exists.")]
 ForceFiles = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]

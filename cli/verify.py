@@ -45,6 +45,14 @@ def verify(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="DIR", help="Recompute every error from the original adapters.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Compare only this adapter, or all like 'fv_*'; may be given again.",
+        ),
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option("--max-error", metavar="E", callback=squared_error, help="Fail if any adapter is above E."),
@@ -115,6 +123,7 @@ def verify(
     result = verify_by_module(
         bundle,
         against=against,
+        adapters=adapter or (),
         max_error=max_error,
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,

@@ -38,6 +38,7 @@ OPTIONS = {
     "prompt_tokens": "--prompt-tokens",
     "prune": "--prune",
     "rank": "--rank",
+    "replace": "--replace",
     "search": "--search",
     "skip_bad": "--skip-bad",
     "tags": "--tag",

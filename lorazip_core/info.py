@@ -12,6 +12,7 @@ from .adapter.lock import Origin
 from .bundle.contradictions import refuse_contradictions
 from .bundle.manifest import AdapterEntry, ModuleEntry, Parameters, ShardEntry, SkippedEntry
 from .bundle.reader import Bundle
+from .bundle.refit import reasons_to_refit
 from .schemes.scheme import Size
 from .vllm.capacity import ServingInfo, serving_info
 
@@ -58,6 +59,8 @@ class AdapterInfo(Struct, frozen=True):
     """Files that were beside it with weights that are not its own, and are not in the bundle."""
     bytes_resident: int | None = None
     """What it adds to what a device holds; null if that was not asked for."""
+    added: bool = False
+    """Whether it was added to the bundle after that was made."""
 
 
 class ResidentInfo(Struct, frozen=True):
@@ -89,6 +92,8 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     """Null if it was not asked for."""
     serving: ServingInfo | None = None
     """Null if it was not asked for."""
+    refit: list[str] = []
+    """Why compressing all adapters again would pay; empty if it would not."""
 
 
 class Serving(NamedTuple):
@@ -166,12 +171,14 @@ def info(path: Path, *, resident: bool = False, serving: Serving | None = None) 
                 origin=adapter.origin,
                 left_out=adapter.left_out,
                 bytes_resident=None if own_resident is None else own_resident[index],
+                added=adapter.added,
             )
             for index, adapter in enumerate(manifest.adapters)
         ],
         skipped=manifest.skipped,
         resident=held,
         serving=compared,
+        refit=reasons_to_refit(manifest),
     )
 
 

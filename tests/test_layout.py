@@ -29,6 +29,7 @@ FLOORS = (
     "clustering",
     "planning",
     "compress",
+    "maintain",
     "verify",
     "export",
     "vllm",
@@ -47,6 +48,7 @@ ENCODER = (
     "clustering",
     "planning",
     "compress",
+    "maintain",
 )
 DECODER = ("bundle.decoder", "serving", "export", "verify", "vllm", "info")
 
@@ -60,7 +62,6 @@ EXCEPT = {
     # A feature that a manifest requires, so a word of bundles.
     "bundle.contradictions": {"target_parameters"},
     "bundle.manifest": {"target_parameters"},
-    "compress.assemble": {"target_parameters"},
     # What of PEFT's vLLM refuses or ignores is known of vLLM.
     "export.vllm": {"base_layer", "lora_bias", "modules_to_save", "target_parameters", "use_dora"},
     # The model card says to people how the factors are scaled.

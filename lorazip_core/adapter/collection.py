@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ..base.errors import AdapterError, AdapterErrors, UsageError
 from ..base.text import printable
@@ -37,10 +38,25 @@ class Collection:
         return replace(_collect(self.root, left, self.skipped, bad, self.left_out), no_adapters=self.no_adapters)
 
 
+class Company(NamedTuple):
+    """What adapters are to join: their base model and their modules have to be those of the others there."""
+
+    where: str
+    """The place in words: "the bundle"."""
+    base_model: str | None
+    modules: Mapping[str, Module]
+    """By name."""
+
+
 def open_collection(
-    root: Path, *, allow_pickle: bool = False, allow_mixed_base: bool = False, skip_bad: bool = False
+    root: Path,
+    *,
+    allow_pickle: bool = False,
+    allow_mixed_base: bool = False,
+    skip_bad: bool = False,
+    company: Company | None = None,
 ) -> Collection:
-    """Open every adapter below ``root``.
+    """Open every adapter below ``root``, which have to fit each other, and ``company`` if they are to join one.
 
     Raises AdapterErrors with every adapter that cannot be used, unless ``skip_bad``: then they are listed in
     ``skipped``, and the errors are raised only when nothing is left. For what may not be read, PermissionError.
@@ -55,7 +71,8 @@ def open_collection(
     bad += foreign_adapters(root, {each.folder for each in found.adapters})
     if not found.adapters and not bad:
         raise AdapterErrors([_nothing(root, found.left_out)])
-    for misfits in (_other_base(adapters, allow_mixed_base), _other_shape(adapters)):
+    for check in (_other_shape,) if allow_mixed_base else (_other_base, _other_shape):
+        misfits = check(adapters, company)
         bad += misfits
         names = {error.adapter for error in misfits}
         adapters = [adapter for adapter in adapters if adapter.name not in names]
@@ -127,15 +144,19 @@ def _collect(
     )
 
 
-def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[AdapterError]:
+def _other_base(adapters: list[Adapter], company: Company | None) -> list[AdapterError]:
     counts = Counter(adapter.config.base_model for adapter in adapters)
-    if allow_mixed_base or len(counts) < 2:
+    if company is not None:
+        usual, who = company.base_model, f"{company.where} has {company.base_model!r}"
+    elif len(counts) < 2:
         return []
-    usual, count = counts.most_common(1)[0]
+    else:
+        usual, count = counts.most_common(1)[0]
+        who = f"{count} of {len(adapters)} adapters here have {usual!r}"
     return [
         AdapterError(
             adapter.name,
-            f"base model {adapter.config.base_model!r}, but {count} of {len(adapters)} adapters here have {usual!r}",
+            f"base model {adapter.config.base_model!r}, but {who}",
             "one collection, one base model; «allow_mixed_base» if these are the same weights under two names",
         )
         for adapter in adapters
@@ -143,18 +164,21 @@ def _other_base(adapters: list[Adapter], allow_mixed_base: bool) -> list[Adapter
     ]
 
 
-def _other_shape(adapters: list[Adapter]) -> list[AdapterError]:
+def _other_shape(adapters: list[Adapter], company: Company | None) -> list[AdapterError]:
     shapes: defaultdict[str, Counter[Module]] = defaultdict(Counter)
     distinct = distinct_parts(adapters)
     for parts, count in distinct:
         for name, part in parts.items():
             shapes[name][part.module] += count
     usual = {name: counter.most_common(1)[0][0] for name, counter in shapes.items()}
+    there = {} if company is None else company.modules
+    usual |= {name: there[name] for name in usual.keys() & there.keys()}
     odd = {id(parts): _first_odd(parts, usual) for parts, _ in distinct}
     bad = []
     for adapter in adapters:
         if module := odd[id(adapter.parts)]:
-            reason = f"module {module.name} is {module.shape}, but most adapters here have {usual[module.name].shape}"
+            who = f"{company.where} has" if company and module.name in there else "most adapters here have"
+            reason = f"module {module.name} is {module.shape}, but {who} {usual[module.name].shape}"
             bad.append(AdapterError(adapter.name, reason, "is its base model another one?"))
     return bad
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..adapter.lock import Origin
+from ..adapter.module import Module, Parameter
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
 from ..schemes.registry import SCHEMES, methods
@@ -50,6 +51,9 @@ class FileEntry(Struct, frozen=True):
     path: InnerPath
     size_bytes: Count
     sha256: Sha256
+    rest_of: Sha256 | UnsetType = UNSET
+    """Of what is left of a file since adapters were removed: the digest of that file, whose tensors these are, bit for
+    bit."""
 
 
 class SourceEntry(Struct, frozen=True):
@@ -79,6 +83,12 @@ class ModuleEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kernel: list[Size] = []
     parameter: ParameterEntry | UnsetType = UNSET
     """Only of what is no module of the base model but a parameter, or a part of one."""
+
+    @property
+    def module(self) -> Module:
+        """The module that this is the entry of."""
+        of = None if self.parameter is UNSET else Parameter(*msgspec.structs.astuple(self.parameter))
+        return Module(self.name, self.kind, self.d_out, self.d_in, tuple(self.kernel), of)
 
 
 class ShardEntry(Struct, frozen=True):
@@ -137,6 +147,8 @@ class AdapterEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where the lock of ``fetch`` says that it comes from; the field is left out when that is not known."""
     left_out: list[str] = []
     """Files in its folder with weights that are not its own, and not in the bundle; the field is left out if none."""
+    added: bool = False
+    """Whether it was added to a bundle that was there already, so that no basis was fitted to it."""
 
 
 class SkippedEntry(Struct, frozen=True):
@@ -191,6 +203,16 @@ class Manifest(Struct, frozen=True, kw_only=True):
 def required_to_read(adapters: list[AdapterEntry]) -> list[str]:
     """The features that reading a bundle of these adapters requires."""
     return sorted({adapter.scheme for adapter in adapters})
+
+
+def required_to_export(modules: list[ModuleEntry], adapters: list[AdapterEntry]) -> list[str]:
+    """The features that exporting these adapters of these modules requires."""
+    features: set[str] = {module.kind for module in modules}
+    if any(module.parameter is not UNSET for module in modules):
+        features.add("target_parameters")
+    if any(adapter.extras is not None for adapter in adapters):
+        features.add("extras")
+    return sorted(features)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

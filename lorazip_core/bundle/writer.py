@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+from msgspec import UNSET
 from torch import Tensor
 
 from ..base.digests import sha256_bytes
@@ -77,6 +80,31 @@ class BundleWriter:
         target = self._target(path)
         link_or_copy(source, target)
         return self._add(FileEntry(path, target.stat().st_size, sha256))
+
+    def carry(self, bundle: Path, entry: FileEntry) -> None:
+        """Take a file of another bundle over as it is, by a link if possible; `add_shared` and the like know it."""
+        link_or_copy(bundle / entry.path, self._target(entry.path))
+        self._shared.setdefault(entry.sha256, self._add(entry))
+
+    def mark_as_rest(self, path: str, of: FileEntry) -> None:
+        """Note that a file that was written has what is left of one of another bundle."""
+        origin = of.sha256 if of.rest_of is UNSET else of.rest_of
+        self._files[path] = msgspec.structs.replace(self._files[path], rest_of=origin)
+
+    def digest(self, path: str) -> str:
+        """The digest of a file that was written."""
+        return self._files[path].sha256
+
+    def free(self, path: str) -> str:
+        """``path``, or if a file that was written has this name, the same with the next number behind it."""
+        folder, _, name = path.rpartition("/")
+        stem, point, ending = name.rpartition(".")
+        found = re.fullmatch(r"(.*)-(\d{1,9})", stem)
+        base, number = (found[1], int(found[2])) if found else (stem, 0)
+        while path in self._files:
+            number += 1
+            path = f"{folder}/{base}-{number}{point}{ending}"
+        return path
 
     def clear(self) -> None:
         """Remove all that was written."""

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from msgspec import UNSET, Struct
-from torch import Tensor
 
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import CPU, find_device, load_linear_algebra
+from ..base.device import CPU, find_device
 from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
-from ..base.threads import cores, in_order
 from ..bundle.kinds import check_adapters_path
 from ..bundle.manifest import Manifest, Parameters, SkippedEntry
 from ..bundle.output_path import check_output_path
@@ -45,18 +39,16 @@ from ..reading.packs import Budget
 from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
-from ..schemes.scheme import Target
 from ..serving.resident import Resident
+from .alone import Alone
 from .assemble import Assembly
 from .attempt import Attempt, Taken, first_attempt
-from .individual import Kept, keep_exactly, keep_individually, stored
+from .individual import stored
 from .key import work_key
-from .packed import pack, packed_files
-from .pieces import Pieces, individual_piece, note_left
+from .pieces import Pieces
 from .shared import LABELS, Encoded, SharedJob, encode_clusters
 
 _SILENT = Silent()
-_GPU_WORKERS = 4
 
 
 class WorstAdapter(Struct, frozen=True):
@@ -276,11 +268,12 @@ class _Run:
             ranks = [options.kept_rank] * len(updates.shapes)
             scheme = shared_scheme(options.chosen)
             job = SharedJob(updates, self.scanned.check_unchanged, scheme, ranks, dtype, options.seed)
-            too_small = self._too_small.tolist()
+            too_small = self.scanned.too_small(dtype).tolist()
             shared = [None if small else label for label, small in zip(labels, too_small, strict=True)]
             encoded = encode_clusters(job, shared, options.max_error, self.pieces, self.progress)
             alone = [number for number, label in enumerate(encoded.labels) if label is None]
-        return encoded, clusters, self._keep_individually(alone, attempt)
+        individually = Alone(self.scanned, options, self.device, self.pieces, self.progress, self.calibration)
+        return encoded, clusters, individually.keep(alone, attempt)
 
     def assemble(
         self, writer: BundleWriter, attempt: Attempt | None, encoded: Encoded | None, clusters: int
@@ -321,79 +314,6 @@ class _Run:
             return found
         labels: list[int] = self.pieces.load(LABELS)[LABELS].tolist()
         return labels
-
-    @cached_property
-    def _too_small(self) -> Tensor:
-        """Adapters that are kept as they are, since the dtype of the bundle has no normal number for any value."""
-        return self.scanned.too_small(DTYPES[self.options.dtype])
-
-    def _keep_individually(self, alone: list[int], attempt: Attempt | None) -> list[str]:
-        options, adapters = self.options, self.scanned.collection.adapters
-        dtype = DTYPES[options.dtype]
-        asked = None if options.scheme.shared else options.chosen
-        count = attempt.number if attempt else 0
-        if asked:
-            note_left(self.pieces, [individual_piece(number, count) for number in alone], self.progress)
-
-        def keep(number: int) -> Kept:
-            if there := stored(number, count, self.pieces):
-                return there
-            if self._too_small[number]:
-                kept = keep_exactly(adapters[number], dtype, self.device)
-            else:
-                norm = math.fsum(self.scanned.norms[number].tolist())
-                kept = keep_individually(
-                    adapters[number],
-                    asked,
-                    self._target(number, norm, attempt),
-                    self._limit,
-                    squared_norm=norm,
-                    dtype=dtype,
-                    device=self.device,
-                    inputs_of=None if self.calibration is None else self.calibration.inputs_of,
-                )
-            self.scanned.check_unchanged([number])
-            return kept.store(number, count, self.pieces)
-
-        told: list[str] = []
-        load_linear_algebra(self.device)
-        # Several also where a GPU computes, since most of the time is reading, copying and writing; each takes memory.
-        workers = cores() if self.device.type == "cpu" else min(_GPU_WORKERS, cores())
-        with (
-            self.progress.stage("keeping adapters individually", len(alone)) as advance,
-            closing(in_order(keep, alone, CPU, workers=workers)) as results,
-        ):
-
-            def whose() -> Iterator[tuple[int, str, int]]:
-                for number, kept in zip(alone, results, strict=True):
-                    if kept.scheme != options.chosen:
-                        told.append(f"kept {adapters[number].name} {self._reason(number, kept)}")
-                    advance(1)
-                    yield number, kept.scheme, len(kept.squared_errors)
-
-            pack(packed_files(whose(), count), count, self.pieces)  # while later ones are still encoded
-        return told
-
-    @property
-    def _limit(self) -> float | None:
-        """The most that any adapter on its own may lose: asked for, or the default of a scheme that has one."""
-        options = self.options
-        return options.largest_error if options.max_error is None else options.max_error
-
-    def _target(self, number: int, norm: float, attempt: Attempt | None) -> Target:
-        """What is wanted of an adapter with this Σ‖ΔW‖²."""
-        options = self.options
-        if attempt is not None:
-            return Target(step=attempt.step * math.sqrt(attempt.spectra.energies[number]), objective=options.objective)
-        limit = None if self._limit is None else self._limit * norm
-        return Target(options.kept_rank, limit, objective=options.objective)
-
-    def _reason(self, number: int, kept: Kept) -> str:
-        """How an adapter is kept on its own, and why."""
-        how = "as it was" if kept.rank is None else f"at rank {kept.rank}"
-        if self._limit is None or self._too_small[number]:
-            return f"{how}: its values do not fit in {self.options.dtype}"
-        return f"{how}: it would exceed «max_error» {self._limit}"
 
 
 def _assigned(scanned: Scan, updates: Updates, options: CompressOptions, rank: int, progress: Progress) -> list[int]:

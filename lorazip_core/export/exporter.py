@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 import torch
-from msgspec import UNSET
 from torch import Tensor
 
 from ..adapter.formats.lora_bias import biased_module, unfolded
 from ..adapter.formats.peft_config import folded_config, gives, own_config
 from ..adapter.formats.registry import parse_config
 from ..adapter.formats.writer import WRITTEN, write_adapter
-from ..adapter.module import Module, Parameter
+from ..adapter.module import Module
 from ..base.atomic import atomic_directory, check_output
 from ..base.digests import canonical_json, safe_name
 from ..base.errors import AdapterError, Unsupported, UsageError
@@ -29,7 +26,8 @@ from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.contradictions import refuse_contradictions
 from ..bundle.kinds import EXPORT_NAME
-from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.manifest import AdapterEntry
+from ..bundle.names import matching
 from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
@@ -177,16 +175,8 @@ def _check_options(
 
 def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:
     """The adapters named, or that match a pattern, in the order of the bundle; all without any."""
-    known = {adapter.name: adapter for adapter in bundle.manifest.adapters}
-    chosen: set[str] = set()
-    for name in wanted:
-        found = [name] if name in known else [each for each in known if fnmatchcase(each, name)]
-        if not found:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "'lorazip info' lists them"
-            raise UsageError(f"{bundle.path} has no adapter {name!r}", hint)
-        chosen.update(found)
-    return [adapter for name, adapter in known.items() if not wanted or name in chosen]
+    chosen = set(matching(bundle.manifest, bundle.path, wanted))
+    return [adapter for adapter in bundle.manifest.adapters if not wanted or adapter.name in chosen]
 
 
 def _shared_files(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> list[str]:
@@ -257,7 +247,7 @@ def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> di
         config = parse_config(adapter.name, bundle.config_text(adapter))
     except AdapterError:  # a configuration that did not make these scales
         return None
-    updates = {_module(entry): own_factors(bundle, adapter, entry, options.dtype) for entry in bundle.modules(adapter)}
+    updates = {entry.module: own_factors(bundle, adapter, entry, options.dtype) for entry in bundle.modules(adapter)}
     ranks = {module: update.rank for module, update in updates.items()}
     scales = {module: update.scale for module, update in updates.items()}
     return updates if gives(config, ranks, scales, one_rank=options.one_rank) else None
@@ -265,7 +255,7 @@ def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> di
 
 def _folded_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> dict[Module, Written]:
     return {
-        _module(entry): folded_factors(bundle, adapter, entry, options.rank, options.dtype)
+        entry.module: folded_factors(bundle, adapter, entry, options.rank, options.dtype)
         for entry in bundle.modules(adapter)
     }
 
@@ -297,11 +287,6 @@ def _extras(bundle: Bundle, adapter: AdapterEntry, updates: dict[Module, Written
         if update is not None and update.scale not in (0, 1):
             extras[key] = unfolded(tensor, update.scale, update.b.dtype)
     return extras
-
-
-def _module(entry: ModuleEntry) -> Module:
-    parameter = None if entry.parameter is UNSET else Parameter(*msgspec.structs.astuple(entry.parameter))
-    return Module(entry.name, entry.kind, entry.d_out, entry.d_in, tuple(entry.kernel), parameter)
 
 
 def _name(dtype: torch.dtype) -> str:

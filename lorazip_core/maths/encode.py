@@ -76,8 +76,7 @@ def encode_joint(
             {member for member, own in zip(stack.adapters, owner.tolist(), strict=True) if own == problem}
         )
         u, v = hosvd(stack.rows.to(torch.float32), rank)  # of the span alone, whatever the factors are
-        alone = torch.zeros(len(stack.adapters), dtype=torch.int64)
-        encoded[problem] = _encode_batch(Batch.exact([stack], [alone], 1), Basis(u[None], v[None]), dtype)[0]
+        encoded[problem] = project_joint(stack, u.to(dtype), v.to(dtype))
     return [encoded[problem] for problem in range(problems)]
 
 
@@ -107,8 +106,25 @@ def encode_diag(
     """Fit a basis with diagonal cores to the updates D_i with ``weights`` [n] w_i, and store it."""
     fitted = fit_diag(stack.scaled(weights.sqrt()), rank, seed=seed, share=share)
     u, v = (side.to(dtype) for side in fitted)
+    return project_diag(stack, u, v)
+
+
+def project_joint(stack: ScaledStack, u: Tensor, v: Tensor) -> Shared:
+    """The full cores that fit given bases U [d_out, R_U] and V [d_in, R_V] best, stored in the dtype of these.
+
+    Σ_i = (UᵀU)⁻¹ Uᵀ D_i V (VᵀV)⁻¹, by least squares in float64, so that U and V need not be quite orthonormal.
+    """
+    alone = torch.zeros(len(stack.adapters), dtype=torch.int64)
+    return _encode_batch(Batch.exact([stack], [alone], 1), Basis(u[None], v[None]), u.dtype)[0]
+
+
+def project_diag(stack: ScaledStack, u: Tensor, v: Tensor) -> Shared:
+    """The diagonal cores that fit given bases U [d_out, R] and V [d_in, R] best, stored in the dtype of these.
+
+    diag Σ_i = [(UᵀU) ∘ (VᵀV)]⁻¹ diag(Uᵀ D_i V), by least squares in float64.
+    """
     exact, exact_u, exact_v = stack.exact(), u.double(), v.double()
-    cores = _diag_cores(exact, exact_u, exact_v).to(dtype)
+    cores = _diag_cores(exact, exact_u, exact_v).to(u.dtype)
     errors = _squared_errors(exact, exact_u, exact_v, cores.double())
     cores, errors = _without_overflow(cores.cpu(), errors.cpu())
     order = sorted(range(len(stack.adapters)), key=stack.adapters.__getitem__)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..base.progress import Share
     from ..maths.factored import Factors
+    from ..maths.stack import ScaledStack
 
 # Bytes, measured, each an upper bound.
 _ELEMENT_BYTES = 48  # per element in a factor: as it was read, in float32 and in float64
@@ -36,6 +37,11 @@ class Diag(BasesScheme):
         from ..maths.encode import encode_diag_problems
 
         return list(map(solution, encode_diag_problems(*problems, rank=rank, dtype=dtype, seed=seed, share=share)))
+
+    def project(self, stack: ScaledStack, shared: Mapping[str, Tensor]) -> Solution:
+        from ..maths.encode import project_diag
+
+        return solution(project_diag(stack, shared["U"], shared["V"]))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["U"].to(dtype) * tensors["core"].to(dtype).unsqueeze(-2), tensors["V"].to(dtype).mT

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..base.progress import Share
     from ..maths.factored import Factors
+    from ..maths.stack import ScaledStack
 
 # Bytes, measured, each an upper bound.
 _ELEMENT_BYTES = 16  # per element in a factor: as it was read and in the order of the problems, partly in float64
@@ -37,6 +38,11 @@ class Joint(BasesScheme):
         from ..maths.encode import encode_joint
 
         return list(map(solution, encode_joint(*problems, rank=rank, dtype=dtype, seed=seed, share=share)))
+
+    def project(self, stack: ScaledStack, shared: Mapping[str, Tensor]) -> Solution:
+        from ..maths.encode import project_joint
+
+        return solution(project_joint(stack, shared["U"], shared["V"]))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["U"].to(dtype) @ tensors["core"].to(dtype), tensors["V"].to(dtype).mT

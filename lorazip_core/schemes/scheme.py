@@ -205,6 +205,13 @@ class SharedScheme(Scheme):
         """Solve ``problems`` at ``rank`` and round what is kept to ``dtype``. ``share`` is told how far it is."""
 
     @abstractmethod
+    def project(self, stack: ScaledStack, shared: Mapping[str, Tensor]) -> Solution:
+        """The own tensors that represent the updates of ``stack`` best with given ``shared`` ones, on its device.
+
+        They are rounded to the dtype of these, which stay as they are.
+        """
+
+    @abstractmethod
     def stored_rank(self, shared: Mapping[str, Shape]) -> int:
         """The rank of shared tensors of these shapes, as the manifest has it: the largest."""
 

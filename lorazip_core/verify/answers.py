@@ -34,23 +34,24 @@ def ask(
     options: ModelOptions,
     unusable: Collection[str],
     *,
+    only: Collection[str] | None = None,
     allow_pickle: bool,
     device: torch.device,
     progress: Progress,
 ) -> tuple[ModelReport, list[Finding]]:
     """Score every adapter that has rows, and say what does not hold. The bundle has to be sound.
 
-    ``unusable`` are the adapters whose original in ``root`` cannot be read, which are findings already. Raises
-    UsageError if the bundle has no adapter that has rows.
+    ``unusable`` are the adapters whose original in ``root`` cannot be read, which are findings already. Adapters that
+    are not among ``only`` are not asked. Raises UsageError if the bundle has no adapter that has rows.
     """
-    entries = bundle.manifest.adapters
+    entries = [entry for entry in bundle.manifest.adapters if only is None or entry.name in only]
     names = [entry.name for entry in entries]
     asked = [entry for entry in entries if rows.of(entry.name)]
-    unknown = [printable(name) for name in rows.unknown(names)]
+    unknown = [printable(name) for name in rows.unknown([entry.name for entry in bundle.manifest.adapters])]
     if not asked:
         of = f"{', '.join(unknown[:3])}{', …' if unknown[3:] else ''}"
         raise UsageError(f"{options.rows}: none of the adapters of the bundle has rows there", f"those are of {of}")
-    originals, _, _ = open_originals(root, allow_pickle)
+    originals, _, _ = open_originals(root, bundle.manifest, allow_pickle)
     there = [entry for entry in asked if entry.name in originals and entry.name not in unusable]
     base = load_base_model(options.model, device, options.dtype)
     judged = judge(

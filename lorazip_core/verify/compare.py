@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from ..base.threads import in_order
 from ..bundle.finding import Finding
 from ..bundle.kinds import EXPORT_NAME, MANIFEST_NAME
 from ..bundle.losses import Losses
-from ..bundle.manifest import AdapterEntry, SourceEntry
+from ..bundle.manifest import AdapterEntry, Manifest, SourceEntry
+from ..bundle.names import Names
 from ..bundle.reader import Bundle
 from ..model.calibration import Calibration
 from ..reading.placement import placement_of_one_pass
@@ -52,6 +53,7 @@ def compare(
     root: Path,
     damaged: set[str | None],
     *,
+    only: Collection[str] | None = None,
     allow_pickle: bool,
     device: torch.device = _CPU,
     calibration: Path | None = None,
@@ -61,10 +63,11 @@ def compare(
 
     With a file of moments for ``calibration``, also those of outputs; raises as `Calibration.open`.
 
-    ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out.
+    ``damaged`` are the files of the bundle that cannot be relied on; what depends on them is left out. Adapters that
+    are not among ``only`` are not compared.
     """
-    originals, bad, no_adapters = open_originals(root, allow_pickle)
-    entries = bundle.manifest.adapters
+    originals, bad, no_adapters = open_originals(root, bundle.manifest, allow_pickle)
+    entries = [entry for entry in bundle.manifest.adapters if only is None or entry.name in only]
     if not {entry.name for entry in entries} & {*originals, *bad}:
         message = f"none of the {len(entries)} adapters of the bundle is there: is it the right directory?"
         return Measured({}, {}), [Finding("source-missing", None, message, damage=False)]
@@ -164,15 +167,23 @@ def _judged(
     return losses, [*findings, *_claims(entry, losses)]
 
 
-def open_originals(root: Path, allow_pickle: bool) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
-    """Usable adapters by name, for each other one why it is not, and which of these are no adapters of their own."""
+def open_originals(
+    root: Path, manifest: Manifest, allow_pickle: bool
+) -> tuple[dict[str, Adapter], dict[str, str], set[str]]:
+    """Usable adapters by name, for each other one why it is not, and which of these are no adapters of their own.
+
+    An adapter in ``root`` itself may have been compressed from there, or added, which gives it another name.
+    """
+    alone = any(entry.name == "." for entry in manifest.adapters)
+    names = Names(None) if alone else Names.below(root)
     try:
         found = open_collection(root, skip_bad=True, allow_mixed_base=True, allow_pickle=allow_pickle)
     except AdapterErrors as error:  # not one of them is usable
-        return {}, {printable(each.adapter): each.reason for each in error.errors if each.adapter != str(root)}, set()
-    bad = {printable(skipped.name): skipped.reason for skipped in found.skipped}
-    originals = {printable(adapter.name): adapter for adapter in found.adapters}
-    return originals, bad, set(map(printable, found.no_adapters))
+        bad = {printable(names.of(each.adapter)): each.reason for each in error.errors if each.adapter != str(root)}
+        return {}, bad, set()
+    bad = {printable(names.of(skipped.name)): skipped.reason for skipped in found.skipped}
+    originals = {printable(names.of(adapter.name)): adapter for adapter in found.adapters}
+    return originals, bad, {printable(names.of(name)) for name in found.no_adapters}
 
 
 def _not_in_bundle(bundle: Bundle, there: set[str]) -> Iterator[Finding]:

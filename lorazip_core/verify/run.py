@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -13,10 +13,11 @@ from msgspec import Struct
 
 from ..base.errors import BundleDamaged, CheckFailed, UsageError
 from ..base.progress import Progress, Silent
-from ..base.text import printable
+from ..base.text import count, printable
 from ..bundle.finding import Finding
 from ..bundle.kinds import MANIFEST_NAME, check_adapters_path
 from ..bundle.manifest import AdapterEntry, ModuleError, Parameters
+from ..bundle.names import matching
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise
@@ -125,6 +126,7 @@ def verify(
     path: Path,
     *,
     against: Path | None = None,
+    adapters: Sequence[str] = (),
     max_error: float | None = None,
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
@@ -140,6 +142,9 @@ def verify(
     UsageError for a path that is no directory or a limit outside of [0, 1], Unsupported for another format,
     LocalError for a ``device`` that is not there; errors are measured on it.
 
+    With ``adapters``, names or patterns of `fnmatch`, only these are compared and held against limits, and the report
+    has no others; the files of the bundle are checked all the same. Raises UsageError for what none is called.
+
     With ``calibration``, a file of moments, it is measured what outputs lose; that takes the originals, and raises as
     `Calibration.open` does. With ``answers`` a model says what compression did to what it answers: that takes the
     originals too, and raises as `ModelOptions.read`, `load_base_model` and `ask` do. A damaged bundle is not asked for
@@ -148,6 +153,7 @@ def verify(
     return verify_by_module(
         path,
         against=against,
+        adapters=adapters,
         max_error=max_error,
         max_mean_error=max_mean_error,
         allow_pickle=allow_pickle,
@@ -162,6 +168,7 @@ def verify_by_module(
     path: Path,
     *,
     against: Path | None = None,
+    adapters: Sequence[str] = (),
     max_error: float | None = None,
     max_mean_error: float | None = None,
     allow_pickle: bool = False,
@@ -185,6 +192,8 @@ def verify_by_module(
         from ..model.moments import Moments
 
         Moments.open(calibration)
+    if adapters and against is None:
+        raise UsageError("«adapters»: they are compared with the original ones", "name these with «against»")
     gates = Gates(max_error, max_mean_error)
     rows = None
     if answers is not None:
@@ -198,6 +207,7 @@ def verify_by_module(
         message = str(error).removeprefix(f"{path / MANIFEST_NAME}: ")  # the finding names the file itself
         finding = Finding("manifest", MANIFEST_NAME, message, damage=True)
         return Verification(_report(path, against, gates, [], None, [finding], None), None)
+    only = set(matching(bundle.manifest, path, adapters)) if adapters else None
     from ..base.device import find_device
     from ..base.threads import one_thread
     from ..bundle.check import check_bundle  # with torch, which takes seconds: not for what is no bundle
@@ -209,24 +219,28 @@ def verify_by_module(
             findings = check_bundle(bundle, advance)
         module_errors = outputs = None
         if against is None:
-            adapters = [_claimed(entry) for entry in bundle.manifest.adapters]
-            errors = [report.claimed_squared_error for report in adapters]
+            reports = [_claimed(entry) for entry in bundle.manifest.adapters]
+            errors = [report.claimed_squared_error for report in reports]
         else:
             damaged = {finding.path for finding in findings}
             measured, broken = compare(
                 bundle,
                 against,
                 damaged,
+                only=only,
                 allow_pickle=allow_pickle,
                 device=where,
                 calibration=calibration,
                 progress=progress,
             )
             findings += broken
-            adapters = [_measured(entry, measured) for entry in bundle.manifest.adapters]
-            errors = [report.squared_error for report in adapters if report.squared_error is not None]
+            compared = [entry for entry in bundle.manifest.adapters if only is None or entry.name in only]
+            reports = [_measured(entry, measured) for entry in compared]
+            errors = [report.squared_error for report in reports if report.squared_error is not None]
             module_errors = _module_errors(bundle, measured.weights)
-            outputs = _outputs(calibration, adapters)
+            outputs = _outputs(calibration, reports)
+            if only is not None:
+                progress.note(f"compared: {len(compared):,} of {count(len(bundle.manifest.adapters), 'adapter')}")
     model = None
     if answers is not None and rows is not None and against is not None:
         if any(finding.damage for finding in findings):
@@ -236,12 +250,20 @@ def verify_by_module(
 
             unusable = {found.adapter for found in findings if found.kind in _UNUSABLE and found.adapter is not None}
             model, broken = ask(
-                bundle, against, rows, answers, unusable, allow_pickle=allow_pickle, device=where, progress=progress
+                bundle,
+                against,
+                rows,
+                answers,
+                unusable,
+                only=only,
+                allow_pickle=allow_pickle,
+                device=where,
+                progress=progress,
             )
             findings += broken
     summary = _summary(bundle, errors)
-    findings += _gates(gates, adapters, summary, measured=against is not None)
-    report = _report(path, against, gates, adapters, summary, findings, bundle)
+    findings += _gates(gates, reports, summary, measured=against is not None)
+    report = _report(path, against, gates, reports, summary, findings, bundle)
     return Verification(msgspec.structs.replace(report, outputs=outputs, model=model), module_errors)
 
 

@@ -31,7 +31,19 @@ from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
 from lorazip_core.schemes.registry import SCHEMES, methods
 
-COMMANDS = ("fetch", "cluster", "compress", "verify", "export", "info", "serve", "calibrate", "demo")
+COMMANDS = (
+    "fetch",
+    "cluster",
+    "compress",
+    "add",
+    "remove",
+    "verify",
+    "export",
+    "info",
+    "serve",
+    "calibrate",
+    "demo",
+)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 ANSI = "\x1b"
 
@@ -104,6 +116,15 @@ class TestStart:
             (6, ["compress", a, "-o", b]),
             (2, ["compress", a, "-o", new, "--method", "svd", "--clusters", "2"]),
             (2, ["compress", a, "-o", new, "--max-error", "2"]),
+            (2, ["add", nowhere, a, "-o", new]),
+            (2, ["add", b, nowhere, "-o", new]),
+            (2, ["add", b, a]),
+            (4, ["add", d, a, "-o", new]),
+            (6, ["add", b, a, "-o", d]),
+            (2, ["remove", b, "nobody", "-o", new]),
+            (2, ["remove", b, "nobody"]),
+            (4, ["remove", d, "fv_ag_news", "-o", new]),
+            (6, ["remove", b, "fv_ag_news", "-o", a]),
             (2, ["cluster", nowhere, "-o", new]),
             (2, ["cluster", a, "-o", str(tmp_path / "damaged" / "manifest.json")]),
             (6, ["demo", "-o", b]),

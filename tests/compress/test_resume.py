@@ -18,6 +18,7 @@ from testing import random_adapters as ra
 from testing.forked import forked
 from testing.recorder import Recorder
 
+import lorazip_core.compress.alone
 import lorazip_core.compress.run
 import lorazip_core.compress.shared
 from lorazip_cli.main import main
@@ -147,7 +148,7 @@ def test_what_is_there_is_not_made_again(
 
     monkeypatch.setattr(lorazip_core.compress.shared, "encode_pack", never)
     monkeypatch.setattr(lorazip_core.compress.run, "_assigned", never)
-    monkeypatch.setattr(lorazip_core.compress.run, "keep_individually", never)
+    monkeypatch.setattr(lorazip_core.compress.alone, "keep_individually", never)
     interrupt(adapters, tmp_path / "out", "keeping adapters individually", 2)
     assert pieces(tmp_path) == kept
     go_on(adapters, tmp_path / "out")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
+from lorazip_core.maths.stack import ScaledStack
 from lorazip_core.schemes.factors import apply_each
 from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
@@ -160,14 +161,17 @@ class Mean(SharedScheme):
                 updates = dict(self._updates(stack.select(set(members)).exact()))
                 dense = torch.stack([updates[member] for member in sorted(members)])
                 u, _, vh = torch.linalg.svd(dense.mean(0))
-                left, right = u[:, :1].to(dtype), vh[:1].to(dtype)
-                amounts = (dense * (left.double() @ right.double())).sum((1, 2)).to(dtype)
-                kept = amounts.double()[:, None, None] * (left.double() @ right.double())
-                errors = (dense - kept).square().sum((1, 2))
-                found[problem] = Solution(
-                    {"left": left, "right": right}, {"amount": amounts[:, None]}, tuple(sorted(members)), errors
-                )
+                shared = {"left": u[:, :1].to(dtype), "right": vh[:1].to(dtype)}
+                found[problem] = self.project(stack.select(set(members)), shared)
         return [found[problem] for problem in range(problems.total)]
+
+    def project(self, stack: ScaledStack, shared: Mapping[str, Tensor]) -> Solution:
+        updates = dict(self._updates(stack.exact()))
+        dense = torch.stack([updates[member] for member in sorted(updates)])
+        common = shared["left"].double() @ shared["right"].double()
+        amounts = (dense * common).sum((1, 2)).to(shared["left"].dtype)
+        errors = (dense - amounts.double()[:, None, None] * common).square().sum((1, 2))
+        return Solution(dict(shared), {"amount": amounts[:, None]}, tuple(sorted(updates)), errors)
 
     def _updates(self, stack: object) -> Iterable[tuple[int, Tensor]]:
         for b, a, positions in stack.factors():  # type: ignore[attr-defined]
@@ -227,6 +231,14 @@ def test_a_new_scheme_goes_through_every_command(
     assert 0 < own < told["resident"]["bytes"]  # type: ignore[index]
     assert run(capsys, "verify", bundle, "--against", adapters)["ok"] is True
     assert run(capsys, "export", bundle, "-o", exported, "--dtype", "f32")["adapters"]
+    more = ra.write_collection(tmp_path / "more", (ra.Recipe("b/x", 3), ra.Recipe("i", 2, (ra.Q, ra.EMBED))))
+    longer, shorter = tmp_path / "longer", tmp_path / "shorter"
+    added = run(capsys, "add", bundle, more, "-o", longer, "--max-error", "1")["added"]
+    assert {each["scheme"] for each in added} == {scheme.name}  # type: ignore[attr-defined]
+    options = ["--adapter", "b/x", "--adapter", "i"]
+    assert run(capsys, "verify", longer, "--against", more, *options)["ok"] is True
+    run(capsys, "remove", longer, "b/x", "b/d", "-o", shorter)
+    assert run(capsys, "verify", shorter)["ok"] is True
     cards, weights = list(exported.rglob("README.md")), list(exported.rglob("adapter_model.safetensors"))
     assert len(cards) == len(weights) == len(ra.MIXED)
     assert all(scheme.about.split("{")[0] in card.read_text() for card in cards)

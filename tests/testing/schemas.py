@@ -19,12 +19,15 @@ from lorazip_core.compress.run import CompressReport
 from lorazip_core.export.exporter import ExportReport
 from lorazip_core.fetch.report import FetchReport
 from lorazip_core.info import InfoReport
+from lorazip_core.maintain.add import AddReport
+from lorazip_core.maintain.remove import RemoveReport
 from lorazip_core.model.calibrate import CalibrateReport
 from lorazip_core.planning.plan import PlanReport
 from lorazip_core.verify.run import VerifyReport
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 TYPES: dict[str, type] = {
+    "add-1": AddReport,
     "bundle-2": Manifest,
     "calibrate-1": CalibrateReport,
     "cluster-1": ClusterReport,
@@ -35,6 +38,7 @@ TYPES: dict[str, type] = {
     "info-1": InfoReport,
     "lock-1": Lock,
     "plan-1": PlanReport,
+    "remove-1": RemoveReport,
     "verify-1": VerifyReport,
 }
 OLDER = ("bundle-1",)

@@ -177,6 +177,14 @@ def test_a_folder_of_rows_is_of_some_adapters(inside: Path, capsys: pytest.Captu
     assert model["unknown"] == ["other"]
 
 
+def test_only_adapters_that_are_named_are_asked(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(inside / "adapters" / "a1")
+    code, report = run(capsys, "--adapter", "a0", "--adapter", "a2")
+    assert code == 0
+    assert [each["name"] for each in report["model"]["adapters"]] == ["a0", "a2"]
+    assert (report["model"]["without_rows"], report["model"]["not_scored"]) == ([], [])
+
+
 def test_adapters_that_cannot_be_put_on_the_model_are_findings(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

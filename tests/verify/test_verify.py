@@ -298,6 +298,35 @@ def test_an_original_cut_short_on_the_way_leaves_the_others(
     assert {each.name for each in report.adapters if each.squared_error is None} == {name}
 
 
+def test_some_adapters_are_compared_and_no_others(root: Path) -> None:
+    """For whoever has the originals of a few; what is damaged is found all the same."""
+    for name in ("a", "e", "f", "g", "h", "z", "zb"):
+        shutil.rmtree(root / "originals" / name)
+    report = verify(root / "bundle", against=root / "originals", adapters=["b*", "d", "za"], max_error=0.99)
+    assert report.findings == []
+    assert [adapter.name for adapter in report.adapters] == ["b/c", "d", "za"]
+    assert all(adapter.squared_error is not None for adapter in report.adapters)
+    assert report.summary is not None
+    assert report.summary.max_squared_error == max(adapter.squared_error or 0 for adapter in report.adapters)
+    report = verify(root / "bundle", against=root / "originals", adapters=["d", "e"])
+    assert [(finding.kind, finding.adapter) for finding in report.findings] == [("source-missing", "e")]
+    with pytest.raises(UsageError, match="no adapter 'y'"):
+        verify(root / "bundle", against=root / "originals", adapters=["y"])
+    with pytest.raises(UsageError, match="«adapters»"):
+        verify(root / "bundle", adapters=["d"])
+    flip(root / "bundle" / find(root / "bundle", "individual/g-*"))
+    assert kinds(verify(root / "bundle", against=root / "originals", adapters=["d"])) == {"wrong-digest"}
+
+
+def test_an_adapter_alone_has_the_name_that_the_bundle_has(root: Path) -> None:
+    """That of its folder, where it was added; a dot, where the bundle was made from there."""
+    folder = root / "originals" / "d"
+    assert verify(root / "bundle", against=folder, adapters=["d"]).findings == []
+    edit_manifest(root / "bundle", lambda fields: fields["adapters"][2].update(name="."))
+    report = verify(root / "bundle", against=folder, adapters=["."])
+    assert kinds(report) == set()
+
+
 def test_a_folder_without_any_of_the_originals_is_one_finding(root: Path) -> None:
     (root / "empty").mkdir()
     report = verify(root / "bundle", against=root / "empty")
