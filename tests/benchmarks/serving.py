@@ -121,7 +121,7 @@ def make(options: argparse.Namespace) -> int:
     for name, more in (("coded", coded), ("joint", ("--method", "joint", *shape.joint))):
         _run(*LORAZIP, "compress", out / "adapters", "-o", out / name, *more, "--device", options.device, "-q")
         held = _info(out / name)
-        _say(f"{name}: {held['resident']['bytes'] / 1e6:,.1f} MB on a device, {_error(held):.4f} lost on average")
+        _say(f"{name}: {held['bytes_bundle'] / 1e6:,.1f} MB, {_error(held):.4f} lost on average")
     return 0
 
 
@@ -156,7 +156,8 @@ def rows(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for, in the order in which they are named."""
     found: list[Row] = []
     wanted = options.rows
-    bundles = {path: _info(path) for path in options.bundles} if {"bundle", "stock-bytes"} & set(wanted) else {}
+    how = ("--serving",) if "stock-bytes" in wanted else ()  # which reads the bundle: a minute if it is large
+    bundles = {path: _info(path, *how) for path in options.bundles} if {"bundle", "stock-bytes"} & set(wanted) else {}
     stock = read_stock(options.adapters) if options.adapters else None
     for kind in wanted:
         if kind in ("one", "stock-bytes", "stock-seqs") and stock is None:
@@ -335,9 +336,9 @@ def _write_config(work: Path, name: str) -> Path:
     return folder
 
 
-def _info(bundle: Path) -> dict[str, Any]:
-    """``info --serving`` of a bundle, in another process: one that has used PyTorch should not start an engine."""
-    found: dict[str, Any] = json.loads(_run(*LORAZIP, "info", bundle, "--serving", "--json"))
+def _info(bundle: Path, *how: str) -> dict[str, Any]:
+    """``info`` of a bundle, in another process: one that has used PyTorch should not start an engine."""
+    found: dict[str, Any] = json.loads(_run(*LORAZIP, "info", bundle, *how, "--json"))
     return found
 
 
