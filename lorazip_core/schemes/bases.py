@@ -25,6 +25,8 @@ class BasesScheme(SharedScheme):
 
     shared: ClassVar[tuple[str, ...]] = ("U", "V")
     own: ClassVar[tuple[str, ...]] = ("core",)
+    is_diagonal: ClassVar[bool]
+    """Whether a core is the diagonal [R] of a matrix, not all of it."""
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("V")[1]

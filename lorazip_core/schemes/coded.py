@@ -22,6 +22,7 @@ from .scheme import (
     SteppedScheme,
     Target,
     TensorSpec,
+    Terms,
     working_dtype,
 )
 
@@ -79,6 +80,13 @@ class Coded(PackedScheme, SteppedScheme):
         if not u.shape[-2]:
             return u.new_zeros(*u.shape[:-2], u.shape[-1], 1), v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
         return (u * unpacked_scale(tensors["scale"], dtype)[..., None]).mT, v
+
+    def terms(self, own: Mapping[str, Tensor]) -> Terms:
+        import torch
+
+        from ..maths.quantise import unpacked_scale
+
+        return Terms(own["u"], own["v"], unpacked_scale(own["scale"], torch.float32))
 
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Components as `coded_resident` lays them out."""

@@ -30,6 +30,7 @@ class Diag(BasesScheme):
     name: ClassVar[str] = "diag"
     about: ClassVar[str] = "a basis of rank {rank} shared by {adapters} adapters, and a diagonal core"
     default_rank: ClassVar[int | None] = 16
+    is_diagonal: ClassVar[bool] = True
 
     def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:
         from ..maths.encode import encode_diag_problems

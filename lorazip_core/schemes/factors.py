@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from .scheme import IndividualScheme, Shape, ShapeOf, Size, working_dtype
+from .scheme import IndividualScheme, Shape, ShapeOf, Size, Terms, working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,11 @@ class FactorsScheme(IndividualScheme):
     def contradiction(self, shapes: Mapping[str, Shape]) -> str | None:
         b, a = shapes.get("B"), shapes.get("A")
         return f"B is {list(b)} but A is {list(a)}" if b and a and b[1] != a[0] else None
+
+    def terms(self, own: Mapping[str, Tensor]) -> Terms:
+        import torch
+
+        return Terms(own["B"].mT, own["A"], own["A"].new_ones(len(own["A"]), dtype=torch.float32))
 
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """``B`` [Σr, d_out] and ``A`` [Σr, d_in], a row for each column of B and row of A, and what else is own [n].

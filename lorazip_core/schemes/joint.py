@@ -31,6 +31,7 @@ class Joint(BasesScheme):
     name: ClassVar[str] = "joint"
     about: ClassVar[str] = "a basis of rank {rank} shared by {adapters} adapters, and a full core"
     default_rank: ClassVar[int | None] = 16
+    is_diagonal: ClassVar[bool] = False
 
     def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:
         from ..maths.encode import encode_joint

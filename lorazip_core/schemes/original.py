@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from .factors import FactorsScheme
-from .scheme import ANY, Encoding, ModuleGroup, Shape, Size, Target, TensorSpec
+from .scheme import ANY, Encoding, ModuleGroup, Shape, Size, Target, TensorSpec, Terms
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,10 @@ class Original(FactorsScheme):
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return tensors["B"].to(dtype) * tensors["scale"].to(dtype)[..., None, None], tensors["A"].to(dtype)
+
+    def terms(self, own: Mapping[str, Tensor]) -> Terms:
+        terms = super().terms(own)
+        return terms._replace(scale=terms.scale * own["scale"].float())
 
     def own_tensors(self, size: Size, rank: int, shared: Mapping[str, Shape] | None = None) -> dict[str, TensorSpec]:
         return {

@@ -274,8 +274,26 @@ class Encoding(NamedTuple):
     ranks: Ranks = None
 
 
+class Terms(NamedTuple):
+    """An update as a sum of outer products, each value as it is stored: ΔŴ = Σ_j scale_j u_j v_jᵀ."""
+
+    u: Tensor
+    """[k, d_out], of integers or floats."""
+    v: Tensor
+    """[k, d_in]"""
+    scale: Tensor
+    """[k] in float32."""
+
+
 class IndividualScheme(Scheme):
     """Every adapter on its own."""
+
+    def terms(self, own: Mapping[str, Tensor]) -> Terms:
+        """The update of a module from an adapter's own tensors, for kernels; as it is decoded, if not as it is stored."""
+        import torch
+
+        b, a = self.decode(own, torch.float32)
+        return Terms(b.mT, a, a.new_ones(len(a)))
 
     @abstractmethod
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:

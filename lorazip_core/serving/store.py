@@ -1,0 +1,241 @@
+"""All adapters of a bundle on a device, laid out for kernels; adapters come and go while it is in use.
+
+An adapter has a number as long as it is held. `batch` turns the numbers of the tokens of a batch into what the operators
+need, and `calls` are the operators of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..base.errors import LocalError
+from ..base.stopping import check_stop
+from ..bundle.manifest import AdapterEntry
+from ..bundle.reader import Bundle
+from ..bundle.stored import stored
+from ..schemes.bases import BasesScheme
+from ..schemes.scheme import IndividualScheme, Size, Terms
+from . import operators as operators  # which defines them
+from .cores import CoreTable
+from .layers import Layer
+from .terms import TermsTable
+from .tiles import Grouped, batch, most_ints
+
+NONE = -1
+"""Instead of a number: no adapter."""
+
+
+class Call(NamedTuple):
+    """An operator of a layer, but for y, x and the batch."""
+
+    operator: str
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[int | list[int], ...]
+
+    def __call__(self, y: Tensor, x: Tensor, batch: Tensor) -> None:
+        getattr(torch.ops.lorazip, self.operator)(y, x, batch, *self.tensors, *self.numbers)
+
+
+class Spare(NamedTuple):
+    """Room for adapters that are added later."""
+
+    adapters: int = 0
+    individual: bool = False
+    """Whether they may share nothing, in a bundle in which all adapters have shared bases."""
+
+
+class AdapterStore:
+    """Tables on a device, and which adapter is where in them."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        layers: Sequence[Layer],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        spare: Spare = Spare(),
+    ) -> None:
+        """``dtype`` is that of the engine, to which bases and cores are rounded.
+
+        Raises as `stored`, and LocalError for a scheme that has no kernels.
+        """
+        self.layers = list(layers)
+        self._modules = {
+            each.module: number for number, each in enumerate(slice_ for layer in layers for slice_ in layer.slices)
+        }
+        adapters = bundle.manifest.adapters
+        sizes = {module.name: Size(module.d_out, module.d_in) for module in bundle.manifest.modules}
+        self._sizes = [sizes[module] for module in self._modules]
+        self._clusters = bundle.manifest.clusters
+        of_kind: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
+        for adapter in adapters:
+            of_kind[_kind(bundle, adapter)].append(adapter)
+        if spare.individual and spare.adapters:
+            of_kind.setdefault("terms", [])
+        self.kinds = list(of_kind)
+        count = len(adapters) + spare.adapters
+        self._kind_of: NDArray[np.int32] = np.full(count, NONE, np.int32)
+        self._group_of, self._place_of = self._kind_of.copy(), self._kind_of.copy()
+        self._numbers: dict[str, int] = {}
+        self._free = list(range(count))[::-1]
+        self._tables: list[TermsTable | CoreTable] = []
+        for kind, members in of_kind.items():
+            table: TermsTable | CoreTable
+            if kind == "terms":
+                table = self._terms_table(bundle, members, device, spare)
+            else:
+                table = self._core_table(bundle, members, device, dtype, spare, diagonal=kind == "diagonal")
+            self._tables.append(table)
+
+    @property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of every adapter that was there from the start."""
+        return self._numbers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(table.nbytes for table in self._tables)
+
+    def add(self, bundle: Bundle, name: str) -> int:
+        """Hold one more adapter, of this bundle. Raises LocalError where it does not fit, and as `stored`."""
+        adapter = next((each for each in bundle.manifest.adapters if each.name == name), None)
+        if adapter is None:
+            raise LocalError(f"{bundle.path} has no adapter {name}")
+        kind = _kind(bundle, adapter)
+        if kind not in self.kinds or not self._free:
+            raise LocalError(f"no room for adapter {name}", "start the server with more room")
+        table = self._tables[self.kinds.index(kind)]
+        if isinstance(table, TermsTable):
+            place = table.add(self._own_terms(bundle, adapter))
+            group = place
+        else:
+            group = self._cluster(bundle, adapter, table)
+            place = table.add({module: own["core"] for module, own in _stored(bundle, adapter)})
+        return self._enter(self.kinds.index(kind), group, place)
+
+    def remove(self, number: int) -> None:
+        """Let go of an adapter, which no token of a batch to come may have."""
+        self._tables[self._kind_of[number]].remove(int(self._place_of[number]))
+        self._kind_of[number] = NONE
+        self._free.append(number)
+
+    def batch(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What the operators need of a batch whose tokens have the adapters with these numbers [t], or `NONE`."""
+        known = np.maximum(numbers, 0)
+        kinds = np.where(numbers >= 0, self._kind_of[known], NONE)
+        groups, places = self._group_of[known], self._place_of[known]
+        return batch([Grouped(np.where(kinds == kind, groups, NONE), places) for kind in range(len(self.kinds))])
+
+    def most_ints(self, tokens: int) -> int:
+        """How long `batch` can be, for so many tokens."""
+        return most_ints(tokens, [self._groups(table) for table in self._tables])
+
+    def calls(self, layer: int) -> list[Call]:
+        """The operators of a layer, one for each kind of adapter there is. Their tensors stay where they are."""
+        slices = self.layers[layer].slices
+        columns, widths = [each.column for each in slices], [len(each.out) for each in slices]
+        first = self._modules[slices[0].module]
+        found = []
+        for kind, table in enumerate(self._tables):
+            if isinstance(table, TermsTable):
+                tensors: tuple[Tensor, ...] = (
+                    table.index[first : first + len(slices)], table.at, table.forms, table.scale, table.data,
+                )  # fmt: skip
+                starts = [each.out.start for each in slices]
+                numbers: tuple[int | list[int], ...] = (
+                    kind, self._groups(table), table.most, columns, widths, starts, slices[0].taken.start,
+                )  # fmt: skip
+                found.append(Call("add_terms", tensors, numbers))
+            else:
+                tensors = (table.u[layer], table.v[layer], table.core[layer])
+                found.append(Call("add_cores", tensors, (kind, self._groups(table), columns, widths)))
+        return found
+
+    def _groups(self, table: TermsTable | CoreTable) -> int:
+        """How many groups of tokens there can be."""
+        return int(table.index.shape[1]) if isinstance(table, TermsTable) else len(table.clusters)
+
+    def _enter(self, kind: int, group: int, place: int) -> int:
+        number = self._free.pop()
+        self._kind_of[number], self._group_of[number], self._place_of[number] = kind, group, place
+        return number
+
+    def _terms_table(
+        self, bundle: Bundle, members: list[AdapterEntry], device: torch.device, spare: Spare
+    ) -> TermsTable:
+        table = TermsTable(
+            (self._own_terms(bundle, adapter) for adapter in members), self._sizes, device, spare.adapters
+        )
+        for row, adapter in enumerate(members):
+            self._numbers[adapter.name] = self._enter(len(self._tables), row, row)
+        return table
+
+    def _own_terms(self, bundle: Bundle, adapter: AdapterEntry) -> dict[int, Terms]:
+        scheme = bundle.scheme(adapter)
+        assert isinstance(scheme, IndividualScheme)
+        return {
+            self._modules[module]: scheme.terms(own)
+            for module, own in _stored(bundle, adapter)
+            if module in self._modules
+        }
+
+    def _core_table(
+        self,
+        bundle: Bundle,
+        members: list[AdapterEntry],
+        device: torch.device,
+        dtype: torch.dtype,
+        spare: Spare,
+        *,
+        diagonal: bool,
+    ) -> CoreTable:
+        bases: dict[int, dict[str, dict[str, Tensor]]] = {}
+        cores: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+        for place, adapter in enumerate(members):
+            assert adapter.cluster is not None
+            of_cluster = bases.setdefault(adapter.cluster, {})
+            for module, own in _stored(bundle, adapter):
+                cores[module][place] = own["core"]
+                of_cluster.setdefault(module, {"U": own["U"], "V": own["V"]})
+        table = CoreTable(
+            self.layers, bases, len(members) + spare.adapters, diagonal=diagonal, device=device, dtype=dtype
+        )
+        for adapter in members:
+            assert adapter.cluster is not None
+            group = table.clusters[adapter.cluster]
+            self._numbers[adapter.name] = self._enter(len(self._tables), group, table.take())
+        table.add_all(cores)
+        return table
+
+    def _cluster(self, bundle: Bundle, adapter: AdapterEntry, table: CoreTable) -> int:
+        """The group of a cluster that is held, with the very same bases."""
+        assert adapter.cluster is not None
+        wanted = bundle.shard(adapter).basis_sha256
+        for cluster, number in table.clusters.items():
+            if any(shard.basis_sha256 == wanted for shard in self._clusters[cluster].shards):
+                return number
+        raise LocalError(f"adapter {adapter.name} is on bases that are not held", "start the server with this bundle")
+
+
+def _kind(bundle: Bundle, adapter: AdapterEntry) -> str:
+    scheme = bundle.scheme(adapter)
+    if isinstance(scheme, IndividualScheme):
+        return "terms"
+    if not isinstance(scheme, BasesScheme):
+        raise LocalError(f"adapter {adapter.name}: there are no kernels for scheme {scheme.name}")
+    return "diagonal" if scheme.is_diagonal else "full"
+
+
+def _stored(bundle: Bundle, adapter: AdapterEntry) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    check_stop()
+    for module in bundle.modules(adapter):
+        yield module.name, stored(bundle, adapter, module)

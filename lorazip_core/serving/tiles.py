@@ -1,0 +1,69 @@
+"""Which tokens of a batch are worked on together: tokens of one group, at most `TILE` of them, are a tile.
+
+What kernels need of a batch is one array of int32, `Batch`, so that one copy takes it to a device. Of each kind of adapter (see
+`store.Kind`) it begins with `HEAD` numbers: how many tiles there are, and where in the array begin, for each tile, the first of
+its places, how many places, and the group; for each place, the token; and, for each place, the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+TILE = 16
+"""The most tokens of a tile."""
+HEAD = 4
+FIELDS = 3
+"""Of a tile: first place, places, group."""
+
+Ints = NDArray[np.int32]
+
+
+class Grouped(NamedTuple):
+    """Tokens of one kind of adapter."""
+
+    group: Ints
+    """[t]: what the token's tile has in common, or −1 for a token that is not of this kind"""
+    adapter: Ints
+    """[t]"""
+
+
+def batch(kinds: Sequence[Grouped]) -> Ints:
+    """The array of a batch."""
+    parts: list[Ints] = []
+    head = np.zeros(HEAD * len(kinds), np.int32)
+    size = len(head)
+    for number, kind in enumerate(kinds):
+        tokens = np.flatnonzero(kind.group >= 0)
+        tokens = tokens[np.argsort(kind.group[tokens], kind="stable")].astype(np.int32)
+        tiles = _tiles(kind.group[tokens])
+        own = [tiles.ravel(), tokens, kind.adapter[tokens]]
+        ends = size + np.cumsum([len(part) for part in own])
+        head[HEAD * number : HEAD * (number + 1)] = [len(tiles), size, *ends[:2]]
+        parts += own
+        size = int(ends[2])
+    return np.concatenate([head, *parts], dtype=np.int32)
+
+
+def _tiles(groups: Ints) -> Ints:
+    """[n, 3] for the places of ``groups``, which ascend."""
+    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    counts = np.diff(first, append=len(groups))
+    of_each = -(-counts // TILE)
+    group = np.repeat(np.arange(len(first)), of_each)
+    within = np.arange(len(group)) - np.repeat(np.cumsum(of_each) - of_each, of_each)
+    begin = first[group] + TILE * within
+    return np.stack([begin, np.minimum(TILE, counts[group] - TILE * within), groups[first[group]]], 1).astype(np.int32)
+
+
+def most_tiles(tokens: int, groups: int) -> int:
+    """How many tiles so many tokens can make up, of at most so many groups."""
+    return min(tokens, -(-tokens // TILE) + groups)
+
+
+def most_ints(tokens: int, groups: Sequence[int]) -> int:
+    """How long the array of a batch can be; ``groups``: of each kind, how many there can be."""
+    return HEAD * len(groups) + FIELDS * sum(most_tiles(tokens, each) for each in groups) + 2 * tokens * len(groups)
