@@ -250,10 +250,11 @@ LORAZIP = (sys.executable, "-m", "lorazip_cli")
 
 
 def _bundle_row(path: Path, held: dict[str, Any], sequences: int) -> Row:
-    from lorazip_core.vllm.launch import KEY, manifest_digest
+    from lorazip_core.bundle.reader import Bundle
+    from lorazip_core.vllm.source import KEY
 
     names = [adapter["name"] for adapter in held["adapters"]]
-    settings = {"bundle": str(path.resolve()), "manifest_sha256": manifest_digest(path), "spare": 0}
+    settings = {"bundle": str(path.resolve()), "manifest_sha256": Bundle(path).digest, "spare": 0}
     engine = {
         "enable_lora": True,
         "max_loras": min(len(names), sequences),

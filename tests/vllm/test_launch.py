@@ -223,9 +223,10 @@ class TestChecks:
     def test_adapters_that_vllm_cannot_serve_are_named(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = read_manifest(bundle, ()).adapters[0].name
         monkeypatch.setattr(launching, "why_refused", lambda _, each: "it is DoRA" if each.name == first else None)
-        assert launch(bundle).notes == [f"not served: 1 of 16 adapters ({first!r}: it is DoRA)"]
+        with pytest.raises(Unsupported, match=rf"cannot serve 1 of 16 adapters \('{first}': it is DoRA\) \(make a"):
+            launch(bundle)
         monkeypatch.setattr(launching, "why_refused", lambda *_: "it is DoRA")
-        with pytest.raises(Unsupported, match="vLLM can serve no adapter of"):
+        with pytest.raises(Unsupported, match=r"16 of 16 adapters .*; and 13 more\)"):
             launch(bundle)
 
 
