@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,8 +24,6 @@ _MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has fo
 _KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
 _NAMED = 3  # adapters that a message names
 _PLUGINS = "VLLM_PLUGINS"
-_ENDPOINTS = "lorazip_endpoints"
-_ENDPOINTS_GROUP = "vllm.endpoint_plugins"
 
 
 class Launch(NamedTuple):
@@ -62,7 +59,7 @@ def plan(
     Raises UsageError for options that contradict lorazip's and for a model in a directory whose weights have other
     shapes, LocalError for another vLLM, Unsupported for adapters that it cannot serve, and as opening a bundle does.
     """
-    release = versions.check(version)
+    versions.check(version)
     bundle = Bundle(path)
     refuse_contradictions(path, bundle.manifest)
     given, rest = _parse(more)
@@ -80,7 +77,7 @@ def plan(
         words += ["--max-lora-rank", str(RANKS[0])]
     settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
     words += ["--additional-config", json.dumps(_joined(given.additional_config, settings))]
-    return Launch([*words, *rest], _variables(environment, release), notes)
+    return Launch([*words, *rest], _variables(environment), notes)
 
 
 class _Options(argparse.ArgumentParser):
@@ -142,19 +139,11 @@ def _batch(adapters: int, sequences: str | None) -> int:
     return min(adapters, int(sequences) if sequences and sequences.isdecimal() else _MOST_SEQUENCES)
 
 
-def _variables(environment: Mapping[str, str], release: tuple[int, int]) -> dict[str, str]:
-    """What the plugin needs in the environment. Where plugins are chosen by name, those that load now still do."""
-    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    plugins = {(point.group, point.name) for package in distributions() for point in package.entry_points}
-    routes = release >= versions.ROUTES_SINCE and (_ENDPOINTS_GROUP, _ENDPOINTS) in plugins
-    own = [KEY, *([_ENDPOINTS] if routes else [])]
-    if _PLUGINS in environment:
-        chosen = environment[_PLUGINS].split(",")
-    elif routes:  # they are loaded only if they are named, and then nothing else is that is not
-        chosen = [name for group, name in sorted(plugins) if group.startswith("vllm.") and group != _ENDPOINTS_GROUP]
-    else:
-        return needed
-    return needed | {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen, *own])))}
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the plugin needs in the environment. vLLM loads all plugins, unless it is told which."""
+    chosen = environment.get(_PLUGINS)
+    plugins = {} if chosen is None else {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen.split(","), KEY])))}
+    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | plugins
 
 
 def _check_adapters(bundle: Bundle) -> None:
