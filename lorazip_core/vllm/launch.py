@@ -7,28 +7,23 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..base.errors import Unsupported, UsageError
 from ..bundle.contradictions import refuse_contradictions
-from ..bundle.kinds import MANIFEST_NAME
 from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle
 from ..export.vllm import RANKS, why_refused
 from . import versions
+from .source import KEY
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 """`vllm serve` is the same server; of the CPU package it does not start, as it looks for metadata of another name."""
-KEY = "lorazip"
-"""The key in vLLM's ``additional_config`` that makes the plugin active."""
-
 _MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has for any device
 _KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
+_NAMED = 3  # adapters that a message names
 _PLUGINS = "VLLM_PLUGINS"
-_ENDPOINTS = "lorazip_endpoints"
-_ENDPOINTS_GROUP = "vllm.endpoint_plugins"
 
 
 class Launch(NamedTuple):
@@ -62,13 +57,14 @@ def plan(
     which starts it.
 
     Raises UsageError for options that contradict lorazip's and for a model in a directory whose weights have other
-    shapes, LocalError for another vLLM, Unsupported if no adapter can be served, and as opening a bundle does.
+    shapes, LocalError for another vLLM, Unsupported for adapters that it cannot serve, and as opening a bundle does.
     """
-    release = versions.check(version)
+    versions.check(version)
     bundle = Bundle(path)
     refuse_contradictions(path, bundle.manifest)
     given, rest = _parse(more)
-    notes = [*_check_adapters(bundle), *_check_model(bundle.manifest, model)]
+    _check_adapters(bundle)
+    notes = _check_model(bundle.manifest, model)
     words = [sys.executable, *SERVER, "--model", model]
     for name, value in (("host", host), ("port", port)):
         words += [] if value is None else [f"--{name}", str(value)]
@@ -79,14 +75,9 @@ def plan(
         words += ["--max-loras", str(most)]
     if given.max_lora_rank is None:
         words += ["--max-lora-rank", str(RANKS[0])]
-    settings = {"bundle": str(path.resolve()), "manifest_sha256": manifest_digest(path), "spare": spare}
+    settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
     words += ["--additional-config", json.dumps(_joined(given.additional_config, settings))]
-    return Launch([*words, *rest], _variables(environment, release), notes)
-
-
-def manifest_digest(path: Path) -> str:
-    """The ``manifest_sha256`` that the manifest of a readable bundle has in itself."""
-    return str(json.loads((path / MANIFEST_NAME).read_bytes())["manifest_sha256"])
+    return Launch([*words, *rest], _variables(environment), notes)
 
 
 class _Options(argparse.ArgumentParser):
@@ -148,31 +139,24 @@ def _batch(adapters: int, sequences: str | None) -> int:
     return min(adapters, int(sequences) if sequences and sequences.isdecimal() else _MOST_SEQUENCES)
 
 
-def _variables(environment: Mapping[str, str], release: tuple[int, int]) -> dict[str, str]:
-    """What the plugin needs in the environment. Where plugins are chosen by name, those that load now still do."""
-    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    plugins = {(point.group, point.name) for package in distributions() for point in package.entry_points}
-    routes = release >= versions.ROUTES_SINCE and (_ENDPOINTS_GROUP, _ENDPOINTS) in plugins
-    own = [KEY, *([_ENDPOINTS] if routes else [])]
-    if _PLUGINS in environment:
-        chosen = environment[_PLUGINS].split(",")
-    elif routes:  # they are loaded only if they are named, and then nothing else is that is not
-        chosen = [name for group, name in sorted(plugins) if group.startswith("vllm.") and group != _ENDPOINTS_GROUP]
-    else:
-        return needed
-    return needed | {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen, *own])))}
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the plugin needs in the environment. vLLM loads all plugins, unless it is told which."""
+    chosen = environment.get(_PLUGINS)
+    plugins = {} if chosen is None else {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen.split(","), KEY])))}
+    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | plugins
 
 
-def _check_adapters(bundle: Bundle) -> list[str]:
-    """A note on adapters that vLLM cannot serve. Raises Unsupported if it can serve none."""
+def _check_adapters(bundle: Bundle) -> None:
+    """Raise Unsupported if the updates of modules are not all of some adapter: it would be served as another one."""
     adapters = bundle.manifest.adapters
     reasons = [(adapter.name, why_refused(bundle, adapter)) for adapter in adapters]
     refused = [f"{name!r}: {reason}" for name, reason in reasons if reason]
-    if len(refused) == len(adapters):
-        raise Unsupported(f"vLLM can serve no adapter of {bundle.path} ({refused[0]})")
-    if not refused:
-        return []
-    return [f"not served: {len(refused)} of {len(adapters)} adapters ({'; '.join(refused)})"]
+    if refused:
+        more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
+        raise Unsupported(
+            f"vLLM cannot serve {len(refused)} of {len(adapters)} adapters ({'; '.join(refused[:_NAMED])}{more})",
+            "make a bundle without them",
+        )
 
 
 def _check_model(manifest: Manifest, model: str) -> list[str]:

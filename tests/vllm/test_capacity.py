@@ -37,7 +37,7 @@ def base(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(weights, folder / "model-00001-of-00002.safetensors")
     save_file({"lm_head.weight": torch.zeros(250_000)}, folder / "model-00002-of-00002.safetensors")
-    save_file({"lm_head.weight": torch.zeros(9)}, folder / "consolidated.safetensors")
+    save_file({"output.weight": torch.zeros(250_000)}, folder / "consolidated.safetensors")
     return folder
 
 

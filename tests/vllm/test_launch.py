@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -148,40 +147,12 @@ class TestCommand:
             launch(bundle, version="0.23.0")
 
 
-class TestPlugins:
-    @pytest.fixture
-    def registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Plugins of several packages, with routes of lorazip's and of another's."""
-
-        class Package:
-            entry_points = (
-                EntryPoint("lorazip", "x:y", "vllm.general_plugins"),
-                EntryPoint("lorazip_endpoints", "x:y", "vllm.endpoint_plugins"),
-                EntryPoint("routes", "x:y", "vllm.endpoint_plugins"),
-                EntryPoint("device", "x:y", "vllm.platform_plugins"),
-                EntryPoint("tool", "x:y", "console_scripts"),
-            )
-
-        monkeypatch.setattr(launching, "distributions", lambda: [Package])
-
-    def test_routes_are_named_and_what_loaded_still_does(self, bundle: Path, registered: None) -> None:
-        made = launch(bundle)
-        assert made.environment == ALLOWED | {"VLLM_PLUGINS": "lorazip,device,lorazip_endpoints"}
-
-    def test_before_there_were_routes_none_is_named(self, bundle: Path, registered: None) -> None:
-        assert launch(bundle, version="0.25.1").environment == ALLOWED
-
-    @pytest.mark.parametrize(
-        ("chosen", "then"),
-        [
-            ("", "lorazip,lorazip_endpoints"),
-            ("device", "device,lorazip,lorazip_endpoints"),
-            ("lorazip_endpoints,lorazip", "lorazip_endpoints,lorazip"),
-        ],
-    )
-    def test_a_choice_is_added_to(self, bundle: Path, registered: None, chosen: str, then: str) -> None:
-        made = launch(bundle, environment={"VLLM_PLUGINS": chosen})
-        assert made.environment["VLLM_PLUGINS"] == then
+@pytest.mark.parametrize(
+    ("chosen", "then"), [(None, None), ("", "lorazip"), ("other", "other,lorazip"), ("lorazip,other", "lorazip,other")]
+)
+def test_where_plugins_are_chosen_ours_is(bundle: Path, chosen: str | None, then: str | None) -> None:
+    made = launch(bundle, environment={} if chosen is None else {"VLLM_PLUGINS": chosen})
+    assert made.environment == ALLOWED | ({} if then is None else {"VLLM_PLUGINS": then})
 
 
 class TestChecks:
@@ -223,9 +194,10 @@ class TestChecks:
     def test_adapters_that_vllm_cannot_serve_are_named(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = read_manifest(bundle, ()).adapters[0].name
         monkeypatch.setattr(launching, "why_refused", lambda _, each: "it is DoRA" if each.name == first else None)
-        assert launch(bundle).notes == [f"not served: 1 of 16 adapters ({first!r}: it is DoRA)"]
+        with pytest.raises(Unsupported, match=rf"cannot serve 1 of 16 adapters \('{first}': it is DoRA\) \(make a"):
+            launch(bundle)
         monkeypatch.setattr(launching, "why_refused", lambda *_: "it is DoRA")
-        with pytest.raises(Unsupported, match="vLLM can serve no adapter of"):
+        with pytest.raises(Unsupported, match=r"16 of 16 adapters .*; and 13 more\)"):
             launch(bundle)
 
 
