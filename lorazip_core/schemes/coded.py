@@ -89,10 +89,10 @@ class Coded(PackedScheme, SteppedScheme):
         modules = [CodedModule(*(own[suffix].numpy() for suffix in self.own)) for own in adapters]
         return {name: torch.from_numpy(array) for name, array in lay_out(modules).items()}
 
-    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        from .coded_resident import CodedModule, module_bytes
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        from .coded_resident import own_bytes
 
-        return module_bytes(CodedModule(*(own[suffix].numpy() for suffix in self.own)))
+        return own_bytes(resident["starts"].numpy(), resident["forms"].numpy(), size).tolist()
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         from .coded_resident import components

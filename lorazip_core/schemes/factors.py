@@ -39,8 +39,10 @@ class FactorsScheme(IndividualScheme):
             "A": torch.cat([own["A"] for own in adapters]),
         }
 
-    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        return START_BYTES + super().resident_bytes(own)
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        of_rank = sum(resident[side][:1].nbytes for side in "BA")
+        others = sum(resident[suffix][:1].nbytes for suffix in self.own[2:])
+        return [START_BYTES + others + of_rank * rank for rank in resident["starts"].diff().tolist()]
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         def factors(place: int) -> Factors:

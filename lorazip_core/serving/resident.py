@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.stopping import check_stop
-from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.manifest import AdapterEntry
 from ..bundle.reader import Bundle
 from ..bundle.stored import stored
 from ..schemes.scheme import Scheme, Size
@@ -65,10 +65,9 @@ class Resident:
             lambda: defaultdict(dict)
         )
         shared: dict[tuple[str, int], dict[str, Tensor]] = {}
-        own_bytes = []
         for row, adapter in enumerate(adapters):
             check_stop()
-            scheme, added = bundle.scheme(adapter), 0
+            scheme = bundle.scheme(adapter)
             for module in bundle.modules(adapter):
                 tensors = stored(bundle, adapter, module)
                 own = {suffix: tensors[suffix] for suffix in scheme.own}
@@ -77,29 +76,24 @@ class Resident:
                     shared.setdefault(
                         (module.name, adapter.cluster), {suffix: tensors[suffix] for suffix in scheme.shared}
                     )
-                added += scheme.resident_bytes(own)
-            own_bytes.append(added)
+        own_bytes = [0] * len(adapters)
         places: dict[tuple[int, ...], Tensor] = {}
         modules = {}
         for entry in bundle.manifest.modules:
             check_stop()
-            parts = []
+            size, parts = Size(entry.d_out, entry.d_in), []
             for members in collected.pop(entry.name, {}).values():
                 first = adapters[min(members)]
                 scheme = bundle.scheme(first)
                 key = tuple(members)
                 if key not in places:
                     places[key] = _places(key, len(adapters)).to(device)
+                own = scheme.resident(list(members.values()))
+                for row, added in zip(key, scheme.resident_bytes(own, size), strict=True):
+                    own_bytes[row] += added
                 of_cluster = {} if first.cluster is None else shared[entry.name, first.cluster]
-                parts.append(
-                    Part(
-                        scheme,
-                        places[key],
-                        _on(scheme.resident(list(members.values())), device),
-                        _on(of_cluster, device),
-                    )
-                )
-            modules[entry.name] = HeldModule(_size(entry), parts)
+                parts.append(Part(scheme, places[key], _on(own, device), _on(of_cluster, device)))
+            modules[entry.name] = HeldModule(size, parts)
         return cls([adapter.name for adapter in adapters], modules, own_bytes)
 
     def apply(self, module: str, x: Tensor, rows: Tensor) -> Tensor:
@@ -147,7 +141,3 @@ def _places(rows: tuple[int, ...], adapters: int) -> Tensor:
 
 def _on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _size(module: ModuleEntry) -> Size:
-    return Size(module.d_out, module.d_in)

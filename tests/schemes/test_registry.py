@@ -61,6 +61,10 @@ class Sign(IndividualScheme):
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {f"{suffix}.{place}": own[suffix] for place, own in enumerate(adapters) for suffix in self.own}
 
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        adapters = len(resident) // len(self.own)
+        return [sum(resident[f"{suffix}.{place}"].nbytes for suffix in self.own) for place in range(adapters)]
+
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         def factors(place: int) -> Factors:
             return self.decode({suffix: resident[f"{suffix}.{place}"] for suffix in self.own}, working_dtype(x))
@@ -97,6 +101,9 @@ class Signs(PackedScheme):
 
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return Sign().resident(adapters)
+
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        return Sign().resident_bytes(resident, size)
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         return Sign().apply(resident, size, x, places)
