@@ -67,15 +67,14 @@ def own_bytes(starts: NDArray[np.int32], forms: NDArray[np.uint8], size: Size) -
     return START_BYTES + np.diff(ends[starts])
 
 
-def components(resident: Mapping[str, Tensor], size: Size, place: int) -> dict[str, Tensor]:
-    """The û, v̂ and scales of the adapter at ``place``, as they are stored, on the device."""
-    start, end = resident["starts"][place : place + 2].tolist()
-    at, forms = resident["at"][start:end], resident["forms"][start:end].int()
+def components(resident: Mapping[str, Tensor], size: Size, rows: Tensor) -> dict[str, Tensor]:
+    """The û, v̂ and scales of the components in ``rows`` [K], as they are stored, on the device."""
+    at, forms = resident["at"][rows], resident["forms"][rows].int()
     after_u = at + packed_bytes(forms[:, 0], size.d_out)
     return {
         "u": unpack(resident["codes"], at, forms[:, 0], size.d_out),
         "v": unpack(resident["codes"], after_u, forms[:, 1], size.d_in),
-        "scale": resident["scale"][start:end],
+        "scale": resident["scale"][rows],
     }
 
 

@@ -59,10 +59,10 @@ def unpack(data: Tensor, at: Tensor, forms: Tensor, length: int) -> Tensor:
     """
     import torch
 
-    bits = (forms & _BITS).long()[:, None]
-    first = torch.arange(length, device=data.device) * bits  # [k, length]: the lowest bit of every field
-    byte = at.long()[:, None] + (first >> 3)
-    window = data[byte].long() | data[byte + 1].long() << 8
+    bits = (forms & _BITS).int()[:, None]
+    first = torch.arange(length, dtype=torch.int32, device=data.device) * bits  # [k, length]: the lowest of every field
+    byte = at.int()[:, None] + (first >> 3)
+    window = data[byte].int() | data[byte + 1].int() << 8
     fields = window >> (first & 7) & (1 << bits) - 1
-    odd = (forms & ODD).bool()[:, None]
-    return torch.where(odd, 2 * fields - (1 << bits) + 1, fields - (1 << bits - 1)).to(torch.int8)
+    odd = (forms & ODD).bool()[:, None].int()
+    return ((fields << odd) - (1 << bits + odd - 1) + odd).to(torch.int8)

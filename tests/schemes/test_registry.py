@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
-from lorazip_core.schemes.factors import apply_each
 from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
 from lorazip_core.schemes.scheme import (
@@ -66,10 +65,12 @@ class Sign(IndividualScheme):
         return [sum(resident[f"{suffix}.{place}"].nbytes for suffix in self.own) for place in range(adapters)]
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
-        def factors(place: int) -> Factors:
-            return self.decode({suffix: resident[f"{suffix}.{place}"] for suffix in self.own}, working_dtype(x))
+        def applied(x: Tensor, place: int) -> Tensor:
+            own = {suffix: resident[f"{suffix}.{place}"] for suffix in self.own}
+            b, a = self.decode(own, working_dtype(x))
+            return b @ (a @ x.to(a.dtype))
 
-        return apply_each(factors, size, x, places)
+        return torch.stack([applied(*each) for each in zip(x, places.tolist(), strict=True)])
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("signs_a")[0]

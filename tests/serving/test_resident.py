@@ -19,6 +19,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored
 from lorazip_core.schemes import coded_resident
 from lorazip_core.schemes.coded_resident import CodedModule, components, lay_out
+from lorazip_core.schemes.factors import rows_of
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.schemes.scheme import Size
 from lorazip_core.serving.resident import NONE, Resident
@@ -125,7 +126,8 @@ def test_codes_are_those_of_the_file(bundle: Bundle, resident: Resident) -> None
             for part in resident.modules[module.name].parts:
                 if part.scheme.name == "coded" and adapter.scheme == "coded":
                     size, tensors = Size(module.d_out, module.d_in), stored(bundle, adapter, module)
-                    found = components(part.own, size, int(part.places[row]))
+                    rows, _ = rows_of(part.own["starts"], part.places[[row]])
+                    found = components(part.own, size, rows)
                     assert found.keys() == tensors.keys()
                     for suffix, tensor in tensors.items():
                         assert torch.equal(found[suffix], tensor)
@@ -140,7 +142,7 @@ def test_what_is_no_row_or_no_input_is_refused(resident: Resident) -> None:
     for row in (count, -2):
         with pytest.raises(ValueError, match=f"-1 to {count - 1}"):
             resident.apply(module, x, torch.tensor([row]))
-    with pytest.raises(ValueError, match=r"not \[1, 19\]"):
+    with pytest.raises(ValueError, match=r"takes \[k \* 1, 20\] here, not \[1, 19\]"):
         resident.apply(module, x[:, 1:], torch.tensor([0]))
     with pytest.raises(KeyError):
         resident.apply("layers.9.q_proj", x, torch.tensor([0]))
