@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..adapter.lock import Origin
+from ..adapter.module import Module, Parameter
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
 from ..schemes.registry import SCHEMES, methods
@@ -79,6 +80,12 @@ class ModuleEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kernel: list[Size] = []
     parameter: ParameterEntry | UnsetType = UNSET
     """Only of what is no module of the base model but a parameter, or a part of one."""
+
+    @property
+    def module(self) -> Module:
+        """The same as adapters have it."""
+        parameter = None if self.parameter is UNSET else Parameter(*msgspec.structs.astuple(self.parameter))
+        return Module(self.name, self.kind, self.d_out, self.d_in, tuple(self.kernel), parameter)
 
 
 class ShardEntry(Struct, frozen=True):

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 import torch
-from msgspec import UNSET
 from torch import Tensor
 
 from ..adapter.formats.lora_bias import biased_module, unfolded
 from ..adapter.formats.peft_config import folded_config, gives, own_config
 from ..adapter.formats.registry import parse_config
 from ..adapter.formats.writer import WRITTEN, write_adapter
-from ..adapter.module import Module, Parameter
+from ..adapter.module import Module
 from ..base.atomic import atomic_directory, check_output
 from ..base.digests import canonical_json, safe_name
 from ..base.errors import AdapterError, Unsupported, UsageError
@@ -27,9 +24,10 @@ from ..base.filesystem import check_space, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
+from ..bundle.choose import choose
 from ..bundle.contradictions import refuse_contradictions
 from ..bundle.kinds import EXPORT_NAME
-from ..bundle.manifest import AdapterEntry, ModuleEntry
+from ..bundle.manifest import AdapterEntry
 from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
@@ -108,7 +106,7 @@ def export(
     _check_options(bundle_path, output, format, target, rank, dtype, pad)
     bundle = Bundle(bundle_path, ("read", "export"))
     refuse_contradictions(bundle_path, bundle.manifest)
-    chosen = _choose(bundle, adapters)
+    chosen = choose(bundle, adapters)
     folders = _folders([adapter.name for adapter in chosen])
     bundle.check_sizes(file for adapter in chosen for file in _files(bundle, adapter))
     check_room(bundle, chosen)
@@ -173,20 +171,6 @@ def _check_options(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     check_output_path(output, [bundle])
-
-
-def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:
-    """The adapters named, or that match a pattern, in the order of the bundle; all without any."""
-    known = {adapter.name: adapter for adapter in bundle.manifest.adapters}
-    chosen: set[str] = set()
-    for name in wanted:
-        found = [name] if name in known else [each for each in known if fnmatchcase(each, name)]
-        if not found:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "'lorazip info' lists them"
-            raise UsageError(f"{bundle.path} has no adapter {name!r}", hint)
-        chosen.update(found)
-    return [adapter for name, adapter in known.items() if not wanted or name in chosen]
 
 
 def _shared_files(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> list[str]:
@@ -257,7 +241,7 @@ def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> di
         config = parse_config(adapter.name, bundle.config_text(adapter))
     except AdapterError:  # a configuration that did not make these scales
         return None
-    updates = {_module(entry): own_factors(bundle, adapter, entry, options.dtype) for entry in bundle.modules(adapter)}
+    updates = {entry.module: own_factors(bundle, adapter, entry, options.dtype) for entry in bundle.modules(adapter)}
     ranks = {module: update.rank for module, update in updates.items()}
     scales = {module: update.scale for module, update in updates.items()}
     return updates if gives(config, ranks, scales, one_rank=options.one_rank) else None
@@ -265,7 +249,7 @@ def _own_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> di
 
 def _folded_updates(bundle: Bundle, adapter: AdapterEntry, options: _Options) -> dict[Module, Written]:
     return {
-        _module(entry): folded_factors(bundle, adapter, entry, options.rank, options.dtype)
+        entry.module: folded_factors(bundle, adapter, entry, options.rank, options.dtype)
         for entry in bundle.modules(adapter)
     }
 
@@ -297,11 +281,6 @@ def _extras(bundle: Bundle, adapter: AdapterEntry, updates: dict[Module, Written
         if update is not None and update.scale not in (0, 1):
             extras[key] = unfolded(tensor, update.scale, update.b.dtype)
     return extras
-
-
-def _module(entry: ModuleEntry) -> Module:
-    parameter = None if entry.parameter is UNSET else Parameter(*msgspec.structs.astuple(entry.parameter))
-    return Module(entry.name, entry.kind, entry.d_out, entry.d_in, tuple(entry.kernel), parameter)
 
 
 def _name(dtype: torch.dtype) -> str:
