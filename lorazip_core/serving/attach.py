@@ -56,10 +56,10 @@ def attach(
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    """What is compiled does not see hooks that come later."""
+    """What is compiled does not see hooks."""
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise UsageError("the model is compiled", "attach the bundle first, and compile the model then")
+            raise UsageError("the model is compiled, and would pass over adapters", "attach to one that is not")
 
 
 def _of_other_weights(model: nn.Module, bundle: Bundle, adapters: Sequence[AdapterEntry]) -> dict[str, str]:

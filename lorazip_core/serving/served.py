@@ -31,6 +31,15 @@ _batches: ContextVar[Mapping[Served, Batch | None]] = ContextVar("batches", defa
 _hooked: WeakSet[nn.Module] = WeakSet()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refuse_compiling() -> None:
+    """This is called when a hook is compiled, and not when it would run.
+
+    What is compiled for one layer is used for others, whether they have hooks or not: adapters would go missing.
+    """
+    raise UsageError("a model that a bundle is attached to cannot be compiled")
+
+
 class Served:
     """A model to which a bundle is attached, see `attach`. As a context manager it detaches at the end."""
 
@@ -44,9 +53,7 @@ class Served:
         self._device = device
         self._handles = []
         for name, layer in layers.items():
-            # Not to be compiled: a compiled hook would go on with the rows that it was compiled for.
-            hook = torch.compiler.disable(self._hook(name))  # type: ignore[no-untyped-call]
-            self._handles.append(layer.register_forward_hook(hook))
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
         self._layers = list(layers.values())
         _hooked.update(self._layers)
 
@@ -115,6 +122,8 @@ class Served:
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if torch.compiler.is_compiling():
+                _refuse_compiling()
             batch = _batches.get().get(self)
             if batch is None:
                 return None

@@ -155,3 +155,38 @@ def test_more_codes_than_offsets_reach_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(coded_resident, "_MOST_BYTES", 10)
     with pytest.raises(LocalError, match="10 bytes"):
         lay_out([module])
+
+
+def test_a_row_is_for_inputs_that_follow_each_other(resident: Resident) -> None:
+    """All tokens of two beams, or of sequences that are flattened."""
+    rows = torch.tensor([3, NONE, 8, 3])
+    x = torch.randn(8, 5, MODULES[2].d_in, generator=torch.Generator().manual_seed(2))
+    expected = resident.apply(NAMES[2], x.flatten(0, 1), rows.repeat_interleave(10))
+    batch = resident.batch(rows)
+    assert torch.equal(resident.apply(NAMES[2], x, batch), expected.view(8, 5, -1))
+    assert torch.equal(resident.apply(NAMES[2], x.flatten(0, 1), batch), expected)
+    with pytest.raises(ValueError, match=r"k \* 4"):
+        resident.apply(NAMES[2], x[:3, :3], batch)
+
+
+def test_a_batch_is_looked_up_once(resident: Resident) -> None:
+    batch = resident.batch(torch.tensor([0, NONE, 1]))
+    parts = [part for module in resident.modules.values() for part in module.parts]
+    first = {part.places.data_ptr(): batch.held(part, 4) for part in parts}
+    assert len(first) < len(parts)
+    assert all(batch.held(part, 4) is first[part.places.data_ptr()] for part in parts)
+    assert len(batch.held(parts[0], 2).places) < len(batch.held(parts[0], 4).places)
+
+
+def test_some_adapters_alone(bundle: Bundle, resident: Resident) -> None:
+    some = [adapter for adapter in bundle.manifest.adapters if adapter.name in ("zb", "e", "f")]
+    held = Resident.of(bundle, CPU, some)
+    assert held.rows == {"e": 0, "f": 1, "zb": 2}
+    assert held.own_bytes == [resident.own_bytes[resident.rows[name]] for name in held.rows]
+    own = {module.name for adapter in some for module in bundle.modules(adapter)}
+    assert held.modules.keys() == own
+    for name in own:
+        x = torch.randn(3, held.modules[name].size.d_in, generator=torch.Generator().manual_seed(3))
+        rows = torch.tensor([resident.rows[each] for each in held.rows])
+        found = held.apply(name, x, torch.arange(3))
+        torch.testing.assert_close(found, resident.apply(name, x, rows))
