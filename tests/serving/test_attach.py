@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import Unsupported, UsageError
+from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
+from lorazip_core.model.hooks import applied, on_device
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.attach import attach
-from lorazip_core.serving.served import NO_ADAPTER, Served
+from lorazip_core.serving.served import _TOKENS, NO_ADAPTER, Served
 
 MODULES = [
     Module("lm_head", "linear", 33, 64),
@@ -357,6 +359,36 @@ def test_another_model(case: Case, clustered: Case, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"v_proj is linear \[32, 64\], but in the model \[40, 64\]"):
         attach(model, case.bundle)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    embed_scale = 3.0
+
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(given) * self.embed_scale
+
+
+def test_an_embedding_that_scales_what_it_looks_up(case: Case) -> None:
+    """In a sequence longer than is looked up at a time."""
+    model: Any = case.model()
+    scaled = Scaled(*model.model.embed_tokens.weight.shape)
+    scaled.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens = scaled
+    bundle, ids = Bundle(case.bundle), tokens(2, _TOKENS + 6)
+    [entry] = [each for each in bundle.manifest.adapters if each.name == "coded/a"]
+    updates = {module.name: decode(bundle, entry, module) for module in bundle.modules(entry)}
+    with applied(model, on_device(updates, torch.device("cpu"), torch.float32)):
+        expected = logits(model, ids)
+    with attach(model, bundle) as served, served.rows(["coded/a"]):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_batch_for_the_base_model_costs_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served._resident, "apply", None)
+    with served.rows([None, NO_ADAPTER]):
+        logits(served.model, tokens(2))
 
 
 def test_experts_get_tokens_without_rows(tmp_path: Path) -> None:
