@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazip_core.bundle.choose import matching
 from lorazip_core.bundle.contradictions import refuse_contradictions
 from lorazip_core.bundle.kinds import check_bundle_path
 from lorazip_core.bundle.manifest import read_manifest
-from lorazip_core.bundle.names import matching
 from lorazip_core.bundle.output_path import check_output_path
 
 from . import console

@@ -24,10 +24,10 @@ from ..base.filesystem import check_space, tree, write_file
 from ..base.progress import Progress, Silent
 from ..base.stopping import check_stop
 from ..base.threads import in_order
+from ..bundle.choose import choose
 from ..bundle.contradictions import refuse_contradictions
 from ..bundle.kinds import EXPORT_NAME
 from ..bundle.manifest import AdapterEntry
-from ..bundle.names import matching
 from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.tensor_file import DTYPES
@@ -106,7 +106,7 @@ def export(
     _check_options(bundle_path, output, format, target, rank, dtype, pad)
     bundle = Bundle(bundle_path, ("read", "export"))
     refuse_contradictions(bundle_path, bundle.manifest)
-    chosen = _choose(bundle, adapters)
+    chosen = choose(bundle, adapters)
     folders = _folders([adapter.name for adapter in chosen])
     bundle.check_sizes(file for adapter in chosen for file in _files(bundle, adapter))
     check_room(bundle, chosen)
@@ -171,12 +171,6 @@ def _check_options(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     check_output_path(output, [bundle])
-
-
-def _choose(bundle: Bundle, wanted: Sequence[str]) -> list[AdapterEntry]:
-    """The adapters named, or that match a pattern, in the order of the bundle; all without any."""
-    chosen = set(matching(bundle.manifest, bundle.path, wanted))
-    return [adapter for adapter in bundle.manifest.adapters if not wanted or adapter.name in chosen]
 
 
 def _shared_files(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> list[str]:

@@ -15,8 +15,8 @@ from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
 from ..base.stopping import stop_unmasked
 from ..base.threads import one_thread
+from ..bundle.choose import matching
 from ..bundle.contradictions import refuse_contradictions
-from ..bundle.names import matching
 from ..bundle.output_path import check_output_path
 from ..bundle.reader import Bundle
 from ..bundle.refit import reasons_to_refit

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from .factors import apply_each
+from .factors import apply_rows, rows_of
 from .scheme import (
     Counting,
     Encoding,
@@ -97,17 +97,17 @@ class Coded(PackedScheme, SteppedScheme):
         modules = [CodedModule(*(own[suffix].numpy() for suffix in self.own)) for own in adapters]
         return {name: torch.from_numpy(array) for name, array in lay_out(modules).items()}
 
-    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        from .coded_resident import CodedModule, module_bytes
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        from .coded_resident import own_bytes
 
-        return module_bytes(CodedModule(*(own[suffix].numpy() for suffix in self.own)))
+        return own_bytes(resident["starts"].numpy(), resident["forms"].numpy(), size).tolist()
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         from .coded_resident import components
 
-        return apply_each(
-            lambda place: self.decode(components(resident, size, place), working_dtype(x)), size, x, places
-        )
+        rows, owners = rows_of(resident["starts"], places)
+        own = {suffix: codes.unsqueeze(1) for suffix, codes in components(resident, size, rows).items()}
+        return apply_rows(self.decode(own, working_dtype(x)), owners, x, places)
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return max(1, shape_of("scale")[0])

@@ -12,6 +12,7 @@ Of a module, for n adapters that have Σk components together:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 COMPONENT_BYTES = 4 + 2 + 2
 """Of a component in ``at``, ``forms`` and ``scale``."""
 _MOST_BYTES = 2**31
+_AT_ONCE = 2**6  # vectors that are packed together: more do not stay in the cache of a processor
 
 
 class CodedModule(NamedTuple):
@@ -44,50 +46,49 @@ class CodedModule(NamedTuple):
 
 def lay_out(adapters: Sequence[CodedModule]) -> Arrays:
     """One module of some adapters. Raises LocalError for 2 GiB of codes or more."""
-    of_each = [_forms(module) for module in adapters]
-    forms = np.concatenate(of_each)
-    sizes = np.concatenate([_sizes(module, own) for module, own in zip(adapters, of_each, strict=True)])
-    ends = np.cumsum(sizes)
+    sides = [np.concatenate(side) for side in zip(*((module.u, module.v) for module in adapters), strict=True)]
+    forms = np.stack([forms_of(side) for side in sides], 1)
+    ends = np.cumsum(_sizes(forms, Size(*(side.shape[1] for side in sides))))
     if len(ends) and ends[-1] >= _MOST_BYTES:
         raise LocalError(f"the codes of one module take {ends[-1]:,} bytes on a device: at most 2 GiB can be held")
-    pairs = (pair for module in adapters for pair in zip(module.u, module.v, strict=True))
-    packed = [
-        pack(vector, form)
-        for vectors, own in zip(pairs, forms.tolist(), strict=True)
-        for vector, form in zip(vectors, own, strict=True)
-    ]
+    packed = [_packed(side, own) for side, own in zip(sides, forms.T, strict=True)]
     return {
         "starts": np.cumsum([0, *(len(module.scale) for module in adapters)], dtype=np.int32),
-        "at": (ends - sizes).astype(np.int32),
+        "at": np.concatenate([np.zeros(1, np.int32), ends.astype(np.int32)])[:-1],
         "forms": forms,
         "scale": np.concatenate([module.scale for module in adapters]),
-        "codes": np.concatenate([*packed, np.zeros(1, np.uint8)]),
+        "codes": np.concatenate([*chain.from_iterable(zip(*packed, strict=True)), np.zeros(1, np.uint8)]),
     }
 
 
-def module_bytes(module: CodedModule) -> int:
-    """What one more adapter with this module adds to `lay_out`."""
-    return START_BYTES + len(module.scale) * COMPONENT_BYTES + int(_sizes(module, _forms(module)).sum())
+def own_bytes(starts: NDArray[np.int32], forms: NDArray[np.uint8], size: Size) -> NDArray[np.int64]:
+    """[n]: what every adapter adds to `lay_out`, which gave these ``starts`` and ``forms``."""
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(_sizes(forms, size) + COMPONENT_BYTES)])
+    return START_BYTES + np.diff(ends[starts])
 
 
-def components(resident: Mapping[str, Tensor], size: Size, place: int) -> dict[str, Tensor]:
-    """The û, v̂ and scales of the adapter at ``place``, as they are stored, on the device."""
-    start, end = resident["starts"][place : place + 2].tolist()
-    at, forms = resident["at"][start:end], resident["forms"][start:end].int()
+def components(resident: Mapping[str, Tensor], size: Size, rows: Tensor) -> dict[str, Tensor]:
+    """The û, v̂ and scales of the components in ``rows`` [K], as they are stored, on the device."""
+    at, forms = resident["at"][rows], resident["forms"][rows].int()
     after_u = at + packed_bytes(forms[:, 0], size.d_out)
     return {
         "u": unpack(resident["codes"], at, forms[:, 0], size.d_out),
         "v": unpack(resident["codes"], after_u, forms[:, 1], size.d_in),
-        "scale": resident["scale"][start:end],
+        "scale": resident["scale"][rows],
     }
 
 
-def _forms(module: CodedModule) -> NDArray[np.uint8]:
-    """[k, 2]: of û and v̂."""
-    return np.stack([forms_of(module.u), forms_of(module.v)], 1)
+def _packed(vectors: NDArray[np.int8], forms: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Each of the vectors [k, length] as bytes; those of one form together."""
+    found = dict[int, NDArray[np.uint8]]()
+    for form in np.unique(forms).tolist():
+        members = np.flatnonzero(forms == form)
+        for some in np.split(members, range(_AT_ONCE, len(members), _AT_ONCE)):
+            found.update(zip(some.tolist(), pack(vectors[some], form), strict=True))
+    return [found[place] for place in range(len(forms))]
 
 
-def _sizes(module: CodedModule, forms: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _sizes(forms: NDArray[np.uint8], size: Size) -> NDArray[np.int64]:
     """[k]: the bytes of û and v̂ of every component."""
     of_u, of_v = forms.T.astype(np.int64)
-    return packed_bytes(of_u, module.u.shape[1]) + packed_bytes(of_v, module.v.shape[1])
+    return packed_bytes(of_u, size.d_out) + packed_bytes(of_v, size.d_in)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from .scheme import IndividualScheme, Shape, ShapeOf, Size, Terms, working_dtype
@@ -44,17 +44,16 @@ class FactorsScheme(IndividualScheme):
             "A": torch.cat([own["A"] for own in adapters]),
         }
 
-    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        return START_BYTES + super().resident_bytes(own)
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        of_rank = sum(resident[side][:1].nbytes for side in "BA")
+        others = sum(resident[suffix][:1].nbytes for suffix in self.own[2:])
+        return [START_BYTES + others + of_rank * rank for rank in resident["starts"].diff().tolist()]
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
-        def factors(place: int) -> Factors:
-            start, end = resident["starts"][place : place + 2].tolist()
-            own = {suffix: resident[suffix][place] for suffix in self.own[2:]}
-            own |= {"B": resident["B"][start:end].mT, "A": resident["A"][start:end]}
-            return self.decode(own, working_dtype(x))
-
-        return apply_each(factors, size, x, places)
+        rows, owners = rows_of(resident["starts"], places)
+        own = {suffix: resident[suffix][owners] for suffix in self.own[2:]}
+        own |= {"B": resident["B"][rows].unsqueeze(-1), "A": resident["A"][rows].unsqueeze(-2)}
+        return apply_rows(self.decode(own, working_dtype(x)), owners, x, places)
 
 
 START_BYTES = 4
@@ -68,12 +67,25 @@ def starts_of(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
 
 
-def apply_each(factors: Callable[[int], Factors], size: Size, x: Tensor, places: Tensor) -> Tensor:
-    """`Scheme.apply` from the B̂ and Â of every place that is used."""
-    dtype = working_dtype(x)
-    y = x.new_zeros(len(x), size.d_out, dtype=dtype)
-    for place in sorted(set(places.tolist())):
-        b, a = factors(place)
-        rows = places == place
-        y[rows] = x[rows].to(dtype) @ a.mT @ b.mT
-    return y
+def rows_of(starts: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that begin at ``starts`` [n + 1], those of all adapters at ``places``, each adapter once.
+
+    Returns the rows [K] and the place of the adapter [K] that each belongs to. A GPU is asked for K.
+    """
+    import torch
+
+    used = torch.unique(places)
+    counts = starts.diff()[used]
+    before = counts.cumsum(0) - counts
+    rows = torch.arange(int(counts.sum()), device=starts.device)
+    return rows + (starts[used] - before).repeat_interleave(counts), used.repeat_interleave(counts)
+
+
+def apply_rows(factors: Factors, owners: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """`Scheme.apply` from B̂ [K, d_out, 1] and Â [K, 1, d_in], the components of the adapters at ``owners`` [K].
+
+    One product for all adapters, of which every x keeps what is of its own: far fewer steps than adapter by adapter.
+    """
+    b, a = (side.flatten(1) for side in factors)
+    inner = (x.to(a.dtype) @ a.mT).masked_fill(owners != places[:, None], 0)
+    return inner @ b

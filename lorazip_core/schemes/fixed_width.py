@@ -25,9 +25,10 @@ Numbers = TypeVar("Numbers", int, "Tensor", NDArray[np.int64])
 
 def forms_of(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """The form [k] of each of k vectors of ``codes`` [k, length]: its bits, 1 to 8, and `ODD`."""
-    odd = (codes & 1).all(-1)
-    largest = np.where(odd, np.abs(codes).max(-1, initial=0), np.maximum(codes, ~codes).max(-1, initial=0))
-    return np.where(odd, _LENGTHS[largest] | ODD, _LENGTHS[largest] + 1).astype(np.uint8)
+    # With ~c for a negative c, all codes of a vector together have the bits of the largest.
+    largest = _LENGTHS[np.bitwise_or.reduce(codes ^ (codes >> 7), axis=-1)]
+    odd = (np.bitwise_and.reduce(codes, axis=-1) & 1).astype(bool)
+    return np.where(odd, np.maximum(largest, 1) | ODD, largest + 1).astype(np.uint8)
 
 
 def packed_bytes(form: Numbers, length: int) -> Numbers:
@@ -36,11 +37,19 @@ def packed_bytes(form: Numbers, length: int) -> Numbers:
 
 
 def pack(codes: NDArray[np.int8], form: int) -> NDArray[np.uint8]:
-    """One vector as bytes."""
-    bits = form & _BITS
-    wide = codes.astype(np.int16)
-    fields = (wide + 2**bits - 1) >> 1 if form & ODD else wide + 2 ** (bits - 1)
-    return np.packbits(fields[:, None] >> np.arange(bits) & 1, bitorder="little")
+    """Vectors [k, length] of one form as bytes [k, `packed_bytes`]."""
+    bits, (count, length) = form & _BITS, codes.shape
+    fields = codes.view(np.uint8) + np.uint8(2**bits - 1 if form & ODD else 2 ** (bits - 1))  # modulo 256
+    words = np.zeros((count, -(-length // 8) * 8), np.uint8)
+    words[:, :length] = fields >> 1 if form & ODD else fields
+    # In every word of two, four and then eight bytes the upper half moves down to the fields of the lower one, until
+    # eight fields fill as many bytes as they have bits.
+    for half in (8, 16, 32):
+        words = words.view(f"<u{half // 4}")
+        lower = words & (2**half - 1)
+        words = lower | (words ^ lower) >> (half - half // 8 * bits)
+    eights = words.view(np.uint8).reshape(count, -1, 8)[..., :bits]
+    return eights.reshape(count, -1)[:, : packed_bytes(form, length)]
 
 
 def unpack(data: Tensor, at: Tensor, forms: Tensor, length: int) -> Tensor:
@@ -50,10 +59,11 @@ def unpack(data: Tensor, at: Tensor, forms: Tensor, length: int) -> Tensor:
     """
     import torch
 
-    bits = (forms & _BITS).long()[:, None]
-    first = torch.arange(length, device=data.device) * bits  # [k, length]: the lowest bit of every field
-    byte = at.long()[:, None] + (first >> 3)
-    window = data[byte].long() | data[byte + 1].long() << 8
+    bits = (forms & _BITS).int()[:, None]
+    first = torch.arange(length, dtype=torch.int32, device=data.device) * bits  # [k, length]: the lowest of every field
+    byte = (at.int()[:, None] + (first >> 3)).flatten()
+    low, high = data.index_select(0, byte), data.index_select(0, byte + 1)  # on a CPU three times as fast as data[byte]
+    window = (low.int() | high.int() << 8).view_as(first)
     fields = window >> (first & 7) & (1 << bits) - 1
-    odd = (forms & ODD).bool()[:, None]
-    return torch.where(odd, 2 * fields - (1 << bits) + 1, fields - (1 << bits - 1)).to(torch.int8)
+    odd = (forms & ODD).bool()[:, None].int()
+    return ((fields << odd) - (1 << bits + odd - 1) + odd).to(torch.int8)

@@ -126,9 +126,9 @@ class Scheme(ABC):
         Nothing is rounded, and what is an adapter's is found from its place, 0 ≤ place < n.
         """
 
-    def resident_bytes(self, own: Mapping[str, Tensor]) -> int:
-        """What one more adapter, with these own tensors, adds to `resident`."""
-        return sum(tensor.nbytes for tensor in own.values())
+    @abstractmethod
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        """[n]: what each of these adapters adds to `resident`, which is on the CPU."""
 
     @abstractmethod
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
@@ -199,6 +199,10 @@ class SharedScheme(Scheme):
         import torch
 
         return {suffix: torch.stack([own[suffix] for own in adapters]) for suffix in self.own}
+
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        adapters = len(resident[self.own[0]])
+        return [sum(tensor.nbytes for tensor in resident.values()) // adapters] * adapters
 
     @abstractmethod
     def encode(self, problems: Problems, rank: int, *, dtype: torch.dtype, seed: int, share: Share) -> list[Solution]:

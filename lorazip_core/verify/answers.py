@@ -23,9 +23,6 @@ from ..model.report import AnswersSummary, ModelReport
 from ..model.rows import Rows
 from .compare import open_originals
 
-# Of a configuration, what makes an adapter do something else than add B A at its modules. PEFT's names for these.
-_OTHERWISE = ("alora_invocation_tokens", "layer_replication")
-
 
 def ask(
     bundle: Bundle,
@@ -92,7 +89,7 @@ def _more(adapter: Adapter) -> str | None:
         names = list(adapter.extras)
         more = f" and {len(names) - 1} more" if names[1:] else ""
         return f"it has tensors besides its LoRA factors: {names[0]}{more}"
-    return next((f"its configuration sets {name}" for name in _OTHERWISE if adapter.config.raw.get(name)), None)
+    return adapter.form.besides(adapter.config.raw, ())
 
 
 def _unfit(not_scored: Sequence[SkippedEntry]) -> Iterator[Finding]:

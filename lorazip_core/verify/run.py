@@ -14,10 +14,10 @@ from msgspec import Struct
 from ..base.errors import BundleDamaged, CheckFailed, UsageError
 from ..base.progress import Progress, Silent
 from ..base.text import count, printable
+from ..bundle.choose import matching
 from ..bundle.finding import Finding
 from ..bundle.kinds import MANIFEST_NAME, check_adapters_path
 from ..bundle.manifest import AdapterEntry, ModuleError, Parameters
-from ..bundle.names import matching
 from ..bundle.quality import QualityWarning, quality_warnings
 from ..bundle.reader import Bundle
 from ..bundle.summary import Summary, summarise

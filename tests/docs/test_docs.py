@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from testing.tiny_models import llama, save_model
 
 from lorazip_cli.main import app
 from lorazip_core.compress.run import compress
@@ -107,7 +108,7 @@ def test_commands_of_a_page_can_be_called(page: str, least: int) -> None:
 
 def test_the_example_of_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "serving.md").read_text()
-    [example] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    example, _ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     compress(sample_path(), tmp_path / "bundle", CompressOptions())
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -115,6 +116,20 @@ def test_the_example_of_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     y = names["y"]
     assert y.shape == (3, 576)
     assert [bool(each.any()) for each in y] == [True, False, True]
+
+
+def test_the_example_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of random weights that has the layers that the sample is for."""
+    page = (ROOT / "docs" / "serving.md").read_text()
+    _, example = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    compress(sample_path(), tmp_path / "bundle", CompressOptions())
+    save_model(tmp_path / "base", llama(18, hidden_size=576, num_attention_heads=9, num_key_value_heads=3))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["tokens"].shape == (3, names["inputs"]["input_ids"].shape[1] + 4)
+    base = names["model"](**names["inputs"]).logits
+    assert [bool((each != own).any()) for each, own in zip(names["logits"], base, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

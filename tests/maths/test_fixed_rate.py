@@ -15,8 +15,7 @@ from torch import Tensor
 from lorazip_core.maths import fixed_rate
 from lorazip_core.maths.fixed_rate import BITS_OF_COMPONENT, FINEST, choice_for, predicted_of, quantise
 from lorazip_core.maths.quantise import MOST, Codes, Components, unpacked_scale
-from lorazip_core.schemes.coded_resident import COMPONENT_BYTES, CodedModule, module_bytes
-from lorazip_core.schemes.factors import START_BYTES
+from lorazip_core.schemes.coded_resident import COMPONENT_BYTES, CodedModule, lay_out
 
 
 def components_of(m: int, d_out: int, d_in: int, rank: int, seed: int = 0, decay: float = 0.7) -> Components:
@@ -37,7 +36,7 @@ def resident_bits(codes: Codes) -> int:
     total = 0
     for u, v, scale, kept in zip(codes.u, codes.v, codes.scale, codes.kept, strict=True):
         module = CodedModule(u.mT[kept].numpy(), v[kept].numpy(), scale[kept].numpy())
-        total += 8 * (module_bytes(module) - START_BYTES)
+        total += 8 * (len(module.scale) * COMPONENT_BYTES + len(lay_out([module])["codes"]) - 1)
     return total
 
 

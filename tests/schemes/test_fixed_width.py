@@ -32,7 +32,7 @@ def test_round_trip(codes: list[NDArray[np.int8]]) -> None:
     """All vectors one after another, any of them by where it begins."""
     stacked = np.stack(codes)
     forms = forms_of(stacked)
-    packed = [pack(vector, int(form)) for vector, form in zip(codes, forms, strict=True)]
+    packed = [pack(vector[None], int(form))[0] for vector, form in zip(codes, forms, strict=True)]
     sizes = [len(data) for data in packed]
     assert sizes == [packed_bytes(int(form), stacked.shape[1]) for form in forms]
     data = torch.from_numpy(np.concatenate([*packed, np.full(1, 255, np.uint8)]))
@@ -40,6 +40,18 @@ def test_round_trip(codes: list[NDArray[np.int8]]) -> None:
     found = unpack(data, at.flip(0).int(), torch.from_numpy(forms).flip(0), stacked.shape[1])
     assert found.dtype == torch.int8
     assert np.array_equal(found.flip(0).numpy(), stacked)
+
+
+@pytest.mark.parametrize("form", [*range(1, 9), *(bits | ODD for bits in range(1, 8))])
+@pytest.mark.parametrize("length", [1, 8, 13])
+def test_vectors_of_one_form_are_packed_as_each_by_itself(form: int, length: int) -> None:
+    bits, odd = form & 15, bool(form & ODD)
+    fields = np.random.default_rng(form).integers(0, 2**bits, (5, length))
+    codes = (2 * fields - 2**bits + 1 if odd else fields - 2 ** (bits - 1)).astype(np.int8)
+    expected = [sum(int(field) << bits * place for place, field in enumerate(row)) for row in fields]
+    packed = pack(codes, form)
+    assert [int.from_bytes(row.tobytes(), "little") for row in packed] == expected
+    assert packed.shape == (5, -(-bits * length // 8))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +77,10 @@ def test_round_trip(codes: list[NDArray[np.int8]]) -> None:
 def test_the_fewest_bits(codes: list[int], bits: int, odd: bool) -> None:
     vector = np.array([codes], np.int8)
     assert forms_of(vector).tolist() == [bits | ODD * odd]
-    assert len(pack(vector[0], int(forms_of(vector)[0]))) == -(-bits * len(codes) // 8)
+    assert pack(vector, int(forms_of(vector)[0])).shape == (1, -(-bits * len(codes) // 8))
 
 
 def test_where_a_code_is() -> None:
     """The layout that kernels read: of 3 bits, code 2 is in bits 6 to 8."""
-    assert pack(np.array([-4, 3, 1, 0], np.int8), 3).tolist() == [0b01_111_000, 0b0000_100_1]
-    assert pack(np.array([-3, 3, -1, 1, 3], np.int8), 2 | ODD).tolist() == [0b10_01_11_00, 0b11]
+    assert pack(np.array([[-4, 3, 1, 0]], np.int8), 3).tolist() == [[0b01_111_000, 0b0000_100_1]]
+    assert pack(np.array([[-3, 3, -1, 1, 3]], np.int8), 2 | ODD).tolist() == [[0b10_01_11_00, 0b11]]

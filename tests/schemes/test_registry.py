@@ -17,7 +17,6 @@ from torch import Tensor
 from lorazip_cli.main import main
 from lorazip_core.maths.factored import Factors, squared_distance
 from lorazip_core.maths.stack import ScaledStack
-from lorazip_core.schemes.factors import apply_each
 from lorazip_core.schemes.joined import Joined
 from lorazip_core.schemes.registry import FALLBACKS, SCHEMES, individual_scheme, methods, shared_scheme
 from lorazip_core.schemes.scheme import (
@@ -62,11 +61,17 @@ class Sign(IndividualScheme):
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {f"{suffix}.{place}": own[suffix] for place, own in enumerate(adapters) for suffix in self.own}
 
-    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
-        def factors(place: int) -> Factors:
-            return self.decode({suffix: resident[f"{suffix}.{place}"] for suffix in self.own}, working_dtype(x))
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        adapters = len(resident) // len(self.own)
+        return [sum(resident[f"{suffix}.{place}"].nbytes for suffix in self.own) for place in range(adapters)]
 
-        return apply_each(factors, size, x, places)
+    def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
+        def applied(x: Tensor, place: int) -> Tensor:
+            own = {suffix: resident[f"{suffix}.{place}"] for suffix in self.own}
+            b, a = self.decode(own, working_dtype(x))
+            return b @ (a @ x.to(a.dtype))
+
+        return torch.stack([applied(*each) for each in zip(x, places.tolist(), strict=True)])
 
     def decoded_rank(self, shape_of: ShapeOf) -> int:
         return shape_of("signs_a")[0]
@@ -98,6 +103,9 @@ class Signs(PackedScheme):
 
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return Sign().resident(adapters)
+
+    def resident_bytes(self, resident: Mapping[str, Tensor], size: Size) -> list[int]:
+        return Sign().resident_bytes(resident, size)
 
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         return Sign().apply(resident, size, x, places)

@@ -19,6 +19,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored
 from lorazip_core.schemes import coded_resident
 from lorazip_core.schemes.coded_resident import CodedModule, components, lay_out
+from lorazip_core.schemes.factors import rows_of
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.schemes.scheme import Size
 from lorazip_core.serving.resident import NONE, Resident
@@ -125,7 +126,8 @@ def test_codes_are_those_of_the_file(bundle: Bundle, resident: Resident) -> None
             for part in resident.modules[module.name].parts:
                 if part.scheme.name == "coded" and adapter.scheme == "coded":
                     size, tensors = Size(module.d_out, module.d_in), stored(bundle, adapter, module)
-                    found = components(part.own, size, int(part.places[row]))
+                    rows, _ = rows_of(part.own["starts"], part.places[[row]])
+                    found = components(part.own, size, rows)
                     assert found.keys() == tensors.keys()
                     for suffix, tensor in tensors.items():
                         assert torch.equal(found[suffix], tensor)
@@ -140,7 +142,7 @@ def test_what_is_no_row_or_no_input_is_refused(resident: Resident) -> None:
     for row in (count, -2):
         with pytest.raises(ValueError, match=f"-1 to {count - 1}"):
             resident.apply(module, x, torch.tensor([row]))
-    with pytest.raises(ValueError, match=r"not \[1, 19\]"):
+    with pytest.raises(ValueError, match=r"takes \[k \* 1, 20\] here, not \[1, 19\]"):
         resident.apply(module, x[:, 1:], torch.tensor([0]))
     with pytest.raises(KeyError):
         resident.apply("layers.9.q_proj", x, torch.tensor([0]))
@@ -153,3 +155,38 @@ def test_more_codes_than_offsets_reach_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(coded_resident, "_MOST_BYTES", 10)
     with pytest.raises(LocalError, match="10 bytes"):
         lay_out([module])
+
+
+def test_a_row_is_for_inputs_that_follow_each_other(resident: Resident) -> None:
+    """All tokens of two beams, or of sequences that are flattened."""
+    rows = torch.tensor([3, NONE, 8, 3])
+    x = torch.randn(8, 5, MODULES[2].d_in, generator=torch.Generator().manual_seed(2))
+    expected = resident.apply(NAMES[2], x.flatten(0, 1), rows.repeat_interleave(10))
+    batch = resident.batch(rows)
+    assert torch.equal(resident.apply(NAMES[2], x, batch), expected.view(8, 5, -1))
+    assert torch.equal(resident.apply(NAMES[2], x.flatten(0, 1), batch), expected)
+    with pytest.raises(ValueError, match=r"k \* 4"):
+        resident.apply(NAMES[2], x[:3, :3], batch)
+
+
+def test_a_batch_is_looked_up_once(resident: Resident) -> None:
+    batch = resident.batch(torch.tensor([0, NONE, 1]))
+    parts = [part for module in resident.modules.values() for part in module.parts]
+    first = {part.places.data_ptr(): batch.held(part, 4) for part in parts}
+    assert len(first) < len(parts)
+    assert all(batch.held(part, 4) is first[part.places.data_ptr()] for part in parts)
+    assert len(batch.held(parts[0], 2).places) < len(batch.held(parts[0], 4).places)
+
+
+def test_some_adapters_alone(bundle: Bundle, resident: Resident) -> None:
+    some = [adapter for adapter in bundle.manifest.adapters if adapter.name in ("zb", "e", "f")]
+    held = Resident.of(bundle, CPU, some)
+    assert held.rows == {"e": 0, "f": 1, "zb": 2}
+    assert held.own_bytes == [resident.own_bytes[resident.rows[name]] for name in held.rows]
+    own = {module.name for adapter in some for module in bundle.modules(adapter)}
+    assert held.modules.keys() == own
+    for name in own:
+        x = torch.randn(3, held.modules[name].size.d_in, generator=torch.Generator().manual_seed(3))
+        rows = torch.tensor([resident.rows[each] for each in held.rows])
+        found = held.apply(name, x, torch.arange(3))
+        torch.testing.assert_close(found, resident.apply(name, x, rows))

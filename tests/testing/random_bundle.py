@@ -89,10 +89,16 @@ PACKED = "individual/coded-0.safetensors"
 
 
 def make_bundle(
-    root: Path, *, dtype: str = "bf16", seed: int = 0, sketches: list[Sketch] = SKETCHES, version: Literal[1, 2] = 2
+    root: Path,
+    *,
+    dtype: str = "bf16",
+    seed: int = 0,
+    sketches: list[Sketch] = SKETCHES,
+    modules: list[Module] = MODULES,
+    version: Literal[1, 2] = 2,
 ) -> Path:
     """Write originals to ``root/originals`` and their bundle to ``root/bundle``; returns the latter."""
-    maker = _Maker(root, dtype, seed, sketches)
+    maker = _Maker(root, dtype, seed, sketches, modules)
     maker.make()
     if version == 1:
         _as_format_1(maker)
@@ -100,11 +106,11 @@ def make_bundle(
 
 
 class _Maker:
-    def __init__(self, root: Path, dtype: str, seed: int, sketches: list[Sketch]) -> None:
+    def __init__(self, root: Path, dtype: str, seed: int, sketches: list[Sketch], modules: list[Module]) -> None:
         self.originals, self.bundle = root / "originals", root / "bundle"
         self.dtype_name, self.dtype = dtype, DTYPES[dtype]
         self.generator = torch.Generator().manual_seed(seed)
-        self.sketches = sketches
+        self.sketches, self.modules = sketches, modules
         self.by_name = {sketch.name: sketch for sketch in sketches}
         self.factors: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.stored: dict[tuple[str, int], np.ndarray] = {}
@@ -126,20 +132,20 @@ class _Maker:
         sets = sorted({tuple(sketch.modules) for sketch in self.sketches})
         adapters = [self._entry(sketch, clusters, sets, ranks.get(sketch.name)) for sketch in self.sketches]
         used = sorted({index for each in sets for index in each})
-        assert used == list(range(len(MODULES)))
+        assert used == list(range(len(self.modules)))
         extras = {"extras"} if any(sketch.extras for sketch in self.sketches) else set()
         self.writer.finish(
             Manifest(
                 created_by="lorazip tests",
                 requires={
                     "read": required_to_read(adapters),
-                    "export": sorted({module.kind for module in MODULES} | extras),
+                    "export": sorted({module.kind for module in self.modules} | extras),
                 },
                 base_model=BASE,
                 parameters=Parameters("joint", JOINT_RANK, 1, self.dtype_name, 0, "adapter", None),
                 modules=[
                     ModuleEntry(name=m.name, kind=m.kind, d_out=m.d_out, d_in=m.d_in, kernel=list(m.kernel))
-                    for m in MODULES
+                    for m in self.modules
                 ],
                 module_sets=[list(each) for each in sets],
                 clusters=clusters,
@@ -152,7 +158,7 @@ class _Maker:
     def _original(self, sketch: Sketch) -> None:
         factors = {}
         for index in sketch.modules:
-            module = MODULES[index]
+            module = self.modules[index]
             b, a = self.normal(module.d_out, sketch.rank), self.normal(sketch.rank, module.d_in)
             b, a = (b * 0 if sketch.zero else b).to(sketch.dtype), a.to(sketch.dtype)
             factors[module] = (b, a)
@@ -162,7 +168,7 @@ class _Maker:
             "base_model_name_or_path": BASE,
             "r": sketch.rank,
             "lora_alpha": sketch.scale * sketch.rank,
-            "target_modules": [MODULES[index].name for index in sketch.modules],
+            "target_modules": [self.modules[index].name for index in sketch.modules],
         }
         (self.originals / sketch.name).parent.mkdir(parents=True, exist_ok=True)
         write_adapter(self.originals / sketch.name, config, factors, sketch.extras, "random")
@@ -177,7 +183,7 @@ class _Maker:
         bases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         tensors = {}
         for index in sorted({index for sketch in members for index in sketch.modules}):
-            module = MODULES[index]
+            module = self.modules[index]
             sides = []
             for side, size in (("U", module.d_out), ("V", module.d_in)):
                 if scheme == "joint":
@@ -214,13 +220,13 @@ class _Maker:
                     middle = core.double() if scheme == "joint" else torch.diag(core.double())
                     self.stored[sketch.name, index] = (u @ middle @ v.mT).numpy()
             if rows:
-                tensors[f"{MODULES[index].name}.core"] = torch.stack(rows)
+                tensors[f"{self.modules[index].name}.core"] = torch.stack(rows)
         return tensors
 
     def _individual(self, sketch: Sketch) -> str:
         tensors = {}
         for index in sketch.modules:
-            name = MODULES[index].name
+            name = self.modules[index].name
             b, a = self.factors[sketch.name, index]
             if sketch.scheme == "original":
                 tensors[f"{name}.scale"] = torch.tensor(sketch.scale, dtype=torch.float64)
@@ -298,7 +304,7 @@ class _Maker:
             squared_norm=sum(norms.values()),
             squared_error=0.0 if sketch.zero else sum(gaps.values()) / sum(norms.values()),
             mean_module_squared_error=sum(ratios.values()) / len(ratios),
-            worst_module=None if sketch.zero else ModuleError(MODULES[worst].name, ratios[worst]),
+            worst_module=None if sketch.zero else ModuleError(self.modules[worst].name, ratios[worst]),
             because="method",
             origin=sketch.origin,
         )

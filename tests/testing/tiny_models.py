@@ -27,22 +27,27 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     words = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="</s>",
+        bos_token="<s>",
+        pad_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
     made.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
     made.chat_template = template
     return made
 
 
-def llama(layers: int = 2) -> nn.Module:
+def llama(layers: int = 2, **others: int) -> nn.Module:
+    """One of ``SIZE``, or what ``others`` say in the words of its configuration."""
+    sizes = {"hidden_size": SIZE, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2} | others
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=SIZE,
-        intermediate_size=96,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.15,
+        **sizes,
     )
     return _seeded(lambda: LlamaForCausalLM(config))
 

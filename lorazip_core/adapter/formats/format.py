@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,3 +104,7 @@ class Format:
     """Such a tensor, by its ordinary name, as a bundle has it: with the scale of its module, if that applies to it."""
     notes: Callable[[Sequence[Mapping[str, Part]]], Iterable[str]]
     """Lines for people on the modules of usable adapters, whose names may not be what they seem."""
+    besides: Callable[[Mapping[str, Any], Collection[str]], str | None]
+    """Why an adapter is more than its updates, from its configuration and the ordinary names of its other tensors."""
+    base_weights: Callable[[Collection[str]], dict[str, str]]
+    """Which of these are copies of weights of the base model, by the modules they are of."""

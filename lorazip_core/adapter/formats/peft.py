@@ -19,6 +19,7 @@ from .dora import check_magnitudes, is_magnitude
 from .foreign import tool_of_tensors
 from .format import Format, LoraConfig, WeightNames
 from .names import CONFIG_NAME, INDEX, PICKLE, PREFIX, SAFETENSORS
+from .peft_besides import base_weights, besides
 from .peft_config import parse_config
 from .peft_notes import notes
 from .target_parameters import Whole, cut_experts, find_targets
@@ -155,4 +156,6 @@ PEFT = Format(
     check_extras=_check_extras,
     extra=lora_bias.folded,
     notes=notes,
+    besides=besides,
+    base_weights=base_weights,
 )

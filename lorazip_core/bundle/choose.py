@@ -1,0 +1,40 @@
+"""Adapters of a bundle that people name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..base.errors import UsageError
+from .manifest import AdapterEntry, Manifest
+from .reader import Bundle
+
+
+def choose(bundle: Bundle, wanted: Collection[str]) -> list[AdapterEntry]:
+    """The adapters that `matching` finds; all if none is named."""
+    chosen = set(matching(bundle.manifest, bundle.path, wanted))
+    return [adapter for adapter in bundle.manifest.adapters if not wanted or adapter.name in chosen]
+
+
+def matching(manifest: Manifest, bundle: Path, wanted: Collection[str]) -> list[str]:
+    """The adapters that are called, or match a pattern of `fnmatch`, as ``wanted``; in the order of the manifest.
+
+    Raises UsageError for what none is called or matches.
+    """
+    known = dict.fromkeys(adapter.name for adapter in manifest.adapters)
+    chosen: set[str] = set()
+    for name in wanted:
+        found = [name] if name in known else [each for each in known if fnmatchcase(each, name)]
+        if not found:
+            raise unknown(name, known, str(bundle))
+        chosen.update(found)
+    return [name for name in known if name in chosen]
+
+
+def unknown(name: str, known: Collection[str], where: str) -> UsageError:
+    """That there is no adapter of this name among those ``known``, and which are named nearly so."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "'lorazip info' lists them"
+    return UsageError(f"{where} has no adapter {name!r}", hint)
