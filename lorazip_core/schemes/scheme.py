@@ -300,7 +300,7 @@ class IndividualScheme(Scheme):
     """Every adapter on its own."""
 
     def terms(self, own: Mapping[str, Tensor]) -> Terms:
-        """The update of a module from an adapter's own tensors, for kernels; as it is decoded, if not as it is stored."""
+        """The update of a module from an adapter's own tensors, for kernels: decoded, if there is no other way."""
         import torch
 
         b, a = self.decode(own, torch.float32)

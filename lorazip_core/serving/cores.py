@@ -1,10 +1,10 @@
-"""Adapters that share bases, on a device, as kernels read them: y += U_c Σ_i (V_cᵀ x), c being the cluster of adapter i.
+"""Adapters that share bases, on a device, as kernels read them: y += U_c Σ_i (V_cᵀ x), where c is the cluster of i.
 
 A layer of the engine holds several modules side by side (q, k and v in one matrix), its slices s. Ranks are padded with
 zeros to R, the power of two that holds the largest, so that one kernel does all clusters:
 
 - ``u`` [clusters, Σ d_out, R] and ``v`` [clusters, slices, R, d_in], in the dtype of the engine;
-- ``core`` [slices, places, R, R], of which the first R is that of V and the second that of U, so Σᵀ; or, where cores are
+- ``core`` [slices, places, R, R]: Σᵀ, the first R being that of V and the second that of U; or, where cores are
   diagonal, [slices, places, R].
 """
 

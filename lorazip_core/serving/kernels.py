@@ -1,11 +1,15 @@
 """The operators of `operators` as Triton kernels: two launches each, whatever the adapters of the batch are.
 
-The first one reads x once for all slices of a layer and writes what is between the two sides, the products with V or v̂, in
-parts: `SPLITS` programs share the columns of x. The second one sums the parts, multiplies with U or û and adds to y. There are
-no atomics, so results are the same in every run, and nothing is filled beforehand: what no adapter wrote, nobody reads.
+The first one reads x for all slices of a layer and writes what is between the two sides, the products with V or v̂, in
+parts: some programs share the columns of x. The second one sums the parts, multiplies with U or û and adds to y.
+There are no atomics, so results are the same in every run, and nothing is filled beforehand: what was not written is
+not read.
 
-The grid is made for the most tiles that so many tokens can have, so that a captured CUDA graph is right for any batch of its
-size; programs without a tile end at once. Tokens beyond the batch, with which graphs are padded, are in no tile.
+The grid is made for the most tiles that so many tokens can have, so that a captured CUDA graph is right for any batch
+of its size; programs without a tile end at once. Tokens beyond the batch, with which graphs are padded, are in no tile.
+
+A batch of few tokens, as in decoding, is made of tokens that hardly share adapters: each is a tile where adapters share
+nothing. In one of many, tiles are wide and tensor cores multiply.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """y += ΔŴ x for a batch that mixes adapters, as operators of torch, which a compiled model calls as they are.
 
-On a GPU they are the kernels of `kernels`; elsewhere, and as what these are tested against, they are a few lines here: no
-faster than they look, and always right. Both sum in float32 and round once, to the dtype of y; with shared bases what is
-between V and core, and core and U, is rounded to the dtype of the bases, which tensor cores multiply.
+On a GPU they are the kernels of `kernels`; elsewhere, and as what these are tested against, they are a few lines here:
+no faster than they look, and always right. Both sum in float32 and round once, to the dtype of y.
 
-``batch`` is the array of `tiles.batch`, ``kind`` the number of the kind in it, ``columns`` and ``widths`` where the slices of
-y begin and how wide they are.
+``batch`` is the array of `tiles.batch`, ``kind`` the number of the kind in it, ``groups`` how many groups of tokens of
+this kind there can be, ``columns`` and ``widths`` where the slices of y begin and how wide they are.
 """
 
 from __future__ import annotations

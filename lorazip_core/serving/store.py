@@ -1,7 +1,7 @@
 """All adapters of a bundle on a device, laid out for kernels; adapters come and go while it is in use.
 
-An adapter has a number as long as it is held. `batch` turns the numbers of the tokens of a batch into what the operators
-need, and `calls` are the operators of a layer.
+An adapter has a number as long as it is held. `batch` turns the numbers that the tokens of a batch have into what the
+operators need, and `calls` are the operators of a layer.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class Spare(NamedTuple):
     """Whether they may share nothing, in a bundle in which all adapters have shared bases."""
 
 
+NO_SPARE = Spare()
+
+
 class AdapterStore:
     """Tables on a device, and which adapter is where in them."""
 
@@ -61,7 +64,7 @@ class AdapterStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spare: Spare = Spare(),
+        spare: Spare = NO_SPARE,
     ) -> None:
         """``dtype`` is that of the engine, to which bases and cores are rounded.
 

@@ -3,8 +3,8 @@
 Tensors keep their addresses when adapters come and go, so that a captured CUDA graph stays right:
 
 - ``index`` [modules, rows, 2] of int32: the first term and the number of terms of a module of the adapter in a row;
-- ``at`` [terms, 2] of int64, ``forms`` [terms, 2] of uint8, ``scale`` [terms] of float32: of u and v of each term, where in
-  ``data`` they begin and what they are, see `vectors`;
+- ``at`` [terms, 2] of int64, ``forms`` [terms, 2] of uint8, ``scale`` [terms] of float32: of u and v of each term,
+  where in ``data`` they begin and what they are, see `vectors`;
 - ``data`` [bytes] of uint8.
 """
 
@@ -139,7 +139,7 @@ def _packed(adapter: Modules, device: torch.device) -> _Adapter:
 
 
 def _pairs(counts: list[int]) -> Tensor:
-    """[terms, 2]: the vectors that belong together, of matrices with so many rows: those of u, of v, of the next u, …"""
+    """[terms, 2]: which vectors belong together, of matrices with so many rows: those of u, of v, of the next u, …"""
     firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
     return torch.cat(
         [

@@ -1,7 +1,7 @@
 """Which tokens of a batch are worked on together: some of one group are a tile.
 
-What kernels need of a batch is one array of int32, `Batch`, so that one copy takes it to a device. Of each kind of adapter (see
-`store.Kind`) it begins with `HEAD` numbers: how many tiles there are, and where in the array begin, for each tile, the first of
+What kernels need of a batch is one array of int32, so that one copy takes it to a device. It begins, for each kind of
+adapter, with `HEAD` numbers: how many tiles there are, and where in the array there are, for each tile, the first of
 its places, how many places, and the group; for each place, the token; and, for each place, the adapter.
 """
 
@@ -60,11 +60,13 @@ def _tiles(groups: Ints, width: int) -> Ints:
     group = np.repeat(np.arange(len(first)), of_each)
     within = np.arange(len(group)) - np.repeat(np.cumsum(of_each) - of_each, of_each)
     begin = first[group] + width * within
-    return np.stack([begin, np.minimum(width, counts[group] - width * within), groups[first[group]]], 1).astype(np.int32)
+    return np.stack([begin, np.minimum(width, counts[group] - width * within), groups[first[group]]], 1).astype(
+        np.int32
+    )
 
 
 def most_tiles(tokens: int, groups: int, narrow: int) -> int:
-    """How many tiles there can be of at most so many groups, where at most so many tokens are; more are padding."""
+    """How many tiles there can be of so many tokens, some of which may be padding, and so many groups."""
     return min(tokens, max(-(-tokens // WIDE), -(-min(tokens, FEW) // narrow)) + groups)
 
 

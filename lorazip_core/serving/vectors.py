@@ -1,7 +1,7 @@
 """Vectors of numbers as bytes, so that kernels read any element of any of them from one array.
 
-The `form` of a vector is a byte: for codes as in `schemes.fixed_width`, for floats one of `FLOATS`. A vector begins at a
-multiple of `ALIGNED` bytes.
+The `form` of a vector is a byte: for codes as in `schemes.fixed_width`, for floats one of `FLOATS`. A vector begins at
+a multiple of `ALIGNED` bytes.
 """
 
 from __future__ import annotations

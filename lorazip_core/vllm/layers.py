@@ -1,7 +1,7 @@
 """Which layers of a vLLM model hold the modules of a bundle, and adding ΔŴ x behind each of them.
 
-The seam is ``layer.quant_method.apply``: what it computes, quantised or not, is added to. A tensor-parallel rank computes a
-part of the rows of ΔW, or of its columns, as its layer does of W.
+The seam is ``layer.quant_method.apply``: what it computes, quantised or not, is added to. A tensor-parallel rank
+computes a part of the rows of ΔW, or of its columns, as its layer does of W.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def _renamed(model: Any, name: str) -> str:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return name
-    stacked = {"orig_to_new_stacked": {}} if hasattr(mapper, "orig_to_new_stacked") else {}
+    stacked: dict[str, Any] = {"orig_to_new_stacked": {}} if hasattr(mapper, "orig_to_new_stacked") else {}
     found = replace(mapper, **stacked).apply_list([f"{name}.weight"])
     return found[0].removesuffix(".weight") if found else name
 
 
 def _rows(module: Any, parts: int, name: str) -> tuple[list[int], list[int], list[int]]:
-    """Of each part of a layer, the first row and the number of rows of its ΔW that this rank computes, and all its rows."""
+    """Of each part of a layer: the first of the rows of its ΔW that this rank computes, how many these are, and all."""
     if isinstance(module, (ReplicatedLinear, RowParallelLinear)):
         widths = list(module.output_partition_sizes)
         ranks = [0] * len(widths)

@@ -1,7 +1,7 @@
 """In place of vLLM's own manager of adapters in a worker: all adapters of a bundle are there from the start.
 
-vLLM knows an adapter by a number of its own, which stands for one ``lora_path`` as long as the engine runs; here that is looked
-up in what is held. What is not held any more, but asked for by a request that was accepted, is read again.
+vLLM knows an adapter by a number of its own, which stands for one ``lora_path`` as long as the engine runs; here it is
+looked up in what is held. What is not held any more, but asked for by a request that was accepted, is read again.
 """
 
 from __future__ import annotations

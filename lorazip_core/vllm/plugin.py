@@ -1,7 +1,7 @@
 """vLLM's entry point ``vllm.general_plugins``: `register`, called in every process of an engine.
 
-An engine whose ``additional_config`` has ``{"lorazip": {"bundle": DIR}}`` serves the adapters of a bundle; any other one works
-as if this were not installed. These names of vLLM are given another value here, and nothing else is:
+An engine whose ``additional_config`` has ``{"lorazip": {"bundle": DIR}}`` serves the adapters of a bundle; any other
+one works as if this were not installed. These names of vLLM are given another value here, and nothing else is:
 
 - ``LRUCacheWorkerLoRAManager`` in ``v1.worker.lora_model_runner_mixin``: what holds adapters in a worker, `manager`;
 - ``InputProcessor._validate_lora``: a request for an adapter that is not there is refused before it gets to the engine;

@@ -1,4 +1,4 @@
-"""Before vLLM 0.31 the prefix cache knows an adapter by its name alone, and takes one for another that had its name before."""
+"""Before vLLM 0.31 the prefix cache knows an adapter by its name alone, and takes one for another that had its name."""
 
 from __future__ import annotations
 
