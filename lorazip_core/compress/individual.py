@@ -11,7 +11,7 @@ from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
 from ..reading.module_groups import InputsOf, module_groups
-from ..schemes.registry import EXACT, FALLBACKS, individual_scheme, packed_scheme
+from ..schemes.registry import EXACT, FALLBACKS, individual_scheme
 from ..schemes.scheme import Encoding, Ranks, Target
 from .packed import joined
 from .pieces import Pieces, individual_piece
@@ -58,8 +58,8 @@ class Individual(NamedTuple):
             _ERRORS: kept.squared_errors,
         }
         tensors = self.encoding.tensors
-        if packed := packed_scheme(self.scheme):
-            tensors = joined(packed, tensors) | told
+        if self.encoding.joined is not None:
+            tensors = joined(self.encoding.joined) | told
         else:
             pieces.write(_kept_piece(number, attempt), told)
         pieces.write(individual_piece(number, attempt), tensors)

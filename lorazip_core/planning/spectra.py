@@ -140,7 +140,7 @@ def _spectrum(group: ModuleGroup) -> tuple[Tensor, Tensor]:
         s = singular_values(*group.exact)
         return s, s.square()
     components = Components.of(group.exact, group.inputs)
-    return components.strengths, components.s.square()
+    return components.spectrum.strengths, components.spectrum.s.square()
 
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
