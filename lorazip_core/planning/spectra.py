@@ -20,7 +20,7 @@ from ..base.threads import in_order
 from ..bundle.size import bytes_besides_updates
 from ..maths.factored import TINY, singular_values
 from ..maths.quantise import Components
-from ..reading.module_groups import InputsOf, module_groups
+from ..reading.module_groups import InputsOf, ModuleGroups
 from ..reading.scan import Scan
 from ..schemes.factors import START_BYTES
 from ..schemes.scheme import Counting, ModuleGroup, Size, SteppedScheme
@@ -69,11 +69,12 @@ class Spectra:
         """Read all adapters once more, each by itself, so that memory does not grow with the collection."""
         adapters = scanned.collection.adapters
         load_linear_algebra(device)
+        groups_of = ModuleGroups(scanned, device, inputs_of)
 
         def of_adapter(number: int) -> list[tuple[Size, Tensor, Tensor]]:
             check_stop()
             found = []
-            for group in module_groups(adapters[number], device, inputs_of):
+            for group in groups_of.of(number):
                 s, energies = _spectrum(group)
                 found.append((Size(group.b.shape[1], group.a.shape[2]), s.cpu(), energies.cpu()))
             return found

@@ -58,6 +58,15 @@ class Scan:
         weights = torch.where(energy >= TINY, 1 / energy, 0.0)
         return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
 
+    def resident_rows(self) -> list[Tensor] | None:
+        """The bytes [1, size] of every adapter, where they stayed on the device."""
+        if self.resident is None:
+            return None
+        rows: dict[int, Tensor] = {}
+        for group in by_layout(self.collection.adapters, self.collection.modules):
+            rows.update(zip(group.adapters.tolist(), self.resident.rows(group.layout), strict=True))
+        return [rows[number] for number in range(len(rows))]
+
     @cached_property
     def ranks(self) -> Tensor:
         """The rank of every adapter in every module, [n, M] of int64; 0 where it lacks the module."""

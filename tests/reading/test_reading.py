@@ -30,6 +30,7 @@ from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.reading import blocks, buffers, contents, sources
 from lorazip_core.reading.buffers import Buffers
+from lorazip_core.reading.module_groups import ModuleGroups
 from lorazip_core.reading.placement import Placement, choose_placement
 from lorazip_core.reading.scan import Scan, scan
 from lorazip_core.reading.sources import Files
@@ -328,6 +329,34 @@ def test_extras_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
         read = scanned(root, kind).collection.adapters[0].extra("base_model.model.x")
         assert (read.dtype, read.shape) == (dtype, extra.shape)
         assert torch.equal(read.view(torch.uint8), extra.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_an_adapter_by_itself_has_all_its_modules(mixed: Path, kind: str) -> None:
+    """Those of one shape, rank and dtype together, whether its data stayed where it was read to or is read again."""
+    found = scanned(mixed, kind, allow_pickle=True)
+    groups_of = ModuleGroups(found, CPU)
+    for number, adapter in enumerate(found.collection.adapters):
+        groups = groups_of.of(number)
+        assert sorted(name for group in groups for name in group.names) == sorted(adapter.parts)
+        kinds = [(group.b.shape[1:], group.a.shape[1:], group.b.dtype, group.a.dtype) for group in groups]
+        assert len(set(kinds)) == len(kinds)
+        for group in groups:
+            for name, b, a, scale in zip(group.names, group.b, group.a, group.scales.tolist(), strict=True):
+                for side, expected in zip((b, a), adapter.stored_factors(name), strict=True):
+                    assert side.dtype == expected.dtype
+                    assert torch.equal(side, expected)
+                assert scale == adapter.parts[name].scale
+
+
+def test_what_stayed_is_not_read_again(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scanned(mixed, "resident", allow_pickle=True)
+    monkeypatch.setattr(Adapter, "read_into", None)
+    monkeypatch.setattr(Adapter, "each_stored", None)
+    groups_of = ModuleGroups(found, CPU)
+    assert all(groups_of.of(number) for number in range(len(found.collection.adapters)))
+    with pytest.raises(TypeError):
+        ModuleGroups(scanned(mixed, "streamed", allow_pickle=True), CPU).of(0)
 
 
 def test_few_open_files_are_enough(tmp_path: Path) -> None:
