@@ -77,9 +77,10 @@ def stored(number: int, attempt: int, pieces: Pieces) -> Kept | None:
     piece = pieces.read(name if name in pieces else own)
     if _SCHEME not in piece.layouts:
         return None  # it is the file of an adapter of which nothing is told any more
-    rank = int(piece.tensor(_RANK))
-    scheme = bytes(piece.tensor(_SCHEME).tolist()).decode()
-    return Kept(scheme, None if rank < 0 else rank, bool(piece.tensor(_ASKED)), piece.tensor(_ERRORS))
+    told = piece.tensors([_SCHEME, _RANK, _ASKED, _ERRORS])
+    rank = int(told[_RANK])
+    scheme = bytes(told[_SCHEME].tolist()).decode()
+    return Kept(scheme, None if rank < 0 else rank, bool(told[_ASKED]), told[_ERRORS])
 
 
 def keep_individually(

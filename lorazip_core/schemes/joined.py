@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,3 +36,10 @@ class Joined:
     def pieces(self) -> Sequence[Tensor]:
         """The elements of every tensor; views."""
         return self.flat.split_with_sizes(self.shapes.prod(1).tolist())
+
+    @cached_property
+    def memory(self) -> list[memoryview]:
+        """The bytes of every tensor, which are on the CPU; views, and quicker to make than tensors."""
+        data = self.flat.view(torch.uint8).numpy().data
+        ends = np.cumsum(self.shapes.prod(1) * self.flat.itemsize).tolist()
+        return [data[begin:end] for begin, end in pairwise([0, *ends])]
