@@ -51,30 +51,23 @@ class _Stored(NamedTuple):
 class _Padded(NamedTuple):
     """One module of adapters in one file, whose own tensors are of unequal ranks."""
 
-    own: dict[str, dict[int, memoryview]]
-    """By suffix, the bytes of those of every adapter, by its index."""
+    name: str
+    adapters: dict[int, Unpacked]
+    """By their indices."""
     largest: dict[str, Shape]
     """By suffix, the shape that they are padded to: with zeros at the end of the first dimension."""
-    dtypes: dict[str, torch.dtype]
-    """By suffix."""
 
     @classmethod
     def each(cls, adapters: dict[int, Unpacked], names: Sequence[str], suffixes: Sequence[str]) -> list[_Padded]:
         """The modules of these names, which all ``adapters`` have. Hundreds of each: in few steps."""
         places = {index: list(map(own.place, names)) for index, own in adapters.items()}
-        largest, pieces, dtypes = {}, {}, {}
+        largest = {}
         for suffix in suffixes:
-            joined = {index: own.joined[suffix] for index, own in adapters.items()}
-            largest[suffix] = np.max([joined[index].shapes[own] for index, own in places.items()], 0).tolist()
-            pieces[suffix] = {index: [joined[index].memory[at] for at in own] for index, own in places.items()}
-            dtypes[suffix] = next(iter(joined.values())).flat.dtype
+            shapes = [adapters[index].joined[suffix].shapes[own] for index, own in places.items()]
+            largest[suffix] = np.max(shapes, 0).tolist()
         return [
-            cls(
-                {suffix: {index: own[number] for index, own in each.items()} for suffix, each in pieces.items()},
-                {suffix: tuple(shapes[number]) for suffix, shapes in largest.items()},
-                dtypes,
-            )
-            for number in range(len(names))
+            cls(name, adapters, {suffix: tuple(shapes[number]) for suffix, shapes in largest.items()})
+            for number, name in enumerate(names)
         ]
 
     @property
@@ -89,14 +82,19 @@ class _Padded(NamedTuple):
     @staticmethod
     def together(modules: Sequence[_Padded], suffix: str, indices: list[int]) -> Tensor:
         """The own tensors [n, m, ...] of the adapters of these indices, of modules that are padded alike."""
-        shape = (len(indices), len(modules), *modules[0].largest[suffix])
-        padded = torch.zeros(shape, dtype=modules[0].dtypes[suffix])
-        data = padded.view(-1).view(torch.uint8).numpy().data
-        step = len(data) // (len(indices) * len(modules))
-        # As bytes: after every copy of a tensor, the threads that read and unpack meanwhile would be waited for.
-        places = ((module.own[suffix], index) for index in indices for module in modules)
-        for number, (own, index) in enumerate(places):
-            data[number * step : number * step + len(own[index])] = own[index]
+        adapters = [modules[0].adapters[index] for index in indices]
+        shape = len(indices), len(modules), *modules[0].largest[suffix]
+        padded = torch.zeros(shape, dtype=adapters[0].joined[suffix].flat.dtype)
+        data, step = padded.view(-1).view(torch.uint8).numpy().data, padded[0, 0].nbytes
+        start = 0
+        for own in adapters:
+            # As bytes: after every copy of a tensor, the threads that read and unpack meanwhile would be waited for.
+            memory, begins = own.joined[suffix].memory, own.joined[suffix].begins
+            for module in modules:
+                place = own.place(module.name)
+                begin, end = begins[place], begins[place + 1]
+                data[start : start + end - begin] = memory[begin:end]
+                start += step
         return padded
 
 
