@@ -39,7 +39,8 @@ class Joined:
     @cached_property
     def memory(self) -> memoryview:
         """The bytes of all tensors, which are on the CPU."""
-        return self.flat.view(torch.uint8).numpy().data
+        flat = self.flat.as_strided(self.flat.shape, (1,))  # of no or one element, a stride may be anything
+        return flat.view(torch.uint8).numpy().data
 
     @cached_property
     def begins(self) -> list[int]:
