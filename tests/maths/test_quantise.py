@@ -196,10 +196,12 @@ def test_a_predicted_step_loses_about_its_limit(share: float) -> None:
 
 @pytest.mark.parametrize("module", [quantise_, fixed_rate])
 def test_losses_are_those_that_are_predicted_of_components(module: ModuleType) -> None:
-    """Of updates of two sizes; the coarsest step leaves nothing, the finest one is beyond the curves."""
+    """Of updates of two sizes; the coarsest step leaves nothing, the finest one is beyond the curves, and with one the
+    strongest component is just not worth to be kept."""
     sizes = [(40, 300), (90, 20)]
     components = [components_of(*factors(3, *size, 7, seed)) for seed, size in enumerate(sizes)]
-    steps = torch.tensor([-30.0, -2.0, 0.0, 0.7, 1.4, 6.0], dtype=torch.float64)
+    just_dropped = math.log2(components[0].widest[0] * WEAKEST) + 0.5 / 64
+    steps = torch.tensor([-30.0, -2.0, 0.0, just_dropped, 1.4, 6.0], dtype=torch.float64)
     expected = torch.zeros_like(steps)
     for each, size in zip(components, sizes, strict=True):
         for place, step in enumerate(steps.exp2().tolist()):
