@@ -61,6 +61,13 @@ class CompressOptions(Struct, frozen=True):
         """Whether singular values say how much is kept, and so what that takes and loses."""
         return isinstance(self.scheme, SteppedScheme) and self.kept_rank is None
 
+    def reads_spectra(self, *, predict: bool) -> bool:
+        """Whether singular values are wanted when the weights are read, also to ``predict`` what comes out.
+
+        Where inputs are known, others are: those of updates weighted by them.
+        """
+        return (predict or self.planned) and self.by_spectrum and self.calibration is None
+
     @property
     def largest_error(self) -> float | None:
         """The most that any adapter may lose, if that is what decides: asked for, or the default of the scheme."""

@@ -50,9 +50,11 @@ PLACEMENTS = {
 }
 
 
-def scanned(root: Path, kind: str = "host", *, skip_bad: bool = False, **options: Any) -> Scan:
+def scanned(root: Path, kind: str = "host", *, skip_bad: bool = False, singular: bool = False, **options: Any) -> Scan:
     collection = open_collection(root, skip_bad=skip_bad, **options)
-    return scan(collection, skip_bad=skip_bad, advance=lambda steps: None, placement=PLACEMENTS[kind])
+    return scan(
+        collection, skip_bad=skip_bad, advance=lambda steps: None, placement=PLACEMENTS[kind], singular=singular
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,29 @@ def test_an_adapter_too_large_for_the_buffers(mixed: Path, monkeypatch: pytest.M
     assert torch.equal(small.norms, whole.norms)
 
 
+def assert_singular_values(found: Scan) -> None:
+    assert found.singular is not None
+    for adapter, values in zip(found.collection.adapters, found.singular, strict=True):
+        for part, own in zip(adapter.parts.values(), values.split_with_sizes(ranks(adapter)), strict=True):
+            b, a = (side.double() for side in adapter.stored_factors(part.module.name))
+            most = min(part.rank, *b.shape[:1], *a.shape[1:])
+            expected = torch.linalg.svdvals(abs(part.scale) * b @ a)[:most]
+            torch.testing.assert_close(own[:most], expected, rtol=1e-6, atol=1e-6 * float(expected[0]))
+
+
+def ranks(adapter: Adapter) -> list[int]:
+    return [part.rank for part in adapter.parts.values()]
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_singular_values_are_found_while_adapters_are_read(mixed: Path, kind: str) -> None:
+    found, without = (scanned(mixed, kind, allow_pickle=True, singular=wanted) for wanted in (True, False))
+    assert_singular_values(found)
+    assert without.singular is None
+    assert torch.equal(found.norms, without.norms)
+    assert found.files == without.files
+
+
 def put(root: Path, key: str, value: float) -> None:
     fixtures.edit_weights(root, lambda tensors: tensors[key].view(-1)[-1:].fill_(value))
 
@@ -187,8 +212,9 @@ def test_what_is_bad_is_named_and_left_out(tmp_path: Path, kind: str) -> None:
         "t6": f"module {Q.name}: its update overflows float32 (its training diverged)",
     }
     assert [error.adapter for error in caught.value.errors] == ["t1", "t3", "t4", "t6"]
-    found = scanned(root, kind, skip_bad=True)
+    found = scanned(root, kind, skip_bad=True, singular=True)
     assert [adapter.name for adapter in found.collection.adapters] == ["t0", "t2", "t5"]
+    assert_singular_values(found)
     assert found.norms.isfinite().all()
     updates = found.updates("adapter", CPU)
     for module in range(len(found.collection.modules)):
