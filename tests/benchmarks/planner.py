@@ -9,9 +9,9 @@ that `plan` returns, before anything is encoded, is held against the files of th
 `verify --against` measures. A run may try again when the first plan misses the bound, so what comes out is nearer to
 it than what was predicted; that difference counts as a deviation.
 
-Planning is finding singular values while adapters are read, by the difference to reading them without, and the
-step from these: medians of three, as a share of the whole run. With `--max-error` there is none, since every adapter
-has its own step. Exits 1 if any bound does not hold.
+Planning is finding singular values while adapters are read, by the difference to reading them without, and finding the
+step from them: medians of three, as a share of the processor's time for the whole run. With `--max-error` there is
+none, since every adapter has its own step. Exits 1 if any bound does not hold.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Row(NamedTuple):
     found: Outcome
     attempts: int
     planning: float
-    """Seconds."""
+    """Seconds of the processor."""
     seconds: float
-    """Of the whole run."""
+    """The same of the whole run."""
 
     @property
     def used(self) -> float:
@@ -124,20 +124,20 @@ def draw(folder: Path, count: int, seed: int) -> list[tuple[Bound, float]]:
 
 
 def planning_seconds(folder: Path, options: CompressOptions) -> float:
-    """What planning takes of a run with these options."""
+    """What planning takes of the processor in a run with these options."""
     if not options.planned:
         return 0.0
     collection = open_collection(folder)
     more, found = [], []
     for _ in range(3):
-        begun = time.monotonic()
+        begun = time.process_time()
         scan(collection, skip_bad=False, advance=lambda done: None)
-        without = time.monotonic()
+        without = time.process_time()
         scanned = scan(collection, skip_bad=False, advance=lambda done: None, singular=True)
-        read = time.monotonic()
+        read = time.process_time()
         planned_step(Spectra.of(scanned, CPU, Silent()), scanned, options)
         more.append((read - without) - (without - begun))
-        found.append(time.monotonic() - read)
+        found.append(time.process_time() - read)
     return max(0.0, median(more)) + median(found)
 
 
@@ -149,14 +149,16 @@ def tried(folder: Path, bound: Bound, value: float) -> Row:
     stages: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
         bundle = Path(place) / "bundle"
+        begun = time.process_time()
         report = compress(folder, bundle, options, progress=Stages(stages))
+        seconds = time.process_time() - begun
         errors = verify(bundle, against=folder).summary
         if errors is None or errors.mean_squared_error is None or errors.max_squared_error is None:
             raise SystemExit(f"{bound} {value:g}: the bundle does not verify")
         found = Outcome(size(bundle), errors.mean_squared_error, errors.max_squared_error)
     planning = planning_seconds(folder, options)
     name, adapters, attempts = folder.resolve().name, report.summary.adapters, stages[ENCODING]
-    return Row(name, adapters, bound, value, predicted, found, attempts, planning, report.seconds)
+    return Row(name, adapters, bound, value, predicted, found, attempts, planning, seconds)
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
