@@ -267,7 +267,7 @@ def _expand_bases(
 
 
 class Shape(NamedTuple):
-    """How kernels cut their work, which changes no result but by the order of sums; docs/benchmarks.md has the choice."""
+    """How kernels cut their work, which changes no result but by the order of sums; see docs/benchmarks.md."""
 
     splits: int
     """Programs that share the columns of x."""
