@@ -1,0 +1,199 @@
+"""What adapters add to a step of a decoder: the kernels of serving alone, on a GPU, as a CUDA graph.
+
+    python tests/benchmarks/serving_kernels.py BUNDLE [BUNDLE ...] [--tokens 1,16,64,256] [--prompts 8192] [--cuts]
+
+Bundles are of q, k and v of a model (`serving.py make` makes such). A step calls the operators of all layers for so
+many tokens, each of another adapter at random, or for prompts of 160 tokens; beside it the same number of products
+with the weights of q, k and v. Before anything is timed, kernels are held against the plain operators on the CPU. With
+--cuts other ways to cut the work are tried, see `kernels.Shape`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorazip_core.bundle.reader import Bundle
+from lorazip_core.serving import kernels
+from lorazip_core.serving.kernels import Shape
+from lorazip_core.serving.layers import Layer, Slice
+from lorazip_core.serving.store import AdapterStore
+
+GPU = torch.device("cuda")
+PROMPT = 160
+REPEATS = 20
+CUTS = {
+    "TERMS_OF_FEW": [
+        Shape(splits, columns, out, warps, terms)
+        for splits, columns, out, warps, terms in [
+            (4, 512, 256, 4, 2),
+            (4, 512, 256, 4, 1),
+            (4, 512, 256, 2, 1),
+            (4, 1024, 256, 4, 1),
+            (2, 1024, 512, 4, 1),
+            (8, 256, 256, 2, 2),
+            (4, 512, 512, 4, 1),
+            (4, 256, 128, 1, 1),
+            (4, 512, 512, 8, 1),
+        ]
+    ],
+    "TERMS_OF_MANY": [
+        Shape(splits, columns, out, warps, 16)
+        for splits, columns, out, warps in [(1, 64, 128, 4), (1, 64, 64, 4), (1, 32, 64, 4), (2, 64, 128, 8)]
+    ],
+    "BASES_OF_FEW": [
+        Shape(splits, columns, out, warps)
+        for splits, columns, out, warps in [(4, 128, 128, 4), (8, 64, 128, 2), (8, 128, 64, 4), (2, 128, 128, 4)]
+    ],
+    "BASES_OF_MANY": [
+        Shape(splits, columns, out, warps)
+        for splits, columns, out, warps in [(1, 64, 64, 4), (1, 128, 256, 4), (1, 64, 128, 4), (2, 64, 128, 4)]
+    ],
+}
+
+
+def layers_of(bundle: Bundle) -> list[Layer]:
+    """The modules of one parent that have inputs of one size, side by side."""
+    beside: defaultdict[tuple[str, int], list[Slice]] = defaultdict(list)
+    for module in bundle.manifest.modules:
+        slices = beside[module.name.rpartition(".")[0], module.d_in]
+        column = slices[-1].column + len(slices[-1].out) if slices else 0
+        slices.append(Slice(module.name, column, range(module.d_out), range(module.d_in)))
+    return [Layer(parent, tuple(slices)) for (parent, _), slices in beside.items()]
+
+
+class Step:
+    """The operators of all layers, for some tokens."""
+
+    def __init__(self, store: AdapterStore, tokens: int, each: int, seed: int, device: torch.device = GPU) -> None:
+        draw = np.random.default_rng(seed)
+        adapters = draw.integers(0, len(store.numbers), -(-tokens // each))
+        self.numbers: NDArray[np.int32] = np.repeat(adapters, each)[:tokens].astype(np.int32)
+        self.batch = torch.from_numpy(store.batch(self.numbers)).to(device)
+        self.calls = [(layer, store.calls(number)) for number, layer in enumerate(store.layers)]
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = {
+            size: torch.randn(tokens, size, generator=generator).to(device, torch.bfloat16)
+            for size in {len(layer.slices[0].taken) for layer in store.layers}
+        }
+        self.outputs = {
+            layer.name: torch.zeros(tokens, _width(layer), dtype=torch.bfloat16, device=device)
+            for layer in store.layers
+        }
+
+    def adapters(self) -> None:
+        for layer, calls in self.calls:
+            for call in calls:
+                call(self.outputs[layer.name], self.inputs[len(layer.slices[0].taken)], self.batch)
+
+
+def _width(layer: Layer) -> int:
+    return layer.slices[-1].column + len(layer.slices[-1].out)
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    """The median time of a CUDA graph of ``step``."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    taken = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return sorted(taken)[len(taken) // 2]
+
+
+def furthest(bundle: Bundle, store: AdapterStore, tokens: int, each: int) -> float:
+    """The largest difference between kernels and plain operators, as a share of the largest number."""
+    plain = AdapterStore(bundle, store.layers[:2], device=torch.device("cpu"), dtype=torch.bfloat16)
+    found, wanted = Step(store, tokens, each, 1), Step(plain, tokens, each, 1, torch.device("cpu"))
+    found.adapters()
+    wanted.adapters()
+    worst = 0.0
+    for name, expected in wanted.outputs.items():
+        off = (found.outputs[name].cpu().float() - expected.float()).abs().max()
+        worst = max(worst, float(off / expected.float().abs().max()))
+    return worst
+
+
+def products(layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
+    """x W of as many layers, of eight weights in turn."""
+    sizes = [(_width(layer), len(layer.slices[0].taken)) for layer in layers]
+    weights: dict[tuple[int, int], list[Tensor]] = {
+        size: [torch.zeros(*size, dtype=torch.bfloat16, device=GPU) for _ in range(8)] for size in set(sizes)
+    }
+    inputs = {size: torch.zeros(tokens, size[1], dtype=torch.bfloat16, device=GPU) for size in set(sizes)}
+
+    def step() -> None:
+        for number, size in enumerate(sizes):
+            inputs[size] @ weights[size][number % 8].mT
+
+    return step
+
+
+@contextmanager
+def cut(name: str, shape: Shape) -> Iterator[None]:
+    before = getattr(kernels, name)
+    setattr(kernels, name, shape)
+    try:
+        yield
+    finally:
+        setattr(kernels, name, before)
+
+
+def measure(path: Path, options: argparse.Namespace) -> None:
+    bundle = Bundle(path)
+    store = AdapterStore(bundle, layers_of(bundle), device=GPU, dtype=torch.bfloat16)
+    kind = "TERMS" if store.kinds == ["terms"] else "BASES"
+    print(f"{path.name}: {len(store.numbers):,} adapters, {store.nbytes / 1e6:,.1f} MB, {store.kinds}", flush=True)
+    for tokens, each in ((40, 1), (640, PROMPT)):
+        print(f"  kernels are off by {furthest(bundle, store, tokens, each):.1e} at {tokens} tokens", flush=True)
+    loads = [*((tokens, 1) for tokens in options.tokens), *((tokens, PROMPT) for tokens in options.prompts)]
+    for tokens, each in loads:
+        base = milliseconds(products(store.layers, tokens))
+        added = milliseconds(Step(store, tokens, each, 0).adapters)
+        print(f"  {tokens:,} tokens: adapters {added:.3f} ms, weights {base:.3f} ms: {added / base:.2f}", flush=True)
+    if options.cuts:
+        for name in (f"{kind}_OF_FEW", f"{kind}_OF_MANY"):
+            for shape in CUTS[name]:
+                with cut(name, shape):
+                    taken = [milliseconds(Step(store, *load, 0).adapters) for load in loads]
+                print(f"  {name} {tuple(shape)}: {' '.join(f'{each:.3f}' for each in taken)} ms", flush=True)
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    parser.add_argument("--tokens", type=_counts, default=[1, 16, 64, 256], metavar="T,T,…")
+    parser.add_argument("--prompts", type=_counts, default=[8192], metavar="T,T,…")
+    parser.add_argument("--cuts", action="store_true")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("there is no GPU", file=sys.stderr)
+        return 2
+    for bundle in options.bundles:
+        measure(bundle, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
