@@ -6,10 +6,13 @@ import difflib
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.errors import UsageError
 from .manifest import AdapterEntry, Manifest
-from .reader import Bundle
+
+if TYPE_CHECKING:  # it loads safetensors
+    from .reader import Bundle
 
 
 def choose(bundle: Bundle, wanted: Collection[str]) -> list[AdapterEntry]:

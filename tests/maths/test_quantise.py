@@ -100,9 +100,18 @@ def test_signs_of_pairs_and_the_order_of_modules_do_not_matter(
     torch.testing.assert_close(turned.squared_errors, codes.squared_errors, rtol=1e-9, atol=1e-9)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
     permuted = quantise(components_of(components.b[order], components.a[order]), step)
-    assert torch.equal(permuted.u, codes.u[order])
-    assert torch.equal(permuted.v, codes.v[order])
+    u, v = positive(codes)
+    permuted_u, permuted_v = positive(permuted)
+    assert torch.equal(permuted_u, u[order])
+    assert torch.equal(permuted_v, v[order])
     assert torch.equal(permuted.kept, codes.kept[order])
+
+
+def positive(codes: Codes) -> tuple[Tensor, Tensor]:
+    """u [m, d_out, k] and v [m, k, d_in], turned so that the first element of u that is not 0 is positive."""
+    first = (codes.u != 0).int().argmax(1, keepdim=True)
+    sign = torch.where(codes.u.gather(1, first) < 0, -1, 1).to(torch.int8)
+    return codes.u * sign, codes.v * sign.mT
 
 
 @settings(deadline=None, max_examples=40)
