@@ -177,19 +177,29 @@ def view(data: Tensor, info: TensorInfo) -> Tensor:
     return own.view(dtype).view((*data.shape[:-1], *info.shape))  # of a scalar the shape is (), not nothing
 
 
-def views(data: Tensor, infos: Sequence[TensorInfo]) -> list[Tensor]:
-    """`view` of several tensors within ``data`` [k, size], each as rows [k, elements].
+class Views:
+    """`view` of several tensors of one layout, in one step where it can be done: many small ones take threads long.
 
-    In one step where it can be done: threads that do many small ones wait for each other.
+    ``infos`` are where they are in the data of an adapter, which has ``size`` bytes.
     """
-    dtype = TORCH_DTYPES[infos[0].dtype]
-    unaligned = any(offset % dtype.itemsize for offset in (data.storage_offset(), data.shape[1], data.stride(0)))
-    if unaligned or any(info.dtype != infos[0].dtype or info.begin % dtype.itemsize for info in infos):
-        return [view(data, info).flatten(1) for info in infos]
-    order = sorted(range(len(infos)), key=lambda place: infos[place].begin)
-    ends = [end // dtype.itemsize for place in order for end in (infos[place].begin, infos[place].end)]
-    elements = data.view(dtype)
-    # Every second piece is what lies between two of them.
-    pieces = elements.split_with_sizes([stop - start for start, stop in pairwise([0, *ends, elements.shape[1]])], 1)
-    found = dict(zip(order, pieces[1::2], strict=True))
-    return [found[place] for place in range(len(infos))]
+
+    def __init__(self, infos: Sequence[TensorInfo], size: int) -> None:
+        self._infos = infos
+        self._dtype = TORCH_DTYPES[infos[0].dtype]
+        item = self._dtype.itemsize
+        self._alike = not any(info.dtype != infos[0].dtype or info.begin % item for info in infos) and not size % item
+        order = sorted(range(len(infos)), key=lambda place: infos[place].begin)
+        ends = [end // item for place in order for end in (infos[place].begin, infos[place].end)]
+        # Every second piece is what lies between two of them.
+        self._pieces = [stop - start for start, stop in pairwise([0, *ends, size // item])]
+        self._where = [0] * len(infos)
+        for piece, place in enumerate(order):
+            self._where[place] = 2 * piece + 1
+
+    def of(self, data: Tensor) -> list[Tensor]:
+        """Of k adapters with this ``data`` [k, size]: each as rows [k, elements]."""
+        item = self._dtype.itemsize
+        if not self._alike or data.storage_offset() % item or data.stride(0) % item:
+            return [view(data, info).flatten(1) for info in self._infos]
+        pieces = data.view(self._dtype).split_with_sizes(self._pieces, 1)
+        return [pieces[piece] for piece in self._where]

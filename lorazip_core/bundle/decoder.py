@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..adapter.module import Part
 from ..maths.factored import Factors
@@ -52,8 +51,9 @@ class _Stored(NamedTuple):
 class _Padded(NamedTuple):
     """One module of adapters in one file, whose own tensors are of unequal ranks."""
 
-    own: dict[str, dict[int, Tensor]]
-    """By suffix, the elements of those of every adapter, by its index."""
+    name: str
+    adapters: dict[int, Unpacked]
+    """By their indices."""
     largest: dict[str, Shape]
     """By suffix, the shape that they are padded to: with zeros at the end of the first dimension."""
 
@@ -61,17 +61,13 @@ class _Padded(NamedTuple):
     def each(cls, adapters: dict[int, Unpacked], names: Sequence[str], suffixes: Sequence[str]) -> list[_Padded]:
         """The modules of these names, which all ``adapters`` have. Hundreds of each: in few steps."""
         places = {index: list(map(own.place, names)) for index, own in adapters.items()}
-        largest, pieces = {}, {}
+        largest = {}
         for suffix in suffixes:
-            joined = {index: own.joined[suffix] for index, own in adapters.items()}
-            largest[suffix] = np.max([joined[index].shapes[own] for index, own in places.items()], 0).tolist()
-            pieces[suffix] = {index: [joined[index].pieces[at] for at in own] for index, own in places.items()}
+            shapes = [adapters[index].joined[suffix].shapes[own] for index, own in places.items()]
+            largest[suffix] = np.max(shapes, 0).tolist()
         return [
-            cls(
-                {suffix: {index: own[number] for index, own in each.items()} for suffix, each in pieces.items()},
-                {suffix: tuple(shapes[number]) for suffix, shapes in largest.items()},
-            )
-            for number in range(len(names))
+            cls(name, adapters, {suffix: tuple(shapes[number]) for suffix, shapes in largest.items()})
+            for number, name in enumerate(names)
         ]
 
     @property
@@ -83,10 +79,23 @@ class _Padded(NamedTuple):
         """The shapes of the tensors that each of these adapters is decoded from."""
         return self.largest
 
-    def of(self, suffix: str, indices: list[int]) -> Tensor:
-        """The own tensors [n, ...] of the adapters, all of them, in the order of these indices."""
-        flat = pad_sequence([self.own[suffix][index] for index in indices], batch_first=True)
-        return flat.view(len(indices), *self.largest[suffix])
+    @staticmethod
+    def together(modules: Sequence[_Padded], suffix: str, indices: list[int]) -> Tensor:
+        """The own tensors [n, m, ...] of the adapters of these indices, of modules that are padded alike."""
+        adapters = [modules[0].adapters[index] for index in indices]
+        shape = len(indices), len(modules), *modules[0].largest[suffix]
+        padded = torch.zeros(shape, dtype=adapters[0].joined[suffix].flat.dtype)
+        data, step = padded.view(-1).view(torch.uint8).numpy().data, padded[0, 0].nbytes
+        start = 0
+        for own in adapters:
+            # As bytes: after every copy of a tensor, the threads that read and unpack meanwhile would be waited for.
+            memory, begins = own.joined[suffix].memory, own.joined[suffix].begins
+            for module in modules:
+                place = own.place(module.name)
+                begin, end = begins[place], begins[place + 1]
+                data[start : start + end - begin] = memory[begin:end]
+                start += step
+        return padded
 
 
 class Decoder:
@@ -127,10 +136,10 @@ class Decoder:
         indices = [self.bundle.index(adapter) for adapter in adapters]
         for columns in self._of_equal_shapes(scheme, parts, stored, len(adapters)):
             own = [stored[column] for column in columns]
-            tensors = {suffix: self._stacked([each.shared[suffix] for each in own]) for suffix in scheme.shared}
-            for suffix in scheme.own:
-                tensors[suffix] = self._stacked([each.of(suffix, indices) for each in own], 1)
-            yield columns, scheme.decode(tensors, torch.float64)
+            tensors = {suffix: torch.stack([each.shared[suffix] for each in own]) for suffix in scheme.shared}
+            tensors |= {suffix: _own(own, suffix, indices) for suffix in scheme.own}
+            on_device = {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}
+            yield columns, scheme.decode(on_device, torch.float64)
 
     def _stored(self, adapters: Sequence[AdapterEntry], parts: Sequence[Part]) -> Sequence[_Stored | _Padded]:
         """What each of ``parts`` is decoded from, of adapters as `batches` takes them."""
@@ -169,8 +178,13 @@ class Decoder:
             for start in range(0, len(columns), step):
                 yield columns[start : start + step]
 
-    def _stacked(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
-        return torch.stack(tensors, dim).to(self.device)
+
+def _own(modules: Sequence[_Stored | _Padded], suffix: str, indices: list[int]) -> Tensor:
+    """The own tensors [n, m, ...] of the adapters of these indices."""
+    padded = [module for module in modules if isinstance(module, _Padded)]
+    if padded:
+        return _Padded.together(padded, suffix, indices)
+    return torch.stack([module.of(suffix, indices) for module in modules if isinstance(module, _Stored)], 1)
 
 
 def _alone(index: int, own: dict[str, Tensor]) -> _Stored:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -141,12 +141,22 @@ class TensorFileReader:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as a whole."""
-        layout = self.layouts[name]
+        return self.tensors([name])[name]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several of them."""
+        found = {}
         with self._opened() as handle:
-            data = self._read(handle, name, 0, layout.size_bytes)
-        if not data:
-            return torch.empty(layout.shape, dtype=layout.dtype)
-        return torch.frombuffer(bytearray(data), dtype=layout.dtype).reshape(layout.shape)
+            for name in names:
+                layout = self.layouts[name]
+                data = self._read(handle, name, 0, layout.size_bytes)
+                flat = (
+                    torch.frombuffer(bytearray(data), dtype=layout.dtype)
+                    if data
+                    else torch.empty(0, dtype=layout.dtype)
+                )
+                found[name] = flat.view(layout.shape)
+        return found
 
     def data(self, name: str) -> bytes:
         """The bytes of a tensor."""
@@ -205,4 +215,4 @@ def _header(layouts: Mapping[str, TensorLayout], order: list[str], metadata: Map
 
 def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in C order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -19,6 +19,7 @@ from ..bundle.tensor_file import DTYPES
 from ..bundle.writer import BundleWriter
 from ..model.calibration import Calibration
 from ..planning.options import CompressOptions
+from ..reading.module_groups import ModuleGroups
 from ..reading.scan import Scan
 from ..schemes.scheme import Target
 from .attempt import Attempt
@@ -53,24 +54,24 @@ class Alone:
             if there := stored(number, count, self.pieces):
                 return there
             if self._too_small[number]:
-                kept = keep_exactly(adapters[number], dtype, self.device)
+                kept = keep_exactly(groups_of.of(number), dtype)
             else:
                 norm = math.fsum(self.scanned.norms[number].tolist())
                 kept = keep_individually(
-                    adapters[number],
+                    groups_of.of(number),
                     asked,
                     self._target(number, norm, attempt),
                     self._limit,
                     squared_norm=norm,
                     dtype=dtype,
-                    device=self.device,
-                    inputs_of=None if self.calibration is None else self.calibration.inputs_of,
                 )
             self.scanned.check_unchanged([number])
             return kept.store(number, count, self.pieces)
 
         told: list[str] = []
         load_linear_algebra(self.device)
+        inputs_of = None if self.calibration is None else self.calibration.inputs_of
+        groups_of = ModuleGroups(self.scanned, self.device, inputs_of)
         # Several also where a GPU computes, since most of the time is reading, copying and writing; each takes memory.
         workers = cores() if self.device.type == "cpu" else min(_GPU_WORKERS, cores())
         with (

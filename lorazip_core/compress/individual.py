@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapter.reader import Adapter
 from ..base.stopping import check_stop
 from ..bundle.summary import is_adapter_within
-from ..reading.module_groups import InputsOf, module_groups
-from ..schemes.registry import EXACT, FALLBACKS, individual_scheme, packed_scheme
-from ..schemes.scheme import Encoding, Ranks, Target
+from ..schemes.registry import EXACT, FALLBACKS, individual_scheme
+from ..schemes.scheme import Encoding, ModuleGroup, Ranks, Target
 from .packed import joined
 from .pieces import Pieces, individual_piece
 
@@ -58,8 +57,8 @@ class Individual(NamedTuple):
             _ERRORS: kept.squared_errors,
         }
         tensors = self.encoding.tensors
-        if packed := packed_scheme(self.scheme):
-            tensors = joined(packed, tensors) | told
+        if self.encoding.joined is not None:
+            tensors = joined(self.encoding.joined) | told
         else:
             pieces.write(_kept_piece(number, attempt), told)
         pieces.write(individual_piece(number, attempt), tensors)
@@ -78,27 +77,25 @@ def stored(number: int, attempt: int, pieces: Pieces) -> Kept | None:
     piece = pieces.read(name if name in pieces else own)
     if _SCHEME not in piece.layouts:
         return None  # it is the file of an adapter of which nothing is told any more
-    rank = int(piece.tensor(_RANK))
-    scheme = bytes(piece.tensor(_SCHEME).tolist()).decode()
-    return Kept(scheme, None if rank < 0 else rank, bool(piece.tensor(_ASKED)), piece.tensor(_ERRORS))
+    told = piece.tensors([_SCHEME, _RANK, _ASKED, _ERRORS])
+    rank = int(told[_RANK])
+    scheme = bytes(told[_SCHEME].tolist()).decode()
+    return Kept(scheme, None if rank < 0 else rank, bool(told[_ASKED]), told[_ERRORS])
 
 
 def keep_individually(
-    adapter: Adapter,
+    groups: Sequence[ModuleGroup],
     method: str | None,
     target: Target,
     max_error: float | None,
     *,
     squared_norm: float,
     dtype: torch.dtype,
-    device: torch.device,
-    inputs_of: InputsOf | None = None,
 ) -> Individual:
     """Keep an adapter as ``method`` does for ``target``, or else by the first fallback that meets ``max_error``.
 
     Without a method, only fallbacks are tried. Without a limit, what matters is that ``dtype`` can hold the adapter.
     """
-    groups = module_groups(adapter, device, inputs_of)
     least = Target(limit=None if max_error is None else max_error * squared_norm)
     for name in dict.fromkeys([*([method] if method else []), *FALLBACKS]):
         scheme = individual_scheme(name)
@@ -110,9 +107,9 @@ def keep_individually(
     raise AssertionError("the last fallback loses nothing")
 
 
-def keep_exactly(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Individual:
+def keep_exactly(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> Individual:
     """Keep an adapter without any loss."""
-    [encoding] = individual_scheme(EXACT).encodings(module_groups(adapter, device), Target(), dtype)
+    [encoding] = individual_scheme(EXACT).encodings(groups, Target(), dtype)
     return Individual(EXACT, False, encoding)
 
 

@@ -59,16 +59,11 @@ def packed_files(kept: Iterable[tuple[int, str, int]], attempt: int) -> Iterator
     yield from map(file, [name for name, numbers in members.items() if numbers])
 
 
-def joined(scheme: PackedScheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors, by module and suffix, as few large ones: a piece of hundreds of small ones takes long.
-
-    Of every suffix, all modules in the order of their names, flat, and their shapes [modules, dimensions].
-    """
-    modules = sorted({name.removesuffix(f".{scheme.own[0]}") for name in tensors if name.endswith(f".{scheme.own[0]}")})
+def joined(own: Mapping[str, Joined]) -> dict[str, Tensor]:
+    """What an adapter has in a scheme that packs it, as the tensors of a piece."""
     few = {}
-    for suffix in scheme.own:
-        own = Joined.of([tensors[f"{module}.{suffix}"] for module in modules])
-        few[suffix], few[f"{suffix}.shapes"] = own.flat, torch.from_numpy(own.shapes)
+    for suffix, tensors in own.items():
+        few[suffix], few[f"{suffix}.shapes"] = tensors.flat, torch.from_numpy(tensors.shapes)
     return few
 
 

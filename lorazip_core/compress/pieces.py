@@ -66,7 +66,7 @@ class Pieces:
     def load(self, name: str) -> dict[str, Tensor]:
         """All of a small piece."""
         reader = TensorFileReader(self._files[name])
-        return {tensor: reader.tensor(tensor) for tensor in reader.layouts}
+        return reader.tensors(reader.layouts)
 
     def file(self, name: str) -> tuple[Path, str]:
         """Where a piece is, and its digest."""

@@ -140,8 +140,8 @@ def compress_by_frontier(
 ) -> Compression:
     """As `compress`, with the figures of every adapter and, to ``predict``, the frontier that ``plan`` would give.
 
-    For a frontier all adapters are read once more, but where a budget or a mean error has to be met: then they are in
-    any case.
+    For a frontier singular values are computed, but where a budget or a mean error has to be met: then they are in any
+    case. With a calibration, all adapters are read once more for that.
     """
     started = time.monotonic()
     device = find_device(options.device)
@@ -163,7 +163,8 @@ def compress_by_frontier(
         resumable_directory(output, force=force, not_ours=not_of_bundle) as building,
         stop_unmasked(),
     ):
-        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
+        singular = options.reads_spectra(predict=predict)
+        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress, singular=singular)
         options.check(len(scanned.collection.adapters))
         pieces = Pieces(
             building.work(

@@ -73,9 +73,26 @@ def singular_values(b: Tensor, a: Tensor) -> Tensor:
     The eigenvalues of (BᵀB) (AAᵀ), made symmetric: products of r columns and rows alone, no decomposition of long ones.
     """
     b, a = b.double(), a.double()
-    energies, vectors = torch.linalg.eigh(b.mT @ b)
-    half = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
-    return torch.linalg.eigvalsh(half.mT @ (a @ a.mT) @ half).clamp_min(0).sqrt().flip(-1)
+    return _of_products(b.mT @ b, a @ a.mT)
+
+
+def squared_norm_and_singular_values(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """`squared_norm` and `singular_values`, for less than both; of an update that is not finite, these are any."""
+    b, a = b.double(), a.double()
+    gram_b, gram_a = b.mT @ b, a @ a.mT
+    norm = (gram_b * gram_a).sum((-2, -1)).clamp_min(0)
+    finite = norm.isfinite()[..., None, None]  # others have no decomposition
+    return norm, _of_products(torch.where(finite, gram_b, 0.0), torch.where(finite, gram_a, 0.0))
+
+
+def _of_products(gram_b: Tensor, gram_a: Tensor) -> Tensor:
+    """Singular values from BᵀB = H Hᵀ: the roots of the eigenvalues of Hᵀ (AAᵀ) H."""
+    half, info = torch.linalg.cholesky_ex(gram_b)
+    singular = info > 0  # columns of B depend on each other: eigenvectors, which take longer, give a root as well
+    if singular.any():
+        energies, vectors = torch.linalg.eigh(gram_b[singular])
+        half[singular] = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
+    return torch.linalg.eigvalsh(half.mT @ gram_a @ half).clamp_min(0).sqrt().flip(-1)
 
 
 def leading_subspaces(b: Tensor, a: Tensor, rank: int) -> Factors:

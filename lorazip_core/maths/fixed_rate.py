@@ -12,6 +12,7 @@ about what they mean there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .factored import TINY
 from .gaussian import density, greatest, mass_below
-from .quantise import LOST_BY_SCALES, MOST, Codes, Components, fitted, last
+from .quantise import LOST_BY_SCALES, MOST, Codes, Components, Losses, fitted, last
 
 BITS_OF_COMPONENT = 64
 """What a component takes besides its codes: where they begin, how many bits they have, and its scale."""
@@ -55,8 +56,8 @@ def quantise(components: Components, step: float) -> Codes:
     """Quantise every component with the bits that it is worth at ``step``."""
     d_out, d_in = components.b.shape[-2], components.a.shape[-1]
     choice = choice_for(d_out, d_in)
-    chosen = choice.of(components.strengths.cpu(), step)
-    most = last(chosen > 0)
+    chosen = choice.of(components.spectrum.strengths, step)
+    most = last((chosen > 0).any(0).tolist())
     pairs, s = choice.pairs[chosen[..., :most]].to(components.s.device), components.s[..., :most]
     u = _rounded(components.b @ components.x[..., :most], s / math.sqrt(d_out), pairs[..., 0], -2)
     v = _rounded(
@@ -78,10 +79,20 @@ def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tupl
     return 1 - choice.kept[chosen], choice.bits[chosen].sum(-1)
 
 
-def predicted_left(ratios: Tensor, d_out: int, d_in: int) -> Tensor:
-    """The share of its energy that a component loses of an update of this size, for log2(s / Δ); on the CPU."""
-    choice = choice_for(d_out, d_in)
-    return 1 - choice.kept[choice.of(ratios.exp2(), 1.0)]
+def losses_of(components: Sequence[Components]) -> Losses:
+    """What `quantise` will lose of all updates, about."""
+    spectra = []
+    for each in components:
+        s = each.spectrum.s.flatten()
+        spectra.append((s.clamp_min(TINY).log2(), s.square(), choice_for(each.b.shape[-2], each.a.shape[-1])))
+
+    def losses(steps: Tensor) -> Tensor:
+        lost = torch.zeros_like(steps)
+        for logarithms, energies, choice in spectra:
+            lost += (1 - choice.kept[choice.of((logarithms - steps[:, None]).exp2(), 1.0)]) @ energies
+        return lost
+
+    return losses
 
 
 @cache

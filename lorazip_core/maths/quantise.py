@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,25 @@ _OCTAVES, _PER_OCTAVE = 16, 64  # of a curve; beyond, no code gets larger
 _RIDGE = 1e-12  # of ‖û v̂ᵀ‖²
 _NOISE = 1e-7  # of the largest singular value: what smaller ones are is rounding
 _CODE_RANGE = torch.iinfo(torch.int16)
+_ALL, _NONE = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+Losses = Callable[[Tensor], Tensor]
+"""For log2 of steps [t], what is lost of updates with each, Σ‖ΔW − ΔŴ‖² [t]; on the CPU, in float64."""
 
 
-class Components(NamedTuple):
+class Spectrum(NamedTuple):
+    """What the components of m updates tell on the CPU, in float64."""
+
+    s: Tensor
+    """[m, r]"""
+    strengths: Tensor
+    """[m, r]: s·√‖v‖, which decides on bits: s itself where inputs are not known."""
+    energies: Tensor
+    """[m]: ‖B A‖_F²"""
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
     """The singular components of m updates B A of one shape, in float64; those of an update descend.
 
     They are products with the factors, s·u = B x and vᵀ = yᵀ A, so that only those that are wanted are made.
@@ -61,6 +78,7 @@ class Components(NamedTuple):
     """[m]: ‖B A‖_F²"""
     lengths: Tensor
     """[m, r]: ‖v‖, which is 1 where inputs are not known"""
+    spectrum: Spectrum
     inputs: InputMoments | None = None
 
     @classmethod
@@ -70,34 +88,62 @@ class Components(NamedTuple):
         BᵀB = H Hᵀ and Hᵀ (AAᵀ) H = P s² Pᵀ give vᵀ = Pᵀ Hᵀ A / s and s·u = B (AAᵀ) H P / s. That squares the
         condition: components below 10⁻⁶ of the largest are not to be relied on, and none such is worth a bit.
         """
-        b, a = exact
-        gram_b, plain = b.mT @ b, a @ a.mT
-        norm = (gram_b * plain).sum((-2, -1)).clamp_min(0)
-        gram_a = plain if inputs is None else inputs.between(a, a) + DAMPING * plain
+        return cls.of_all([exact], None if inputs is None else [inputs])[0]
+
+    @classmethod
+    def of_all(cls, exact: Sequence[Factors], inputs: Sequence[InputMoments] | None = None) -> list[Components]:
+        """`of` updates of several shapes, all of one rank r: what are r×r matrices is computed of all together."""
+        counts = [len(b) for b, _ in exact]
+        gram_b, plain = torch.cat([b.mT @ b for b, _ in exact]), torch.cat([a @ a.mT for _, a in exact])
+        norm = (gram_b * plain).sum((-2, -1)).clamp_min_(0)
+        gram_a = plain
+        if inputs is not None:
+            between = [known.between(a, a) for known, (_, a) in zip(inputs, exact, strict=True)]
+            gram_a = torch.cat(between) + DAMPING * plain
         # Columns of B and rows of A may be of any size, as long as their products matter alike: made equally large.
         of_b, of_a = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_b, gram_a))
         even = torch.where(torch.minimum(of_b, of_a) > TINY, (of_a / of_b.clamp_min(TINY)) ** 0.25, 1.0)
         both = even.unsqueeze(-1) * even.unsqueeze(-2)
         gram_b, gram_a = gram_b * both, gram_a / both
         energies, vectors = torch.linalg.eigh(gram_b)
-        half = vectors * energies.clamp_min(0).sqrt().unsqueeze(-2)
+        half = vectors * energies.clamp_min_(0).sqrt_().unsqueeze(-2)
         squares, turned = torch.linalg.eigh(half.mT @ gram_a @ half)
-        s = squares.clamp_min(0).sqrt().flip(-1)
+        s = squares.clamp_min_(0).sqrt_().flip(-1)
         inverse = torch.where(s > _NOISE * s[..., :1], 1 / s.clamp_min(TINY), 0.0)
         mixed = half @ turned.flip(-1) * inverse.unsqueeze(-2)
         x, y = gram_a @ mixed * even.unsqueeze(-1), mixed.mT / even.unsqueeze(-2)
-        lengths = torch.ones_like(s) if inputs is None else ((y @ plain) * y).sum(-1).clamp_min(0).sqrt()
-        return cls(b, a, s, x, y, norm, lengths, inputs)
+        lengths, strengths = torch.ones_like(s), s
+        if inputs is not None:
+            lengths = ((y @ plain) * y).sum(-1).clamp_min_(0).sqrt_()
+            strengths = s * lengths.sqrt()
+        # To the CPU in one piece: each copy from a device waits for all that it still has to do.
+        told = torch.cat([s.flatten(), strengths.flatten(), norm]).cpu()
+        values, widths, norms = told.split_with_sizes([s.numel(), s.numel(), len(s)])
+        told_of = (part.view(len(s), -1).split_with_sizes(counts) for part in (values, widths))
+        spectra = map(Spectrum, *told_of, norms.split_with_sizes(counts))
+        own = zip(*(each.split_with_sizes(counts) for each in (s, x, y, norm, lengths)), strict=True)
+        found = []
+        for number, ((b, a), spectrum, tensors) in enumerate(zip(exact, spectra, own, strict=True)):
+            of_s, of_x, of_y, energies, of_lengths = tensors
+            known = None if inputs is None else inputs[number]
+            found.append(cls(b, a, of_s, of_x, of_y, energies, of_lengths, spectrum, known))
+        return found
 
-    @property
-    def strengths(self) -> Tensor:
-        """[m, r]: s·√‖v‖, which decides on bits: s itself where inputs are not known."""
-        return self.s * self.lengths.sqrt()
-
-    @property
+    @cached_property
     def deviations(self) -> Tensor:
         """[m, r]: the geometric mean of the deviations of the entries of s·u and of s·v."""
-        return self.strengths / (self.b.shape[-2] * self.a.shape[-1]) ** 0.25
+        strengths = self.s if self.inputs is None else self.s * self.lengths.sqrt()
+        return strengths / self._entries
+
+    @cached_property
+    def widest(self) -> list[float]:
+        """[r]: the largest of the `deviations` of any update."""
+        widest: list[float] = (self.spectrum.strengths / self._entries).amax(0).tolist()
+        return widest
+
+    @property
+    def _entries(self) -> float:
+        return float((self.b.shape[-2] * self.a.shape[-1]) ** 0.25)
 
 
 class Codes(NamedTuple):
@@ -117,11 +163,12 @@ class Codes(NamedTuple):
 
 def quantise(components: Components, step: float) -> Codes:
     """Quantise every entry of s·u and s·v with ``step``, or a coarser one where a code would be too large."""
-    kept = components.deviations >= step / WEAKEST
-    most = last(kept)
-    kept, s = kept[..., :most], components.s[..., :most]
-    u = _rounded(components.b @ components.x[..., :most], step, -2) * kept.unsqueeze(-2)
-    v = _rounded((components.y[..., :most, :] * s.unsqueeze(-1)) @ components.a, step, -1) * kept.unsqueeze(-1)
+    least = step / WEAKEST
+    most = last([widest >= least for widest in components.widest])
+    kept = components.deviations[..., :most] >= least
+    u = _rounded(components.b @ components.x[..., :most], step, kept.unsqueeze(-2), -2)
+    strong = components.y[..., :most, :] * components.s[..., :most].unsqueeze(-1)
+    v = _rounded(strong @ components.a, step, kept.unsqueeze(-1), -1)
     return fitted(components, u, v, kept)
 
 
@@ -140,18 +187,17 @@ def fitted(components: Components, u: Tensor, v: Tensor, kept: Tensor) -> Codes:
         weighted = of_u * inputs.between(v, v) + DAMPING * gram
         scales = _best_scales(weighted, (with_b * inputs.between(v, components.a)).sum(-1) + DAMPING * inner, kept)
     kept &= scales > 0
-    code = torch.where(kept, (scales.clamp_min(TINY).log2() * OCTAVE).round(), 0)
-    code = code.clamp(_CODE_RANGE.min, _CODE_RANGE.max).to(torch.int16)
+    code = torch.where(kept, scales, 1.0).clamp_min_(TINY).log2_().mul_(OCTAVE).round_()
+    code.clamp_(_CODE_RANGE.min, _CODE_RANGE.max)
     stored = unpacked_scale(code, torch.float64) * kept
     error = components.energies - 2 * (stored * inner).sum(-1)
     error += (stored.unsqueeze(-2) @ gram @ stored.unsqueeze(-1))[..., 0, 0]
-    return Codes(u.to(torch.int8), v.to(torch.int8), code, kept, error.clamp_min(0))
+    return Codes(u.to(torch.int8), v.to(torch.int8), code.to(torch.int16), kept, error.clamp_min_(0))
 
 
-def last(kept: Tensor) -> int:
-    """How many components come up to the last one that is ``kept`` [m, r] of any update."""
-    places = kept.any(0).nonzero()
-    return int(places[-1]) + 1 if len(places) else 0
+def last(kept: Sequence[bool]) -> int:
+    """How many components come up to the last one that is ``kept``."""
+    return max((place + 1 for place, each in enumerate(kept) if each), default=0)
 
 
 def predicted_of(s: Tensor, d_out: int, d_in: int, step: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -211,33 +257,38 @@ def _curve(d_out: int, d_in: int) -> _Curve:
     return _Curve(start, bits, 1 - energy)
 
 
-def predicted_left(ratios: Tensor, d_out: int, d_in: int) -> Tensor:
-    """The share of its energy that a component loses of an update of this size, for log2(s / Δ); on the CPU."""
-    curve = _curve(d_out, d_in)
-    return curve.left_at(curve.at(ratios))
+def losses_of(components: Sequence[Components]) -> Losses:
+    """What `quantise` will lose of all updates, about."""
+    curves = [_curve(each.b.shape[-2], each.a.shape[-1]) for each in components]
+    spectra = [each.spectrum.s.flatten() for each in components]
+    s = torch.cat(spectra)
+    counts = torch.tensor([len(each) for each in spectra])
+    start = torch.tensor([curve.start for curve in curves], dtype=torch.float64).repeat_interleave(counts)
+    place, energies = (s.clamp_min(TINY).log2() - start) * _PER_OCTAVE, s.square()
+    # The curves one after another, each behind a point for components that are not kept.
+    first = (torch.arange(len(curves)) * (len(curves[0].left) + 1) + 1).repeat_interleave(counts)
+    values = torch.cat([part for curve in curves for part in (_ALL, curve.left)])
+    slopes = torch.cat([part for curve in curves for part in (_NONE, curve.left.diff(), _NONE)])
+
+    def losses(steps: Tensor) -> Tensor:
+        at = (place - steps[:, None] * _PER_OCTAVE).clamp_(-1, _OCTAVES * _PER_OCTAVE - 1e-9)
+        below = at.floor()
+        points = below.long().add_(first)
+        return torch.addcmul(values[points], slopes[points], at.sub_(below)) @ energies
+
+    return losses
 
 
-def predicted_step(
-    components: Sequence[Components],
-    limit: float,
-    left: Callable[[Tensor, int, int], Tensor] = predicted_left,
-) -> float:
+def predicted_step(components: Sequence[Components], limit: float, losses: Losses) -> float:
     """About the largest step with which Σ‖ΔW − ΔŴ‖² over all of ``components`` is at most ``limit``.
 
-    ``left`` is the `predicted_left` of the way to quantise them.
+    ``losses`` are those of the way to quantise them.
     """
-    largest = max(float(each.deviations.max()) for each in components if each.s.numel())
+    largest = max(max(each.widest) for each in components)
     low, high = math.log2(largest) - 12, math.log2(largest) + 2
-    spectra = []
-    for each in components:
-        s = each.s.flatten().cpu()
-        spectra.append((s.clamp_min(TINY).log2(), s.square(), each.b.shape[-2], each.a.shape[-1]))
     for _ in range(_ROUNDS):
         steps = torch.linspace(low, high, _TRIED, dtype=torch.float64)
-        lost = torch.zeros(_TRIED, dtype=torch.float64)
-        for logarithms, energies, d_out, d_in in spectra:
-            lost += left(logarithms - steps[:, None], d_out, d_in) @ energies
-        within = int((lost <= limit).sum())  # they ascend
+        within = int((losses(steps) <= limit).sum())  # they ascend
         low, high = (float(steps[min(max(place, 0), _TRIED - 1)]) for place in (within - 1, within))
     return float(2**low)
 
@@ -247,21 +298,24 @@ def unpacked_scale(code: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(code.to(torch.float64) / OCTAVE).to(dtype)
 
 
-def _rounded(entries: Tensor, step: float, dim: int) -> Tensor:
-    """Whole numbers of steps, in float64; ``dim`` runs over the entries of a component."""
-    steps = (entries.abs().amax(dim, keepdim=True) / MOST).clamp_min(step)
-    return (entries / steps).round()
+def _rounded(entries: Tensor, step: float, kept: Tensor, dim: int) -> Tensor:
+    """Whole numbers of steps, in float64, 0 of what is not ``kept``; ``dim`` runs over the entries of a component.
+
+    ``entries`` are used up.
+    """
+    largest = torch.linalg.vector_norm(entries, math.inf, dim, keepdim=True)
+    return entries.div_(torch.where(kept, largest.div_(MOST).clamp_min_(step), math.inf)).round_()
 
 
 def _best_scales(gram: Tensor, inner: Tensor, kept: Tensor) -> Tensor:
     """The scales g [m, r] with the least ‖ΔW − Σ g_k û_k v̂_kᵀ‖², in the norm of the products that are given.
 
-    0 for components that are not ``kept``.
+    0 for components that are not ``kept``, of which all products are 0.
     """
-    alone = torch.diag_embed((~kept).to(gram.dtype))
-    both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
-    ridge = torch.diag_embed(_RIDGE * gram.diagonal(dim1=-2, dim2=-1))  # coarse codes may be those of another component
-    return torch.linalg.solve(gram * both + ridge + alone, (inner * kept).unsqueeze(-1))[..., 0]
+    # Coarse codes may be those of another component: with a ridge, no matrix is singular. So nothing is checked, for
+    # which a device would have to finish first.
+    ridge = torch.where(kept, _RIDGE * gram.diagonal(dim1=-2, dim2=-1), 1.0)
+    return torch.linalg.solve_ex(gram + torch.diag_embed(ridge), inner.unsqueeze(-1)).result[..., 0]
 
 
 class Rate:

@@ -61,6 +61,13 @@ class CompressOptions(Struct, frozen=True):
         """Whether singular values say how much is kept, and so what that takes and loses."""
         return isinstance(self.scheme, SteppedScheme) and self.kept_rank is None
 
+    def reads_spectra(self, *, predict: bool) -> bool:
+        """Whether singular values are wanted when the weights are read, also to ``predict`` what comes out.
+
+        Where inputs are known, others are: those of updates weighted by them.
+        """
+        return (predict or self.planned) and self.by_spectrum and self.calibration is None
+
     @property
     def largest_error(self) -> float | None:
         """The most that any adapter may lose, if that is what decides: asked for, or the default of the scheme."""
@@ -98,9 +105,8 @@ class CompressOptions(Struct, frozen=True):
         if self.objective not in get_args(Objective):
             raise UsageError(f"«objective» {self.objective}: choose one of {', '.join(get_args(Objective))}")
         if self.objective != "disk" and not self.by_spectrum:
-            able = " or ".join(scheme.name for scheme in stepped_schemes())
             kept = self.chosen if self.kept_rank is None else f"{self.chosen} of rank {self.kept_rank}"
-            hint = f"use «method» {able}, and say what may be lost or taken instead of a rank"
+            hint = f"use «method» {self._able}, and say what may be lost or taken instead of a rank"
             raise UsageError(f"«objective» {self.objective}: {kept} takes the same either way", hint)
         if self.dtype not in get_args(Dtype):
             raise UsageError(f"«dtype» {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
@@ -111,10 +117,15 @@ class CompressOptions(Struct, frozen=True):
         if self.calibration is not None:
             self._check_calibration(self.calibration)
 
+    @property
+    def _able(self) -> str:
+        """The methods of which it can be said how much they keep, and which do what else is asked for."""
+        able = (scheme for scheme in stepped_schemes() if scheme.uses_inputs or self.calibration is None)
+        return " or ".join(scheme.name for scheme in able)
+
     def _check_calibration(self, path: Path) -> None:
         if not (isinstance(self.scheme, SteppedScheme) and self.scheme.uses_inputs):
-            able = " or ".join(scheme.name for scheme in stepped_schemes() if scheme.uses_inputs)
-            raise UsageError(f"«calibration» {path}: {self.chosen} has no use for it", f"use «method» {able}")
+            raise UsageError(f"«calibration» {path}: {self.chosen} has no use for it", f"use «method» {self._able}")
         if self.budget is None and self.budget_per_adapter is None:
             raise UsageError(
                 f"«calibration» {path}: limits are on the error of weights, which it gives up for that of outputs",
@@ -140,5 +151,5 @@ class CompressOptions(Struct, frozen=True):
         if name != "«max_mean_error»" and value < 1:
             raise UsageError(f"{name} {value}: must be at least 1 byte")
         if not self.by_spectrum:
-            able = " or ".join(scheme.name for scheme in stepped_schemes())
-            raise UsageError(f"{name}: how much {self.chosen} has to keep for it is not known", f"use «method» {able}")
+            reason = f"{name}: how much {self.chosen} has to keep for it is not known"
+            raise UsageError(reason, f"use «method» {self._able}")

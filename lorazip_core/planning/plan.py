@@ -139,7 +139,8 @@ def _frontier(
     task = Task.of(options.chosen, 1, 1, len(collection.adapters))
     calibration = calibration_for(options.calibration, collection, progress)
     with working_within(device, collection, task, Bounds(options.memory, options.device_memory)) as within:
-        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress)
+        singular = options.reads_spectra(predict=True)
+        scanned = scan_for(collection, within, skip_bad=skip_bad, device=device, progress=progress, singular=singular)
         spectra = Spectra.of(scanned, device, progress, None if calibration is None else calibration.inputs_of)
         return frontier(spectra, scanned, planned_step(spectra, scanned, options), options)
 

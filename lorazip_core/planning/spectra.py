@@ -20,7 +20,8 @@ from ..base.threads import in_order
 from ..bundle.size import bytes_besides_updates
 from ..maths.factored import TINY, singular_values
 from ..maths.quantise import Components
-from ..reading.module_groups import InputsOf, module_groups
+from ..reading.groups import by_layout
+from ..reading.module_groups import InputsOf, ModuleGroups
 from ..reading.scan import Scan
 from ..schemes.factors import START_BYTES
 from ..schemes.scheme import Counting, ModuleGroup, Size, SteppedScheme
@@ -66,14 +67,39 @@ class Spectra:
 
     @classmethod
     def of(cls, scanned: Scan, device: torch.device, progress: Progress, inputs_of: InputsOf | None = None) -> Spectra:
-        """Read all adapters once more, each by itself, so that memory does not grow with the collection."""
+        """Those of a scan, if it was asked for them. For known inputs, all adapters are read once more."""
+        if inputs_of is not None or scanned.singular is None:
+            return cls._read_again(scanned, device, progress, inputs_of)
+        found: defaultdict[tuple[Size, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for group in by_layout(scanned.collection.adapters, scanned.collection.modules):
+            singular = torch.stack([scanned.singular[number] for number in group.adapters.tolist()])
+            same: defaultdict[tuple[Size, int], list[Tensor]] = defaultdict(list)
+            for part, s in zip(
+                group.parts, singular.split_with_sizes([part.rank for part in group.parts], 1), strict=True
+            ):
+                same[Size(part.module.d_out, part.module.d_in), part.rank].append(s)
+            for kind, own in same.items():
+                numbers = torch.from_numpy(group.adapters).repeat_interleave(len(own))
+                found[kind].append((numbers, torch.stack(own, 1).flatten(0, 1)))
+        blocks = []
+        for (size, _), several in found.items():
+            numbers, s = (torch.cat(each) for each in zip(*several, strict=True))
+            blocks.append(_Block(size, numbers, s, s.square()))
+        return cls(blocks, scanned.norms.sum(1))
+
+    @classmethod
+    def _read_again(
+        cls, scanned: Scan, device: torch.device, progress: Progress, inputs_of: InputsOf | None
+    ) -> Spectra:
+        """Each adapter by itself, so that memory does not grow with the collection."""
         adapters = scanned.collection.adapters
         load_linear_algebra(device)
+        groups_of = ModuleGroups(scanned, device, inputs_of)
 
         def of_adapter(number: int) -> list[tuple[Size, Tensor, Tensor]]:
             check_stop()
             found = []
-            for group in module_groups(adapters[number], device, inputs_of):
+            for group in groups_of.of(number):
                 s, energies = _spectrum(group)
                 found.append((Size(group.b.shape[1], group.a.shape[2]), s.cpu(), energies.cpu()))
             return found
@@ -140,7 +166,7 @@ def _spectrum(group: ModuleGroup) -> tuple[Tensor, Tensor]:
         s = singular_values(*group.exact)
         return s, s.square()
     components = Components.of(group.exact, group.inputs)
-    return components.strengths, components.s.square()
+    return components.spectrum.strengths, components.spectrum.s.square()
 
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..adapter.layout import Layout, deinterleave, views
+from ..adapter.layout import Layout, Views, deinterleave
 from ..adapter.reader import Adapter
 from ..base.device import CPU
 from ..base.errors import AdapterError
@@ -62,7 +62,8 @@ class Block(NamedTuple):
                 return b, a
 
             return read
-        flat = views(self.data[rows], [tensors[key] for part in parts for key in (part.key_b, part.key_a)])
+        infos = [tensors[key] for part in parts for key in (part.key_b, part.key_a)]
+        flat = Views(infos, self.group.layout.size).of(self.data[rows])
 
         def cut(columns: Sequence[int]) -> Factors:
             first = parts[columns[0]]

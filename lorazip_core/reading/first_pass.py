@@ -37,10 +37,18 @@ class FirstPass:
     files: list[list[SourceEntry]]
     errors: dict[int, AdapterError] = field(default_factory=dict)
     resident: dict[Layout, Tensor] | None = None
+    singular: dict[int, Tensor] | None = None
+    """If wanted, the singular values of every adapter [Σ r] in float64: of its modules, in order, one after another."""
 
 
 def read_all(
-    collection: Collection, device: torch.device, placement: Placement, verify: Verify, advance: Advance
+    collection: Collection,
+    device: torch.device,
+    placement: Placement,
+    verify: Verify,
+    advance: Advance,
+    *,
+    singular: bool = False,
 ) -> FirstPass:
     """Read all files of a collection. ``verify`` sees the digests of an adapter first and may refuse it.
 
@@ -49,18 +57,26 @@ def read_all(
     """
     adapters = collection.adapters
     norms = torch.zeros(len(adapters), len(collection.modules), dtype=torch.float64)
-    found = FirstPass(norms, [[] for _ in adapters], {}, {} if placement.kind == "resident" else None)
+    resident: dict[Layout, Tensor] | None = {} if placement.kind == "resident" else None
+    found = FirstPass(norms, [[] for _ in adapters], {}, resident, {} if singular else None)
 
     def examined(block: Block) -> _Examined:
         own = [adapters[number] for number in block.adapters]
         files = [_verified(adapter, each, verify) for adapter, each in zip(own, block.files, strict=True)]
         examine = _examined_on_host if placement.kind == "host" else _examined_on_device
-        return _Examined(block.adapters, block.group.modules, *examine(block._replace(files=files), own))
+        values = None
+        if singular:
+            values = torch.zeros(len(own), sum(part.rank for part in block.group.parts), dtype=torch.float64)
+        return _Examined(
+            block.adapters, block.group.modules, *examine(block._replace(files=files), own, values), values
+        )
 
     groups = by_layout(adapters, collection.modules)
     with closing(in_blocks(examined, adapters, groups, device, placement, advance, found.resident)) as results:
-        for numbers, modules, squared_norms, files in results:
+        for numbers, modules, squared_norms, files, values in results:
             norms[torch.tensor(numbers)[:, None], torch.from_numpy(modules)] = squared_norms
+            if found.singular is not None and values is not None:
+                found.singular.update(zip(numbers, values, strict=True))
             for number, each in zip(numbers, files, strict=True):
                 if isinstance(each, AdapterError):
                     found.errors[number] = each
@@ -77,6 +93,8 @@ class _Examined(NamedTuple):
     modules: Integers
     norms: Tensor
     files: list[Contents]
+    singular: Tensor | None
+    """[k, Σ r], if wanted."""
 
 
 def _verified(adapter: Adapter, files: Contents, verify: Verify) -> Contents:
@@ -88,7 +106,7 @@ def _verified(adapter: Adapter, files: Contents, verify: Verify) -> Contents:
     return files
 
 
-def _examined_on_host(block: Block, adapters: list[Adapter]) -> tuple[Tensor, list[Contents]]:
+def _examined_on_host(block: Block, adapters: list[Adapter], singular: Tensor | None) -> tuple[Tensor, list[Contents]]:
     """One adapter after another. One that is too large for memory has its tensors read a second time."""
     norms = torch.zeros(len(adapters), len(block.group.parts), dtype=torch.float64)
     files = list(block.files)
@@ -97,7 +115,11 @@ def _examined_on_host(block: Block, adapters: list[Adapter]) -> tuple[Tensor, li
         if not isinstance(files[row], AdapterError):
             try:
                 tensor_of = adapter.tensor if block.data is None else tensors_of(adapter, block.data[row])
-                found = norms_of_adapter(adapter.parts, block.stored(slice(row, row + 1), [adapter]))
+                found = norms_of_adapter(
+                    adapter.parts,
+                    block.stored(slice(row, row + 1), [adapter]),
+                    None if singular is None else singular[row],
+                )
                 check(adapter, found, tensor_of)
                 norms[row] = torch.tensor(found, dtype=torch.float64)
             except AdapterError as error:
@@ -105,10 +127,15 @@ def _examined_on_host(block: Block, adapters: list[Adapter]) -> tuple[Tensor, li
     return norms, files
 
 
-def _examined_on_device(block: Block, adapters: list[Adapter]) -> tuple[Tensor, list[Contents]]:
+def _examined_on_device(
+    block: Block, adapters: list[Adapter], singular: Tensor | None
+) -> tuple[Tensor, list[Contents]]:
     """All adapters at once; what is wrong with one is found out on its own."""
     assert block.data is not None
-    norms = norms_of_rows(block.data, block.group, block.rows).cpu()
+    there = None if singular is None else torch.zeros_like(singular, device=block.data.device)
+    norms = norms_of_rows(block.data, block.group, block.rows, there).cpu()
+    if singular is not None and there is not None:
+        singular.copy_(there)
     finite = finite_extras(block.data, block.group, list(adapters[0].extras))
     sound = (finite.cpu() & norms.isfinite().all(1)).tolist()
     files = list(block.files)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..adapter.module import Part
 from ..adapter.reader import Adapter
 from ..base.errors import AdapterError
 from ..base.safetensors_header import TORCH_DTYPES
-from ..maths.factored import squared_norm
+from ..maths.factored import squared_norm, squared_norm_and_singular_values
 from .blocks import Stored
 from .groups import LayoutGroup
 
@@ -27,29 +28,40 @@ _LARGEST = torch.finfo(torch.float32).max ** 2
 _EXTRAS_AT_ONCE = 2**26  # elements of extras that are looked at in one go
 
 
-def norms_of_adapter(parts: Mapping[str, Part], stored: Stored) -> list[float]:
-    """‖ΔW‖² of every module of one adapter, in order, computed in batches of equal shape."""
+def norms_of_adapter(parts: Mapping[str, Part], stored: Stored, singular: Tensor | None = None) -> list[float]:
+    """‖ΔW‖² of every module of one adapter, in order, computed in batches of equal shape.
+
+    With ``singular`` [Σ r] also singular values go in there, those of one module after another, descending.
+    """
     of = list(parts.values())
     norms = torch.zeros(len(of), dtype=torch.float64)
+    begins = _begins(of)
     for same_shape in _batches(parts).values():
         step = max(1, _AT_ONCE // of[same_shape[0]].parameters)
         for columns in (same_shape[start : start + step] for start in range(0, len(same_shape), step)):
             (b,), (a,) = stored(columns)
             scales = torch.tensor([of[column].scale for column in columns], dtype=torch.float64)
-            norms[columns] = _scaled(squared_norm(b, a), scales)
-    found: list[float] = norms.tolist()
-    return found
+            if singular is None:
+                found = squared_norm(b, a)
+            else:
+                found, s = squared_norm_and_singular_values(b, a)
+                places = torch.tensor([begins[column] for column in columns])[:, None] + torch.arange(s.shape[-1])
+                singular[places] = s * scales.abs()[:, None]
+            norms[columns] = _scaled(found, scales)
+    all_of: list[float] = norms.tolist()
+    return all_of
 
 
-def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
+def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice, singular: Tensor | None = None) -> Tensor:
     """‖ΔW‖² [k, p] of adapters of one layout, from their bytes ``data`` [k, size]; ``rows`` are theirs in the group.
 
-    Every product is over the same number of adapters, be there fewer or not: how a collection is cut into blocks must
-    not show in the last digit.
+    With ``singular`` [k, Σ r] also singular values go in there, as of `norms_of_adapter`. Every product is over the
+    same number of adapters, be there fewer or not: how a collection is cut into blocks must not show in the last digit.
     """
     scales = torch.from_numpy(group.scales[rows]).to(data.device)
     norms = torch.empty_like(scales)
     tensors = group.layout.tensors
+    begins = _begins(group.parts)
     for column, part in enumerate(group.parts):
         shape_b, shape_a = (part.module.d_out, part.rank), (part.rank, part.module.d_in)
         step = max(1, min(_ROWS, _AT_ONCE_ON_DEVICE // part.parameters))
@@ -59,8 +71,19 @@ def norms_of_rows(data: Tensor, group: LayoutGroup, rows: slice) -> Tensor:
             count = min(step, len(data) - start)
             some = slice(start, start + count)
             b[:count], a[:count] = own_b[some].reshape(count, *shape_b), own_a[some].reshape(count, *shape_a)
-            norms[some, column] = squared_norm(b, a)[:count]
+            if singular is None:
+                norms[some, column] = squared_norm(b, a)[:count]
+            else:
+                found, s = squared_norm_and_singular_values(b, a)
+                norms[some, column] = found[:count]
+                of_part = slice(begins[column], begins[column] + part.rank)
+                singular[some, of_part] = s[:count] * scales[some, column, None].abs()
     return _scaled(norms, scales)
+
+
+def _begins(parts: Sequence[Part]) -> list[int]:
+    """Where the singular values of each module begin, if they follow each other."""
+    return list(accumulate((part.rank for part in parts), initial=0))
 
 
 def _scaled(norms: Tensor, scales: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Scan:
     """The tensors, where they stayed on the device."""
     stamps: list[Stamps]
     """What the weight files of every adapter looked like before they were read."""
+    singular: list[Tensor] | None = None
+    """If wanted, the singular values of each adapter [Σ r] in float64: of its modules, in order, one after another."""
 
     def updates(self, per: Weights, device: torch.device, budget: Budget = CPU_BUDGET) -> Updates:
         """The collection's updates, weighted by w_im = 1/Σ_m‖ΔW_im‖², or per module by 1/‖ΔW_im‖²; 0 for zero ones."""
@@ -57,6 +59,15 @@ class Scan:
         shapes = [(module.d_out, module.d_in) for module in self.collection.modules]
         weights = torch.where(energy >= TINY, 1 / energy, 0.0)
         return Updates(stacks.load, shapes, self.ranks, self.norms, weights, device, budget, resident is not None)
+
+    def resident_rows(self) -> list[Tensor] | None:
+        """The bytes [1, size] of every adapter, where they stayed on the device."""
+        if self.resident is None:
+            return None
+        rows: dict[int, Tensor] = {}
+        for group in by_layout(self.collection.adapters, self.collection.modules):
+            rows.update(zip(group.adapters.tolist(), self.resident.rows(group.layout), strict=True))
+        return [rows[number] for number in range(len(rows))]
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -106,8 +117,10 @@ def scan(
     advance: Advance,
     device: torch.device = CPU,
     placement: Placement = HOST,
+    singular: bool = False,
 ) -> Scan:
-    """Read every file once. ``advance`` is called with 1 for each adapter.
+    """Read every file once, also for ``singular`` values if these are wanted. ``advance`` is called with 1 for each
+    adapter.
 
     ``placement`` says where the tensors go while they are read, and whether they stay on ``device``.
 
@@ -122,7 +135,7 @@ def scan(
             _check_locked(adapter, files, locked[adapter.name])
 
     stamps = [_stamps(adapter) for adapter in collection.adapters]
-    first = read_all(collection, device, placement, verify, advance)
+    first = read_all(collection, device, placement, verify, advance, singular=singular)
     bad = [error for _, error in sorted(first.errors.items())]
     if bad and not skip_bad:
         raise AdapterErrors(bad)
@@ -137,15 +150,29 @@ def scan(
         device,
         _still_resident(first, collection, left),
         [stamps[number] for number in kept],
+        None if first.singular is None else [first.singular[number] for number in kept],
     )
 
 
 def scan_for(
-    collection: Collection, plan: WorkPlan, *, skip_bad: bool, device: torch.device, progress: Progress
+    collection: Collection,
+    plan: WorkPlan,
+    *,
+    skip_bad: bool,
+    device: torch.device,
+    progress: Progress,
+    singular: bool = False,
 ) -> Scan:
     """`scan` as a stage of ``progress``, which is also told what was left out."""
     with progress.stage("reading adapters", len(collection.adapters)) as advance:
-        scanned = scan(collection, skip_bad=skip_bad, advance=advance, device=device, placement=plan.placement)
+        scanned = scan(
+            collection,
+            skip_bad=skip_bad,
+            advance=advance,
+            device=device,
+            placement=plan.placement,
+            singular=singular,
+        )
     for skipped in scanned.collection.skipped:
         progress.note(f"left out {skipped.name}: {skipped.reason}")
     return scanned

@@ -77,6 +77,11 @@ class Resident:
         self._data = data
         self._rows = rows
 
+    def rows(self, layout: Layout) -> list[Tensor]:
+        """The data [1, size] of each adapter of a layout."""
+        data = self._data[layout]
+        return [data[row : row + 1] for row in self._rows[layout].tolist()]
+
     def factors(self, pick: Pick) -> Iterator[Factors]:
         data, rows = self._data[pick.group.layout], self._rows[pick.group.layout][pick.chosen]
         b, a = (_taken(view(data, info), rows) for info in pick.infos())

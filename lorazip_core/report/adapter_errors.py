@@ -38,26 +38,31 @@ def _hover(adapter: KeptAdapter, value: float) -> str:
 
 
 def worst_table(
-    worst: WorstFirst, *, limit: float, claims: Sequence[float] | None = None, unknown: Sequence[str] = ()
+    worst: WorstFirst,
+    *,
+    limit: float,
+    claims: Sequence[float] | None = None,
+    outputs: Sequence[float | None] | None = None,
+    unknown: Sequence[str] = (),
 ) -> Table:
     """The worst adapters; those above ``limit`` stand out. ``claims`` are of the bundle, in the same order.
 
-    ``unknown`` are the names of adapters without an error.
+    So are the errors of ``outputs``, where they were measured. ``unknown`` are the names of adapters without an error.
     """
+    more = [(head, each) for head, each in (("claimed", claims), ("of outputs", outputs)) if each is not None]
     rows = [
         (
             adapter.name,
             error(value),
-            *([error(claims[row])] if claims is not None else []),
+            *(error(each[row]) for _, each in more),
             kept_as(adapter),
             adapter.worst_module.name if adapter.worst_module else "-",
             error(adapter.worst_module.squared_error if adapter.worst_module else None),
         )
         for row, (adapter, value) in enumerate(worst[:_WORST])
     ]
-    measured = claims is not None
-    head = ("adapter", "squared error", *(["claimed"] if measured else []), "kept as", "worst module", "its error")
-    numbers = frozenset({1, 2, 5}) if measured else frozenset({1, 4})
+    head = ("adapter", "squared error", *(head for head, _ in more), "kept as", "worst module", "its error")
+    numbers = frozenset({*range(1, 2 + len(more)), len(head) - 1})
     caption = only_worst(len(rows), len(worst))
     if unknown:
         caption = f"{caption} Not measured: {', '.join(unknown[:_WORST])}{' …' if len(unknown) > _WORST else ''}."

@@ -15,7 +15,7 @@ from ..bundle.finding import Finding
 from ..verify.run import AdapterReport, VerifyReport
 from .answers import answer_gates, bound, divergence, figures, found, kept
 from .gate import Gate
-from .outcome import gates, kept_as, limits, made_with, squared_error
+from .outcome import gates, kept_as, limits, lost_of_outputs, made_with, squared_error
 
 
 class _Case(NamedTuple):
@@ -68,6 +68,8 @@ def _properties(report: VerifyReport) -> list[tuple[str, str]]:
     properties = [("errors_are", report.errors_are), ("against", report.against or "-")]
     properties += [("made_with", made_with(report) or "-"), ("limits", limits(report))]
     properties += [(f"warning.{warning.kind}", warning.message) for warning in report.warnings]
+    if (lost := lost_of_outputs(report)) is not None:
+        properties.append(("outputs", lost))
     if report.model is not None:
         properties.append(("answers", figures(report.model)))
     if summary := report.summary:
@@ -115,6 +117,8 @@ def _adapter(report: VerifyReport, adapter: AdapterReport) -> _Case:
     failures = [found for found in report.findings if found.adapter == adapter.name]
     known = squared_error(report, adapter)
     lines = [f"squared error: {error(known)} ({report.errors_are})", f"kept as: {kept_as(adapter)}"]
+    if adapter.output_squared_error is not None:
+        lines.insert(1, f"squared error of outputs: {error(adapter.output_squared_error)}")
     if worst := adapter.worst_module:
         lines.append(f"worst module: {worst.name}: {error(worst.squared_error)}")
     scored = report.model.adapters if report.model else []

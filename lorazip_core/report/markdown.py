@@ -10,7 +10,7 @@ from ..bundle.finding import Finding
 from ..verify.run import VerifyReport
 from .answers import HEAD, answer_gates, bound, figures, largest_first, remarks, row
 from .answers import found as found_by
-from .outcome import gates, kept_as, limits, made_with, verdict, worst_first
+from .outcome import gates, kept_as, limits, lost_of_outputs, made_with, verdict, worst_first
 
 _WORST = 10
 _MARKS = {True: "✅ held", False: "❌ failed", None: "❔ not known"}
@@ -25,7 +25,14 @@ def markdown(report: VerifyReport) -> str:
     mark = "✅" if report.ok else "❌"
     blocks = [f"### {mark} lorazip verify {name(report.bundle)}: {verdict(report)}"]
     if report.summary is not None:
-        blocks += [_figures(report), *_made(report), *_gates(report), *_worst(report), *_answers(report)]
+        blocks += [
+            _figures(report),
+            *_outputs(report),
+            *_made(report),
+            *_gates(report),
+            *_worst(report),
+            *_answers(report),
+        ]
     blocks += _findings(report.findings)
     return "\n\n".join(blocks) + "\n"
 
@@ -64,6 +71,11 @@ def _figures(report: VerifyReport) -> str:
     )
 
 
+def _outputs(report: VerifyReport) -> list[str]:
+    lost = lost_of_outputs(report)
+    return [] if lost is None else [escape(f"{lost[0].upper()}{lost[1:]}.")]
+
+
 def _gates(report: VerifyReport) -> list[str]:
     rows = [
         (f"<code>{gate.option}</code>", gate.applies_to, f"{gate.limit:g}", error(gate.found), _MARKS[gate.held])
@@ -84,10 +96,12 @@ def _made(report: VerifyReport) -> list[str]:
 
 def _worst(report: VerifyReport) -> list[str]:
     worst = worst_first(report)
+    outputs = report.outputs is not None
     rows = [
         (
             name(adapter.name),
             error(value),
+            *([error(adapter.output_squared_error)] if outputs else []),
             escape(kept_as(adapter)),
             name(adapter.worst_module.name) if adapter.worst_module else "-",
             error(adapter.worst_module.squared_error if adapter.worst_module else None),
@@ -97,7 +111,8 @@ def _worst(report: VerifyReport) -> list[str]:
     if not rows:
         return []
     title = f"The worst {len(rows)} of {len(worst):,} adapters:" if len(rows) < len(worst) else "Adapters, worst first:"
-    return [title, _table(("adapter", "squared error", "kept as", "worst module", "its error"), rows, (1, 4))]
+    head = ("adapter", "squared error", *(["of outputs"] if outputs else []), "kept as", "worst module", "its error")
+    return [title, _table(head, rows, (1, 2, 5) if outputs else (1, 4))]
 
 
 def _answers(report: VerifyReport) -> list[str]:

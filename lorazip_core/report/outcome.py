@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..base.text import count
+from ..base.text import count, error
 from ..bundle.finding import Finding
 from ..bundle.manifest import ModuleError
 from ..bundle.quality import LARGE_ERROR, above
@@ -56,7 +56,7 @@ def worst_first(report: VerifyReport) -> list[tuple[AdapterReport, float]]:
     """The adapters whose squared error is known, with it; those of equal error in the order of the report."""
     known = [(adapter, squared_error(report, adapter)) for adapter in report.adapters]
     return sorted(
-        ((adapter, error) for adapter, error in known if error is not None), key=lambda each: (-each[1], each[0].name)
+        ((adapter, value) for adapter, value in known if value is not None), key=lambda each: (-each[1], each[0].name)
     )
 
 
@@ -158,3 +158,14 @@ def finding_lines(report: VerifyReport) -> list[str]:
 def _line(found: Finding) -> str:
     about = ": ".join(filter(None, (found.adapter, found.path)))
     return f"{about}: {found.message}" if about else found.message
+
+
+def lost_of_outputs(report: VerifyReport) -> str | None:
+    """What outputs lose, in words; None where it was not measured."""
+    outputs = report.outputs
+    if outputs is None:
+        return None
+    return (
+        f"squared error of outputs, {count(outputs.adapters, 'adapter')} on the inputs of {outputs.calibration}:"
+        f" mean {error(outputs.mean_squared_error)}, worst {error(outputs.max_squared_error)} ({outputs.worst_adapter})"
+    )

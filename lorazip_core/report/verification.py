@@ -84,7 +84,18 @@ def _tiles(report: VerifyReport) -> list[Tile]:
         Tile("Mean error", error(mean), f"squared, {report.errors_are}", mean is not None and mean > mean_limit),
         Tile("p95 error", error(summary.p95_squared_error), f"squared, {report.errors_are}"),
         Tile("Worst error", error(worst), f"squared, {report.errors_are}", worst is not None and worst > limit),
+        *_output_tiles(report),
         *_answer_tiles(report),
+    ]
+
+
+def _output_tiles(report: VerifyReport) -> list[Tile]:
+    outputs = report.outputs
+    if outputs is None:
+        return []
+    return [
+        Tile("Mean error of outputs", error(outputs.mean_squared_error), f"squared, on {outputs.calibration}"),
+        Tile("Worst error of outputs", error(outputs.max_squared_error), outputs.worst_adapter),
     ]
 
 
@@ -195,5 +206,6 @@ def _worst(report: VerifyReport, worst: list[tuple[AdapterReport, float]]) -> Ta
         worst,
         limit=limit_of_adapters(report),
         claims=[adapter.claimed_squared_error for adapter, _ in worst] if measured else None,
+        outputs=None if report.outputs is None else [adapter.output_squared_error for adapter, _ in worst],
         unknown=[adapter.name for adapter in report.adapters if squared_error(report, adapter) is None],
     )

@@ -6,6 +6,7 @@ Ranks and bits follow the spectrum, see `maths.quantise`. A file holds several a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..maths.factored import Factors
-    from ..maths.quantise import Codes, Components
+    from ..maths.quantise import Codes, Components, Losses
     from .joined import Joined
 
 DEFAULT_ERROR = 0.1
@@ -57,18 +58,18 @@ class Coded(PackedScheme, SteppedScheme):
 
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         """With the step asked for; else with the coarsest one that meets the limit, nearly."""
-        from ..maths.quantise import Components
-
-        of_groups = [(group, Components.of(group.exact, group.inputs)) for group in groups]
+        components = _decomposed(groups)
         if target.step is not None:
-            yield _encode(of_groups, target.step, target.objective)
+            yield _encoding(groups, _tried(components, target.step, target.objective))
             return
-        norm = sum(float(components.energies.sum()) for _, components in of_groups)
+        norm = sum(float(each.spectrum.energies.sum()) for each in components)
         if not norm:
-            yield _encode(of_groups, 1.0, target.objective)
+            yield _encoding(groups, _tried(components, 1.0, target.objective))
             return
         limit = DEFAULT_ERROR * norm if target.limit is None else target.limit
-        yield from _near(of_groups, limit, target.objective)
+        nearest = _near(components, limit, target.objective)
+        if nearest is not None:
+            yield _encoding(groups, nearest)
 
     def predicted(self, s: Tensor, size: Size, step: Tensor, counting: Counting) -> tuple[Tensor, Tensor]:
         return _quantiser(counting.objective).predicted_of(s, *size, step)
@@ -178,57 +179,104 @@ class _Quantiser(NamedTuple):
 
     quantise: Callable[[Components, float], Codes]
     predicted_of: Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor]]
-    predicted_left: Callable[[Tensor, int, int], Tensor]
+    losses_of: Callable[[Sequence[Components]], Losses]
 
 
 def _quantiser(objective: Objective) -> _Quantiser:
     from ..maths import fixed_rate, quantise
 
     module = fixed_rate if objective == "resident" else quantise
-    return _Quantiser(module.quantise, module.predicted_of, module.predicted_left)
+    return _Quantiser(module.quantise, module.predicted_of, module.losses_of)
 
 
-def _encode(
-    of_groups: Sequence[tuple[ModuleGroup, Components]], step: float, objective: Objective = "disk"
-) -> Encoding:
+class _Tried(NamedTuple):
+    """Codes at some step, by group, and what they lose."""
+
+    codes: list[Codes]
+    squared_errors: list[float]
+    """Of the updates of all groups."""
+
+
+def _decomposed(groups: Sequence[ModuleGroup]) -> list[Components]:
+    """The components of each group; those of one rank are found together."""
+    from ..base.stopping import check_stop
+    from ..maths.quantise import Components
+
+    of_rank: defaultdict[int, list[int]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        of_rank[group.rank].append(place)
+    found: dict[int, Components] = {}
+    for places in of_rank.values():
+        check_stop()
+        inputs = [known for place in places if (known := groups[place].inputs) is not None]
+        own = Components.of_all([groups[place].exact for place in places], inputs or None)
+        found.update(zip(places, own, strict=True))
+    return [found[place] for place in range(len(groups))]
+
+
+def _tried(components: Sequence[Components], step: float, objective: Objective) -> _Tried:
+    import torch
+
     from ..base.stopping import check_stop
 
     quantise = _quantiser(objective).quantise
-    ranks: dict[str, int] = {}
-    encoding = Encoding({}, {}, ranks)
-    for group, components in of_groups:
+    codes = []
+    for each in components:
         check_stop()
-        codes = quantise(components, step)
-        of, place = codes.kept.nonzero(as_tuple=True)  # module by module
-        counts = codes.kept.sum(-1).tolist()
-        flat = {"u": codes.u.mT[of, place], "v": codes.v[of, place], "scale": codes.scale[of, place]}
-        for suffix, tensor in flat.items():
-            for name, own in zip(group.names, tensor.cpu().split_with_sizes(counts), strict=True):
-                encoding.tensors[f"{name}.{suffix}"] = own
-        encoding.squared_errors.update(zip(group.names, codes.squared_errors.tolist(), strict=True))
-        ranks.update(zip(group.names, counts, strict=True))
-    return encoding
+        codes.append(quantise(each, step))
+    return _Tried(codes, torch.cat([each.squared_errors for each in codes]).tolist())
 
 
-def _near(
-    of_groups: Sequence[tuple[ModuleGroup, Components]], limit: float, objective: Objective
-) -> Iterable[Encoding]:
-    """An encoding that loses at most ``limit``, but not much less; nothing if no step does: some is always lost."""
+def _near(components: Sequence[Components], limit: float, objective: Objective) -> _Tried | None:
+    """Codes that lose at most ``limit``, but not much less; None if no step does: some is always lost."""
     from ..maths.quantise import predicted_step
 
     if limit <= 0:
-        return
-    left = _quantiser(objective).predicted_left
-    step = predicted_step([components for _, components in of_groups], _FIRST_AIM * limit, left)
+        return None
+    step = predicted_step(components, _FIRST_AIM * limit, _quantiser(objective).losses_of(components))
     best = None
-    for tried in range(_TRIES):
-        encoding = _encode(of_groups, step, objective)
-        lost = sum(encoding.squared_errors.values())
+    for number in range(_TRIES):
+        tried = _tried(components, step, objective)
+        lost = sum(tried.squared_errors)
         if lost <= limit and (best is None or lost > best[0]):
-            best = lost, encoding
+            best = lost, tried
         if _NEAR * limit <= lost <= limit or lost == 0:
             break
         nearer = (0.5 * (1 + _NEAR) * limit / lost) ** 0.5
-        step *= min(nearer, _FINER) if best is None and tried >= _TRIES // 2 else nearer
-    if best is not None:
-        yield best[1]
+        step *= min(nearer, _FINER) if best is None and number >= _TRIES // 2 else nearer
+    return None if best is None else best[1]
+
+
+def _encoding(groups: Sequence[ModuleGroup], tried: _Tried) -> Encoding:
+    """What is kept of the components of all modules, in the order of their names.
+
+    In steps as few and large as can be: after each, threads that work on other adapters wait for each other.
+    """
+    import numpy as np
+    import torch
+
+    from .joined import Joined
+
+    names = [name for group in groups for name in group.names]
+    sizes = [(group.b.shape[1], group.a.shape[2]) for group in groups for _ in group.names]
+    counts: list[int] = torch.cat([codes.kept.sum(-1) for codes in tried.codes]).tolist()
+    u: list[Tensor] = []
+    v: list[Tensor] = []
+    scales: list[Tensor] = []
+    for group, codes in zip(groups, tried.codes, strict=True):
+        own = counts[len(u) : len(u) + len(group.names)]
+        of, place = codes.kept.nonzero(as_tuple=True)  # module by module
+        for parts, vectors in ((u, codes.u.mT[of, place]), (v, codes.v[of, place]), (scales, codes.scale[of, place])):
+            length = vectors[0].numel() if len(vectors) else 0
+            parts += vectors.flatten().split_with_sizes([count * length for count in own])
+    order = sorted(range(len(names)), key=names.__getitem__)
+    shapes = np.array([(counts[place], *sizes[place]) for place in order])
+    both = torch.cat([*(u[place] for place in order), *(v[place] for place in order)]).cpu()
+    flat_u, flat_v = both.split_with_sizes((shapes[:, :1] * shapes[:, 1:]).sum(0).tolist())
+    joined = {
+        "u": Joined(flat_u, shapes[:, [0, 1]]),
+        "v": Joined(flat_v, shapes[:, [0, 2]]),
+        "scale": Joined(torch.cat([scales[place] for place in order]).cpu(), shapes[:, :1]),
+    }
+    ranks = dict(zip(names, counts, strict=True))
+    return Encoding({}, dict(zip(names, tried.squared_errors, strict=True)), ranks, joined)

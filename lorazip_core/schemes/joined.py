@@ -40,3 +40,14 @@ class Joined:
     def pieces(self) -> Sequence[Tensor]:
         """The elements of every tensor; views."""
         return self.flat.split_with_sizes(self.shapes.prod(1).tolist())
+
+    @cached_property
+    def memory(self) -> memoryview:
+        """The bytes of all tensors, which are on the CPU."""
+        flat = self.flat.as_strided(self.flat.shape, (1,))  # of no or one element, a stride may be anything
+        return flat.view(torch.uint8).numpy().data
+
+    @cached_property
+    def begins(self) -> list[int]:
+        """Where every tensor begins in `memory`, and where the last one ends."""
+        return [0, *np.cumsum(self.shapes.prod(1) * self.flat.itemsize).tolist()]

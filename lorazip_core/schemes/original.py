@@ -29,7 +29,9 @@ class Original(FactorsScheme):
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         encoding = Encoding({}, {})
         for group in groups:
-            for name, b, a, scale in zip(group.names, group.b, group.a, group.scales, strict=True):
+            for name, b, a, scale in zip(
+                group.names, *(side.cpu() for side in (group.b, group.a, group.scales)), strict=True
+            ):
                 encoding.tensors.update({f"{name}.B": b, f"{name}.A": a, f"{name}.scale": scale})
                 encoding.squared_errors[name] = 0.0
         yield encoding

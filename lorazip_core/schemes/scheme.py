@@ -283,6 +283,8 @@ class Encoding(NamedTuple):
     squared_errors: dict[str, float]
     """By module: ‖ΔW − ΔŴ‖² of what is stored, infinite where the dtype cannot hold it."""
     ranks: Ranks = None
+    joined: Mapping[str, Joined] | None = None
+    """What a `PackedScheme` has instead of tensors: by suffix, those of all modules in the order of their names."""
 
 
 class Terms(NamedTuple):

@@ -267,7 +267,7 @@ def _expand_bases(
 
 
 class Shape(NamedTuple):
-    """How kernels cut their work, which changes no result but by the order of sums."""
+    """How kernels cut their work, which changes no result but by the order of sums; see docs/benchmarks.md."""
 
     splits: int
     """Programs that share the columns of x."""
@@ -280,8 +280,8 @@ class Shape(NamedTuple):
     """Terms at once."""
 
 
-TERMS_OF_FEW, TERMS_OF_MANY = Shape(4, 512, 512, 4, terms=4), Shape(1, 64, 128, 4, terms=16)
-BASES_OF_FEW, BASES_OF_MANY = Shape(8, 128, 256, 4), Shape(1, 128, 256, 4)
+TERMS_OF_FEW, TERMS_OF_MANY = Shape(4, 512, 256, 4, terms=2), Shape(1, 64, 128, 4, terms=16)
+BASES_OF_FEW, BASES_OF_MANY = Shape(4, 128, 128, 4), Shape(1, 64, 64, 4)
 
 
 def add_terms(

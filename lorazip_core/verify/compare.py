@@ -286,7 +286,7 @@ def _claims(entry: AdapterEntry, measured: Losses) -> Iterator[Finding]:
             yield false("worst_module", None, truth)
     elif not (
         _close(claimed.squared_error, largest)
-        and _close(measured.ratio(claimed.name), largest)  # of a tie, either may be named, and of a zero adapter any
+        and _close(measured.ratios[claimed.name], largest)  # of a tie, either may be named, and of a zero adapter any
     ):
         yield false("worst_module", f"{claimed.squared_error} of {claimed.name}", truth)
     if measured.squared_norm == 0 and measured.squared_distance > 0:

@@ -352,8 +352,8 @@ def _module_errors(bundle: Bundle, measured: dict[str, Losses]) -> ModuleErrors:
     column = {module: number for number, module in enumerate(modules)}
     errors = numpy.full((len(names), len(modules)), numpy.nan)
     for row, name in enumerate(names):
-        for module in measured[name].norms:
-            errors[row, column[module]] = measured[name].ratio(module)
+        ratios = measured[name].ratios
+        errors[row, [column[module] for module in ratios]] = list(ratios.values())
     return ModuleErrors(names, modules, errors)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorazip_core.adapter.formats.registry import parse_config
 from lorazip_core.adapter.formats.writer import write_adapter
-from lorazip_core.adapter.layout import TensorInfo, aligned, view, views
+from lorazip_core.adapter.layout import TensorInfo, Views, aligned, view
 from lorazip_core.adapter.reader import open_adapter
 from lorazip_core.base.errors import AdapterError
 
@@ -510,5 +510,5 @@ def test_several_tensors_at_once_are_those_of_one_by_one(gap: int, dtypes: list[
     generator = torch.Generator().manual_seed(1)
     data = torch.randint(0, 60, (3, aligned(end) + start), dtype=torch.uint8, generator=generator)[:, start:]
     for some in (infos, infos[::-1], infos[1:3]):
-        for own, info in zip(views(data, some), some, strict=True):
+        for own, info in zip(Views(some, data.shape[1]).of(data), some, strict=True):
             assert torch.equal(own, view(data, info).flatten(1))

@@ -9,8 +9,9 @@ that `plan` returns, before anything is encoded, is held against the files of th
 `verify --against` measures. A run may try again when the first plan misses the bound, so what comes out is nearer to
 it than what was predicted; that difference counts as a deviation.
 
-Planning is the stage of that name, within a run: it reads all adapters a second time. With `--max-error` there is none,
-since every adapter has its own step. Exits 1 if any bound does not hold.
+Planning is finding singular values while adapters are read, by the difference to reading them without, and finding the
+step from them: medians of three, as a share of the processor's time for the whole run. With `--max-error` there is
+none, since every adapter has its own step. Exits 1 if any bound does not hold.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,10 +36,13 @@ from other_tools import size
 from real_adapters import require
 
 from lorazip_core.adapter.collection import open_collection
+from lorazip_core.base.device import CPU
 from lorazip_core.base.progress import Advance, Silent
 from lorazip_core.compress.run import compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.planning.plan import plan
+from lorazip_core.planning.spectra import Spectra, planned_step
+from lorazip_core.reading.scan import scan
 from lorazip_core.verify.run import verify
 
 Bound = Literal["budget", "budget_per_adapter", "max_mean_error", "max_error"]
@@ -48,19 +53,16 @@ ENCODING = "keeping adapters individually"  # the stage that each attempt has
 
 
 class Stages(Silent):
-    """Seconds of each stage of a run, and how often there was one."""
+    """Counts how often a run has each stage."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.times: Counter[str] = Counter()
+    def __init__(self, times: Counter[str]) -> None:
+        self.times = times
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Advance]:
-        started = time.monotonic()
+        self.times[label] += 1
         with super().stage(label, total) as advance:
             yield advance
-        self.times[label] += 1
-        self.seconds[label] = self.seconds.get(label, 0.0) + time.monotonic() - started
 
 
 class Outcome(NamedTuple):
@@ -80,9 +82,9 @@ class Row(NamedTuple):
     found: Outcome
     attempts: int
     planning: float
-    """Seconds."""
+    """Seconds of the processor."""
     seconds: float
-    """Of the whole run."""
+    """The same of the whole run."""
 
     @property
     def used(self) -> float:
@@ -121,22 +123,42 @@ def draw(folder: Path, count: int, seed: int) -> list[tuple[Bound, float]]:
     return found
 
 
+def planning_seconds(folder: Path, options: CompressOptions) -> float:
+    """What planning takes of the processor in a run with these options."""
+    if not options.planned:
+        return 0.0
+    collection = open_collection(folder)
+    more, found = [], []
+    for _ in range(3):
+        begun = time.process_time()
+        scan(collection, skip_bad=False, advance=lambda done: None)
+        without = time.process_time()
+        scanned = scan(collection, skip_bad=False, advance=lambda done: None, singular=True)
+        read = time.process_time()
+        planned_step(Spectra.of(scanned, CPU, Silent()), scanned, options)
+        more.append((read - without) - (without - begun))
+        found.append(time.process_time() - read)
+    return max(0.0, median(more)) + median(found)
+
+
 def tried(folder: Path, bound: Bound, value: float) -> Row:
     """Plan, compress and verify with one bound."""
     options = CompressOptions(**{bound: value}, device="cpu")  # type: ignore[arg-type]
     chosen = next(point for point in plan(folder, options).frontier if point.chosen)
     predicted = Outcome(chosen.bytes_bundle, chosen.mean_squared_error, chosen.max_squared_error)
-    stages = Stages()
+    stages: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
         bundle = Path(place) / "bundle"
-        report = compress(folder, bundle, options, progress=stages)
+        begun = time.process_time()
+        report = compress(folder, bundle, options, progress=Stages(stages))
+        seconds = time.process_time() - begun
         errors = verify(bundle, against=folder).summary
         if errors is None or errors.mean_squared_error is None or errors.max_squared_error is None:
             raise SystemExit(f"{bound} {value:g}: the bundle does not verify")
         found = Outcome(size(bundle), errors.mean_squared_error, errors.max_squared_error)
-    planning = stages.seconds.get("planning", 0.0)
-    name, adapters, attempts = folder.resolve().name, report.summary.adapters, stages.times[ENCODING]
-    return Row(name, adapters, bound, value, predicted, found, attempts, planning, report.seconds)
+    planning = planning_seconds(folder, options)
+    name, adapters, attempts = folder.resolve().name, report.summary.adapters, stages[ENCODING]
+    return Row(name, adapters, bound, value, predicted, found, attempts, planning, seconds)
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

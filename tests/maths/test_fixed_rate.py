@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lorazip_core.maths import fixed_rate
 from lorazip_core.maths.fixed_rate import BITS_OF_COMPONENT, FINEST, choice_for, predicted_of, quantise
-from lorazip_core.maths.quantise import MOST, Codes, Components, unpacked_scale
+from lorazip_core.maths.quantise import MOST, Codes, Components, Spectrum, unpacked_scale
 from lorazip_core.schemes.coded_resident import COMPONENT_BYTES, CodedModule, lay_out
 
 
@@ -126,9 +127,8 @@ def test_coarser_steps_take_less_and_lose_more() -> None:
 def test_powers_of_two_scale_errors_and_nothing_else(seed: int, step: float, power: int) -> None:
     components = components_of(2, 30, 20, 5, seed=seed)
     codes = quantise(components, step)
-    larger = components._replace(
-        b=components.b * 2.0**power, s=components.s * 2.0**power, energies=components.energies * 4.0**power
-    )
+    s, energies = components.s * 2.0**power, components.energies * 4.0**power
+    larger = replace(components, b=components.b * 2.0**power, s=s, energies=energies, spectrum=Spectrum(s, s, energies))
     scaled = quantise(larger, step * 2.0**power)
     for one, other in zip(codes[:2], scaled[:2], strict=True):
         assert torch.equal(one, other)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorazip_core.maths import fixed_rate
+from lorazip_core.maths import quantise as quantise_
 from lorazip_core.maths.quantise import (
     MOST,
     WEAKEST,
     Codes,
     Components,
+    Spectrum,
+    losses_of,
     predicted_of,
     predicted_step,
     quantise,
@@ -37,7 +43,7 @@ def components_of(b: Tensor, a: Tensor) -> Components:
 
 def predicted(components: Components, step: float) -> tuple[Tensor, Tensor]:
     """What every update will lose [m], and its bits [m]."""
-    left, bits = predicted_of(components.strengths, components.b.shape[-2], components.a.shape[-1], step)
+    left, bits = predicted_of(components.spectrum.strengths, components.b.shape[-2], components.a.shape[-1], step)
     return (components.s.square() * left).sum(-1), bits
 
 
@@ -86,14 +92,14 @@ def test_signs_of_pairs_and_the_order_of_modules_do_not_matter(
     codes = quantise(components, step)
     signs = torch.randint(0, 2, components.s.shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
     turned = quantise(
-        components._replace(x=components.x * signs.unsqueeze(-2), y=components.y * signs.unsqueeze(-1)), step
+        replace(components, x=components.x * signs.unsqueeze(-2), y=components.y * signs.unsqueeze(-1)), step
     )
     most = codes.scale.shape[-1]
     assert torch.equal(turned.u, (codes.u * signs[:, None, :most]).to(torch.int8))
     assert torch.equal(turned.scale, codes.scale)
     torch.testing.assert_close(turned.squared_errors, codes.squared_errors, rtol=1e-9, atol=1e-9)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
-    permuted = quantise(Components(*(each[order] for each in components[:-1])), step)  # of no known inputs
+    permuted = quantise(components_of(components.b[order], components.a[order]), step)
     assert torch.equal(permuted.u, codes.u[order])
     assert torch.equal(permuted.v, codes.v[order])
     assert torch.equal(permuted.kept, codes.kept[order])
@@ -106,9 +112,8 @@ def test_powers_of_two_scale_errors_and_nothing_else(
 ) -> None:
     components = components_of(*factors(*shape, seed=seed))
     codes = quantise(components, step)
-    larger = components._replace(
-        b=components.b * 2.0**power, s=components.s * 2.0**power, energies=components.energies * 4.0**power
-    )
+    s, energies = components.s * 2.0**power, components.energies * 4.0**power
+    larger = replace(components, b=components.b * 2.0**power, s=s, energies=energies, spectrum=Spectrum(s, s, energies))
     scaled = quantise(larger, step * 2.0**power)
     assert_same(
         scaled._replace(scale=scaled.scale - 32 * power * scaled.kept, squared_errors=codes.squared_errors), codes
@@ -184,9 +189,40 @@ def test_what_is_predicted(step: float) -> None:
 def test_a_predicted_step_loses_about_its_limit(share: float) -> None:
     components = [components_of(*factors(3, 400, 300, 16, seed)) for seed in range(2)]
     limit = share * sum(float(each.s.square().sum()) for each in components)
-    step = predicted_step(components, limit)
+    step = predicted_step(components, limit, losses_of(components))
     real = sum(float(quantise(each, step).squared_errors.sum()) for each in components)
     assert real == pytest.approx(limit, rel=0.1)
+
+
+@pytest.mark.parametrize("module", [quantise_, fixed_rate])
+def test_losses_are_those_that_are_predicted_of_components(module: ModuleType) -> None:
+    """Of updates of two sizes; the coarsest step leaves nothing, the finest one is beyond the curves, and with one the
+    strongest component is just not worth to be kept."""
+    sizes = [(40, 300), (90, 20)]
+    components = [components_of(*factors(3, *size, 7, seed)) for seed, size in enumerate(sizes)]
+    just_dropped = math.log2(components[0].widest[0] * WEAKEST) + 0.5 / 64
+    steps = torch.tensor([-30.0, -2.0, 0.0, just_dropped, 1.4, 6.0], dtype=torch.float64)
+    expected = torch.zeros_like(steps)
+    for each, size in zip(components, sizes, strict=True):
+        for place, step in enumerate(steps.exp2().tolist()):
+            expected[place] += (each.s.square() * module.predicted_of(each.s, *size, step)[0]).sum()
+    assert expected[-1] == pytest.approx(sum(float(each.energies.sum()) for each in components))
+    torch.testing.assert_close(module.losses_of(components)(steps), expected, rtol=1e-9, atol=0)
+
+
+def test_updates_of_several_shapes_are_decomposed_as_each_alone() -> None:
+    exact = [factors(2, 30, 20, 5, 0), factors(4, 10, 50, 5, 1), factors(1, 20, 30, 5, 2)]
+    moments = [inputs_of(len(a), a.shape[-1], seed) for seed, (_, a) in enumerate(exact)]
+    for inputs in (None, moments):
+        together = Components.of_all(exact, inputs)
+        for number, (each, both) in enumerate(zip(together, exact, strict=True)):
+            alone = Components.of(both, None if inputs is None else inputs[number])
+            for name in ("s", "energies", "lengths", "deviations"):
+                torch.testing.assert_close(getattr(each, name), getattr(alone, name), rtol=1e-9, atol=0)
+            torch.testing.assert_close(each.x @ each.y, alone.x @ alone.y, rtol=1e-9, atol=1e-12)
+            assert each.widest == each.deviations.amax(0).tolist()
+            assert torch.equal(each.spectrum.energies, each.energies)
+            assert torch.equal(each.spectrum.s, each.s)
 
 
 def test_scales_are_the_nearest_ones() -> None:

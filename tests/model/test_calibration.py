@@ -220,6 +220,16 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [["--budget", "1MB"], ["--objective", "resident"], []])
+def test_hints_name_no_method_that_has_no_use_for_it(
+    adapters: Path, moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    words = ["compress", adapters, "-o", tmp_path / "out", "--method", "joint", "--calibration", moments, *more]
+    _, error = run(capsys, *words, code=2)
+    assert "use --method coded" in error
+    assert "svd" not in error
+
+
 def test_a_file_that_is_none_is_refused_before_the_work(
     adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,10 +26,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ra.write_collection(tmp_path_factory.mktemp("mixed"), ra.MIXED)
 
 
-@pytest.fixture(scope="module")
-def spectra(root: Path) -> Spectra:
+@pytest.fixture(scope="module", params=[True, False], ids=["while they are read", "read again"])
+def spectra(root: Path, request: pytest.FixtureRequest) -> Spectra:
     collection = open_collection(root, allow_pickle=False, allow_mixed_base=False, skip_bad=False)
-    return Spectra.of(scan(collection, skip_bad=False, advance=lambda done: None), CPU, Silent())
+    scanned = scan(collection, skip_bad=False, advance=lambda done: None, singular=request.param)
+    return Spectra.of(scanned, CPU, Silent())
 
 
 def test_they_are_those_of_the_updates(root: Path, spectra: Spectra) -> None:

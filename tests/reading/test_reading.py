@@ -30,6 +30,7 @@ from lorazip_core.base.errors import AdapterError, AdapterErrors
 from lorazip_core.maths.stack import ScaledStack, Stack
 from lorazip_core.reading import blocks, buffers, contents, sources
 from lorazip_core.reading.buffers import Buffers
+from lorazip_core.reading.module_groups import ModuleGroups
 from lorazip_core.reading.placement import Placement, choose_placement
 from lorazip_core.reading.scan import Scan, scan
 from lorazip_core.reading.sources import Files
@@ -49,9 +50,11 @@ PLACEMENTS = {
 }
 
 
-def scanned(root: Path, kind: str = "host", *, skip_bad: bool = False, **options: Any) -> Scan:
+def scanned(root: Path, kind: str = "host", *, skip_bad: bool = False, singular: bool = False, **options: Any) -> Scan:
     collection = open_collection(root, skip_bad=skip_bad, **options)
-    return scan(collection, skip_bad=skip_bad, advance=lambda steps: None, placement=PLACEMENTS[kind])
+    return scan(
+        collection, skip_bad=skip_bad, advance=lambda steps: None, placement=PLACEMENTS[kind], singular=singular
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,29 @@ def test_an_adapter_too_large_for_the_buffers(mixed: Path, monkeypatch: pytest.M
     assert torch.equal(small.norms, whole.norms)
 
 
+def assert_singular_values(found: Scan) -> None:
+    assert found.singular is not None
+    for adapter, values in zip(found.collection.adapters, found.singular, strict=True):
+        for part, own in zip(adapter.parts.values(), values.split_with_sizes(ranks(adapter)), strict=True):
+            b, a = (side.double() for side in adapter.stored_factors(part.module.name))
+            most = min(part.rank, *b.shape[:1], *a.shape[1:])
+            expected = torch.linalg.svdvals(abs(part.scale) * b @ a)[:most]
+            torch.testing.assert_close(own[:most], expected, rtol=1e-6, atol=1e-6 * float(expected[0]))
+
+
+def ranks(adapter: Adapter) -> list[int]:
+    return [part.rank for part in adapter.parts.values()]
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_singular_values_are_found_while_adapters_are_read(mixed: Path, kind: str) -> None:
+    found, without = (scanned(mixed, kind, allow_pickle=True, singular=wanted) for wanted in (True, False))
+    assert_singular_values(found)
+    assert without.singular is None
+    assert torch.equal(found.norms, without.norms)
+    assert found.files == without.files
+
+
 def put(root: Path, key: str, value: float) -> None:
     fixtures.edit_weights(root, lambda tensors: tensors[key].view(-1)[-1:].fill_(value))
 
@@ -186,8 +212,9 @@ def test_what_is_bad_is_named_and_left_out(tmp_path: Path, kind: str) -> None:
         "t6": f"module {Q.name}: its update overflows float32 (its training diverged)",
     }
     assert [error.adapter for error in caught.value.errors] == ["t1", "t3", "t4", "t6"]
-    found = scanned(root, kind, skip_bad=True)
+    found = scanned(root, kind, skip_bad=True, singular=True)
     assert [adapter.name for adapter in found.collection.adapters] == ["t0", "t2", "t5"]
+    assert_singular_values(found)
     assert found.norms.isfinite().all()
     updates = found.updates("adapter", CPU)
     for module in range(len(found.collection.modules)):
@@ -328,6 +355,34 @@ def test_extras_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
         read = scanned(root, kind).collection.adapters[0].extra("base_model.model.x")
         assert (read.dtype, read.shape) == (dtype, extra.shape)
         assert torch.equal(read.view(torch.uint8), extra.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_an_adapter_by_itself_has_all_its_modules(mixed: Path, kind: str) -> None:
+    """Those of one shape, rank and dtype together, whether its data stayed where it was read to or is read again."""
+    found = scanned(mixed, kind, allow_pickle=True)
+    groups_of = ModuleGroups(found, CPU)
+    for number, adapter in enumerate(found.collection.adapters):
+        groups = groups_of.of(number)
+        assert sorted(name for group in groups for name in group.names) == sorted(adapter.parts)
+        kinds = [(group.b.shape[1:], group.a.shape[1:], group.b.dtype, group.a.dtype) for group in groups]
+        assert len(set(kinds)) == len(kinds)
+        for group in groups:
+            for name, b, a, scale in zip(group.names, group.b, group.a, group.scales.tolist(), strict=True):
+                for side, expected in zip((b, a), adapter.stored_factors(name), strict=True):
+                    assert side.dtype == expected.dtype
+                    assert torch.equal(side, expected)
+                assert scale == adapter.parts[name].scale
+
+
+def test_what_stayed_is_not_read_again(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scanned(mixed, "resident", allow_pickle=True)
+    monkeypatch.setattr(Adapter, "read_into", None)
+    monkeypatch.setattr(Adapter, "each_stored", None)
+    groups_of = ModuleGroups(found, CPU)
+    assert all(groups_of.of(number) for number in range(len(found.collection.adapters)))
+    with pytest.raises(TypeError):
+        ModuleGroups(scanned(mixed, "streamed", allow_pickle=True), CPU).of(0)
 
 
 def test_few_open_files_are_enough(tmp_path: Path) -> None:

@@ -53,6 +53,22 @@ class TestJUnit:
         assert {case.classname for case in suite} == {"lorazip.bundle", "lorazip.adapters"}
         assert {case.time for case in suite} == {0.0}
 
+    def test_says_what_outputs_lose(self) -> None:
+        report = made_up(3, outputs=True)
+        (suite,) = parsed(report)
+        outputs = report.report.outputs
+        assert outputs is not None
+        said = {each.name: each.value for each in suite.properties()}["outputs"]
+        assert said == (
+            "squared error of outputs, 2 adapters on the inputs of moments.safetensors:"
+            f" mean {outputs.mean_squared_error:.4f}, worst {outputs.max_squared_error:.4f} ({outputs.worst_adapter})"
+        )
+        told = {case.name: case.system_out for case in suite}
+        assert f"squared error of outputs: {outputs.max_squared_error:.4f}\n" in told[outputs.worst_adapter]
+        assert "of outputs" not in told["team/adapter-0000"]
+        (plain_suite,) = parsed(made_up(3))
+        assert "outputs" not in {each.name for each in plain_suite.properties()}
+
     def test_of_claims_nothing_is_said_of_originals(self) -> None:
         (suite,) = parsed(made_up(3, measured=False))
         assert ORIGINALS not in results(suite)
@@ -187,6 +203,19 @@ class TestMarkdown:
         assert [row[0] for row in listed] == [adapter.name for adapter in ranked]
         assert "The worst 10 of 12 adapters:" in text
         assert "measured against <code>originals</code>" in text
+
+    def test_says_what_outputs_lose(self) -> None:
+        verification = made_up(4, outputs=True)
+        outputs = verification.report.outputs
+        assert outputs is not None
+        text = markdown(verification.report)
+        worst = f"{outputs.max_squared_error:.4f}"
+        assert "Squared error of outputs, 3 adapters on the inputs of moments.safetensors" in html.unescape(text)
+        head, *rows = (row for row in Rendered(text).rows if len(row) == 6)
+        column = head.index("of outputs")
+        assert {row[0]: row[column] for row in rows}[outputs.worst_adapter] == worst
+        assert {row[0]: row[column] for row in rows}["team/adapter-0000"] == "-"
+        assert "of outputs" not in markdown(made_up(4).report)
 
     def test_tells_of_claims_and_of_what_is_not_known(self) -> None:
         assert "as the bundle claims" in markdown(made_up(2, measured=False).report)

@@ -100,7 +100,7 @@ def bars_by_row(figure: dict[str, Any]) -> dict[int, tuple[float, str]]:
 def all_pages() -> list[Callable[[list[str]], str]]:
     finding = Finding("kind", HOSTILE[0], HOSTILE[1], damage=True, adapter=HOSTILE[2])
     return [
-        lambda names: verify_page(made_up(names=names, max_error=0.3, findings=(finding,), unknown=(1,))),
+        lambda names: verify_page(made_up(names=names, max_error=0.3, findings=(finding,), unknown=(1,), outputs=True)),
         lambda names: cluster_page(*assigned(0, 2, names=names)),
         lambda names: compress_page(compressed(names=names), CompressOptions()),
     ]
@@ -124,6 +124,20 @@ class TestVerifyPage:
             ["--max-error", "worst adapter", "0.5", f"{summary.max_squared_error:.4f}", "held"],
             ["--max-mean-error", "mean", "0.1", f"{summary.mean_squared_error:.4f}", "failed"],
         ]
+
+    def test_shows_what_outputs_lose(self) -> None:
+        verification = made_up(4, outputs=True)
+        page = Reader(verify_page(verification))
+        outputs = verification.report.outputs
+        assert outputs is not None
+        for value in (outputs.mean_squared_error, outputs.max_squared_error):
+            assert f"{value:.4f}" in page.text
+        assert "squared, on moments.safetensors" in page.text
+        head, *rows = page.tables["Worst adapters"]
+        found = {row[0]: row[head.index("of outputs")] for row in rows}
+        errors = {each.name: each.output_squared_error for each in verification.report.adapters}
+        assert found == {name: "-" if value is None else f"{value:.4f}" for name, value in errors.items()}
+        assert "of outputs" not in Reader(verify_page(made_up(4))).text
 
     def test_errors_are_sorted_and_coloured_by_how_adapters_are_kept(self) -> None:
         verification = made_up(12, max_error=0.4)

@@ -236,9 +236,16 @@ NORMS = [float(update.square().sum()) for update in UPDATES]
 
 
 def dense(scheme: Coded | Svd, encoding: Encoding, name: str) -> torch.Tensor:
-    tensors = {suffix: encoding.tensors[f"{name}.{suffix}"] for suffix in scheme.own}
-    b, a = scheme.decode(tensors, torch.float64)
+    b, a = scheme.decode(own_tensors(scheme, encoding, name), torch.float64)
     return b @ a
+
+
+def own_tensors(scheme: Coded | Svd, encoding: Encoding, name: str) -> dict[str, torch.Tensor]:
+    """Of one module."""
+    if encoding.joined is None:
+        return {suffix: encoding.tensors[f"{name}.{suffix}"] for suffix in scheme.own}
+    place = sorted(encoding.squared_errors).index(name)
+    return {suffix: encoding.joined[suffix][place] for suffix in scheme.own}
 
 
 @pytest.mark.parametrize("scheme", [Coded(), Svd()])
@@ -257,7 +264,30 @@ def test_errors_are_those_of_what_is_decoded(scheme: Coded | Svd, target: Target
         lost = float((update - dense(scheme, encoding, name)).square().sum())
         assert encoding.squared_errors[name] == pytest.approx(lost, rel=1e-9, abs=1e-12)
         specs = scheme.own_tensors(Size(60, 50), max(encoding.ranks.values()))
-        assert all(spec.fits(encoding.tensors[f"{name}.{suffix}"].shape) for suffix, spec in specs.items())
+        own = own_tensors(scheme, encoding, name)
+        assert all(spec.fits(own[suffix].shape) for suffix, spec in specs.items())
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_modules_of_unequal_sizes_and_ranks_are_in_the_order_of_their_names(objective: Objective) -> None:
+    updates = {
+        "b": gaussian(60, 50, [5.0, 2.0], 0),
+        "d": gaussian(60, 50, [0.01], 1),  # of which nothing is kept
+        "a": gaussian(30, 70, [4.0, 3.0], 2),
+        "c": gaussian(20, 10, [6.0, 1.0, 0.5], 3),
+    }
+    groups = [
+        group([updates["b"], updates["d"]], "bd", rank=2),
+        group([updates["a"]], "a", rank=2),
+        group([updates["c"]], "c", rank=3),
+    ]
+    (encoding,) = Coded().encodings(groups, Target(step=0.3, objective=objective), torch.bfloat16)
+    for name, update in updates.items():
+        left = float((update - dense(Coded(), encoding, name)).square().sum())
+        assert encoding.squared_errors[name] == pytest.approx(left, rel=1e-9, abs=1e-12)
+        assert encoding.ranks[name] == len(own_tensors(Coded(), encoding, name)["scale"])
+    assert encoding.ranks["d"] == 0
+    assert all(encoding.ranks[name] for name in "abc")
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))

@@ -96,7 +96,9 @@ class Signs(PackedScheme):
     def encodings(self, groups: Sequence[ModuleGroup], target: Target, dtype: torch.dtype) -> Iterable[Encoding]:
         ranks = {name: group.rank for group in groups for name in group.names}
         for encoding in Sign().encodings(groups, target, dtype):
-            yield encoding._replace(ranks=ranks)
+            own = encoding.tensors
+            joined = {suffix: Joined.of([own[f"{name}.{suffix}"] for name in sorted(ranks)]) for suffix in self.own}
+            yield encoding._replace(tensors={}, ranks=ranks, joined=joined)
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
         return Sign().decode(tensors, dtype)

@@ -19,7 +19,7 @@ from lorazip_core.clustering.clusters_file import (
 from lorazip_core.compress.run import Compression, CompressReport, WorstAdapter
 from lorazip_core.planning.frontier import Frontier, FrontierPoint
 from lorazip_core.planning.plan import PlannedScheme, PlanReport
-from lorazip_core.verify.run import AdapterReport, Gates, ModuleErrors, Verification, VerifyReport
+from lorazip_core.verify.run import AdapterReport, Gates, ModuleErrors, Outputs, Verification, VerifyReport
 
 HOSTILE = [
     "</script><script>document.title='pwned'</script>",
@@ -48,8 +48,12 @@ def made_up(
     max_error: float | None = None,
     max_mean_error: float | None = None,
     findings: tuple[Finding, ...] = (),
+    outputs: bool = False,
 ) -> Verification:
-    """A verification of ``adapters``, every third one kept on its own; those in ``unknown`` could not be measured."""
+    """A verification of ``adapters``, every third one kept on its own; those in ``unknown`` could not be measured.
+
+    With ``outputs``, what these lose was measured of all but the first: half as much.
+    """
     rng = np.random.default_rng(0)
     names = names or [f"team/adapter-{number:04d}" for number in range(adapters)]
     columns = [f"layers.{number // 2}.{('q_proj', 'v_proj')[number % 2]}" for number in range(modules)]
@@ -69,6 +73,7 @@ def made_up(
                 squared_error=mean if measured and known else None,
                 mean_module_squared_error=mean if known else None,
                 worst_module=ModuleError(columns[worst], float(errors[row, worst])) if known else None,
+                output_squared_error=mean / 2 if outputs and known and row else None,
             )
         )
     of_summary = [each.squared_error if measured else each.claimed_squared_error for each in reports]
@@ -81,10 +86,24 @@ def made_up(
         adapters=reports,
         summary=summarise(len(reports), [error for error in of_summary if error is not None], 10**8, 10**7),
         findings=list(findings),
+        outputs=_outputs(reports) if outputs else None,
     )
     rows = [row for row in range(len(names)) if row not in unknown]
     matrix = ModuleErrors([names[row] for row in rows], columns, errors[rows])
     return Verification(report, matrix if measured else None)
+
+
+def _outputs(reports: list[AdapterReport]) -> Outputs:
+    errors = {each.name: each.output_squared_error for each in reports if each.output_squared_error is not None}
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return Outputs(
+        calibration="moments.safetensors",
+        adapters=len(errors),
+        mean_squared_error=mean,
+        max_squared_error=errors[worst],
+        worst_adapter=worst,
+    )
 
 
 def unreadable() -> Verification:
