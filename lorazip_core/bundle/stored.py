@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
 from ..base.errors import BundleDamaged
 from ..base.safetensors_header import TORCH_DTYPES
-from ..schemes.scheme import ANY, Fault, Shape, Size, TensorSpec
-from .manifest import AdapterEntry, ModuleEntry
+from ..schemes.registry import SCHEMES
+from ..schemes.scheme import ANY, Fault, Scheme, Shape, Size, TensorSpec
+from .manifest import AdapterEntry, ClusterEntry, ModuleEntry, ShardEntry
 from .reader import Bundle
 from .tensor_file import DTYPES
+from .unpacked import Unpacked
 
 
 def stored(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> dict[str, Tensor]:
@@ -18,25 +22,63 @@ def stored(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> dict[s
 
     Raises BundleDamaged for tensors that are not as the manifest says, which would decode to another update or none.
     """
-    scheme, size = bundle.scheme(adapter), Size(module.d_out, module.d_in)
-    own = bundle.own(adapter, module.name)
+    scheme, own = bundle.scheme(adapter), bundle.own(adapter, module.name)
     if adapter.cluster is None:
-        _check(bundle, str(adapter.individual), module, own, scheme.own_tensors(size, adapter.rank or 0))
-        tensors, file = own, str(adapter.individual)
-    else:
-        cluster = bundle.manifest.clusters[adapter.cluster]
-        shard = bundle.shard(adapter)
-        shared, file = bundle.shared(cluster, module.name), shard.path
-        if (basis := bundle.metadata(file).get("basis_sha256")) != shard.basis_sha256:
-            raise BundleDamaged(f"{bundle.path / file}: its cores belong to the basis {basis}, not to {cluster.basis}")
-        _check(bundle, cluster.basis, module, shared, scheme.shared_tensors(size, cluster.rank))
-        if contradiction := scheme.contradiction(_shapes(shared)):
-            raise BundleDamaged(f"{bundle.path / cluster.basis}: module {module.name}: {contradiction}")
-        _check(bundle, file, module, own, scheme.own_tensors(size, cluster.rank, _shapes(shared)))
-        tensors = own | shared
-    if contradiction := scheme.contradiction(_shapes(tensors)):
-        raise BundleDamaged(f"{bundle.path / file}: module {module.name}: {contradiction}")
+        _check_individual(bundle, adapter, module, own)
+        return own
+    cluster, shard = bundle.manifest.clusters[adapter.cluster], bundle.shard(adapter)
+    shared = stored_shared(bundle, cluster, module)
+    _check_basis(bundle, cluster, shard)
+    specs = scheme.own_tensors(Size(module.d_out, module.d_in), cluster.rank, _shapes(shared))
+    _check(bundle, shard.path, module, own, specs)
+    tensors = own | shared
+    _check_together(bundle, shard.path, module, scheme, _shapes(tensors))
     return tensors
+
+
+def stored_unpacked(
+    bundle: Bundle, adapter: AdapterEntry, unpacked: Unpacked
+) -> Iterator[tuple[ModuleEntry, dict[str, Tensor]]]:
+    """All modules of an adapter out of a file of several, each with what `stored` returns; raises as that.
+
+    Modules that are alike are checked once.
+    """
+    alike: set[object] = set()
+    all_finite = all(finite(joined.flat) for joined in unpacked.joined.values())
+    for module, *tensors in zip(bundle.modules(adapter), *unpacked.joined.values(), strict=True):
+        own = dict(zip(unpacked.joined, tensors, strict=True))
+        key = module.d_out, module.d_in, *(tensor.shape for tensor in tensors)
+        if key not in alike or not all_finite:
+            _check_individual(bundle, adapter, module, own)
+            alike.add(key)
+        yield module, own
+
+
+def stored_shared(bundle: Bundle, cluster: ClusterEntry, module: ModuleEntry) -> dict[str, Tensor]:
+    """What the adapters of a cluster share of a module, by suffix. Raises as `stored`."""
+    scheme, shared = SCHEMES[cluster.method], bundle.shared(cluster, module.name)
+    specs = scheme.shared_tensors(Size(module.d_out, module.d_in), cluster.rank)
+    _check(bundle, cluster.basis, module, shared, specs)
+    _check_together(bundle, cluster.basis, module, scheme, _shapes(shared))
+    return shared
+
+
+def stored_stacked(
+    bundle: Bundle, cluster: ClusterEntry, shard: ShardEntry, module: ModuleEntry, shared: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The own tensors of all adapters of a shard, stacked by `Bundle.rows`, by suffix. Raises as `stored`.
+
+    ``shared`` is what they share of the module.
+    """
+    scheme, own = SCHEMES[cluster.method], bundle.stacked(shard, module.name)
+    _check_basis(bundle, cluster, shard)
+    count, size = len(bundle.rows(shard, module.name)), Size(module.d_out, module.d_in)
+    specs = scheme.own_tensors(size, cluster.rank, _shapes(shared))
+    specs = {suffix: TensorSpec((count, *spec.shape), spec.dtypes) for suffix, spec in specs.items()}
+    _check(bundle, shard.path, module, own, specs)
+    of_one = {suffix: shape[1:] for suffix, shape in _shapes(own).items()}
+    _check_together(bundle, shard.path, module, scheme, of_one | _shapes(shared))
+    return own
 
 
 def fault_of(tensor: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Fault | None:
@@ -57,8 +99,28 @@ def finite(tensor: Tensor) -> bool:
     return bool(total.isfinite() or tensor.isfinite().all())
 
 
+def _check_individual(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry, own: Mapping[str, Tensor]) -> None:
+    scheme, file = bundle.scheme(adapter), str(adapter.individual)
+    _check(bundle, file, module, own, scheme.own_tensors(Size(module.d_out, module.d_in), adapter.rank or 0))
+    _check_together(bundle, file, module, scheme, _shapes(own))
+
+
+def _check_basis(bundle: Bundle, cluster: ClusterEntry, shard: ShardEntry) -> None:
+    if (basis := bundle.metadata(shard.path).get("basis_sha256")) != shard.basis_sha256:
+        raise BundleDamaged(
+            f"{bundle.path / shard.path}: its cores belong to the basis {basis}, not to {cluster.basis}"
+        )
+
+
+def _check_together(
+    bundle: Bundle, file: str, module: ModuleEntry, scheme: Scheme, shapes: Mapping[str, Shape]
+) -> None:
+    if contradiction := scheme.contradiction(shapes):
+        raise BundleDamaged(f"{bundle.path / file}: module {module.name}: {contradiction}")
+
+
 def _check(
-    bundle: Bundle, file: str, module: ModuleEntry, tensors: dict[str, Tensor], specs: dict[str, TensorSpec]
+    bundle: Bundle, file: str, module: ModuleEntry, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]
 ) -> None:
     dtype = DTYPES[bundle.manifest.parameters.dtype]
     for suffix, spec in specs.items():
@@ -69,7 +131,7 @@ def _check(
             )
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
 
 

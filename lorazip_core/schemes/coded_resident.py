@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..base.errors import LocalError
 from .coded_file import Arrays
 from .factors import START_BYTES
-from .fixed_width import forms_of, pack, packed_bytes, unpack
+from .fixed_width import forms_of, pack_all, packed_bytes, unpack
 from .scheme import Size
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 COMPONENT_BYTES = 4 + 2 + 2
 """Of a component in ``at``, ``forms`` and ``scale``."""
 _MOST_BYTES = 2**31
-_AT_ONCE = 2**6  # vectors that are packed together: more do not stay in the cache of a processor
 
 
 class CodedModule(NamedTuple):
@@ -79,12 +78,10 @@ def components(resident: Mapping[str, Tensor], size: Size, rows: Tensor) -> dict
 
 
 def _packed(vectors: NDArray[np.int8], forms: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Each of the vectors [k, length] as bytes; those of one form together."""
+    """Each of the vectors [k, length] as bytes."""
     found = dict[int, NDArray[np.uint8]]()
-    for form in np.unique(forms).tolist():
-        members = np.flatnonzero(forms == form)
-        for some in np.split(members, range(_AT_ONCE, len(members), _AT_ONCE)):
-            found.update(zip(some.tolist(), pack(vectors[some], form), strict=True))
+    for some, packed in pack_all(vectors, forms):
+        found.update(zip(some.tolist(), packed, strict=True))
     return [found[place] for place in range(len(forms))]
 
 

@@ -7,6 +7,7 @@ take 1, 2, 3, … bits. The `form` of a vector says which, as one byte.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 ODD = 16
 """In a form, beside its bits: all codes are odd."""
 _BITS = 15
+_AT_ONCE = 2**6  # vectors that are packed together: more do not stay in the cache of a processor
 _LENGTHS = np.array([number.bit_length() for number in range(128)], np.uint8)
 
 Numbers = TypeVar("Numbers", int, "Tensor", NDArray[np.int64])
@@ -50,6 +52,16 @@ def pack(codes: NDArray[np.int8], form: int) -> NDArray[np.uint8]:
         words = lower | (words ^ lower) >> (half - half // 8 * bits)
     eights = words.view(np.uint8).reshape(count, -1, 8)[..., :bits]
     return eights.reshape(count, -1)[:, : packed_bytes(form, length)]
+
+
+def pack_all(
+    codes: NDArray[np.int8], forms: NDArray[np.uint8]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """`pack` of vectors [k, length] of any ``forms`` [k]: which of them, and these as bytes; some at a time."""
+    for form in np.unique(forms).tolist():
+        members = np.flatnonzero(forms == form)
+        for some in np.split(members, range(_AT_ONCE, len(members), _AT_ONCE)):
+            yield some, pack(codes[some], form)
 
 
 def unpack(data: Tensor, at: Tensor, forms: Tensor, length: int) -> Tensor:

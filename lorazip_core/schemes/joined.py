@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,11 @@ class Joined:
     def __getitem__(self, place: int) -> Tensor:
         """One of the tensors; a view."""
         return self.pieces[place].view(self.shapes[place].tolist())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All tensors in order, as `__getitem__` has them, but sooner than one by one."""
+        for piece, shape in zip(self.pieces, self.shapes.tolist(), strict=True):
+            yield piece.view(shape)
 
     @cached_property
     def pieces(self) -> Sequence[Tensor]:

@@ -47,7 +47,11 @@ class CoreTable:
         self.clusters = {cluster: number for number, cluster in enumerate(bases)}
         self.places = places
         self._free = Spans(places)
-        self._layers = list(layers)
+        self._slices = {
+            each.module: (number, slice_)
+            for number, layer in enumerate(layers)
+            for slice_, each in enumerate(layer.slices)
+        }
         shape = (places, self.rank) if diagonal else (places, self.rank, self.rank)
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []
@@ -73,32 +77,29 @@ class CoreTable:
 
     def add(self, cores: Mapping[str, Tensor]) -> int:
         """Put an adapter with these cores, by module, into a free place, which is returned."""
-        place = self._free.take(1)
-        if place is None:
-            raise LocalError("no room for an adapter more", "remove others, or start the server with more room")
-        for layer, held in zip(self._layers, self.core, strict=True):
-            for slice_, each in enumerate(layer.slices):
-                held[slice_, place] = 0
-                if (core := cores.get(each.module)) is not None:
-                    core = core.to(held.device, held.dtype).mT if core.ndim > 1 else core.to(held.device, held.dtype)
-                    held[(slice_, place, *map(slice, core.shape))] = core
+        place = self.take()
+        for held in self.core:
+            held[:, place] = 0
+        for module, core in cores.items():
+            self.fill(module, [place], core[None])
         return place
 
-    def add_all(self, cores: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Put cores, by module and place, into free places, which are taken with `take`."""
-        for layer, held in zip(self._layers, self.core, strict=True):
-            for slice_, each in enumerate(layer.slices):
-                own = cores.get(each.module, {})
-                filled = torch.zeros(held.shape[1:], dtype=held.dtype)
-                for place, core in own.items():
-                    core = core.mT if core.ndim > 1 else core
-                    filled[(place, *map(slice, core.shape))] = core.to(held.dtype)
-                held[slice_] = filled.to(held.device)
+    def fill(self, module: str, places: Sequence[int], cores: Tensor) -> None:
+        """Put the cores [n, …] of a module into places that hold zeros. A module of no layer is left out."""
+        if module not in self._slices:
+            return
+        layer, slice_ = self._slices[module]
+        held = self.core[layer][slice_]
+        cores = cores.to(held.device, held.dtype)
+        cores = cores.mT if cores.ndim > 2 else cores
+        filled = held[(slice(None), *map(slice, cores.shape[1:]))]
+        filled[torch.tensor(places, device=held.device)] = cores
 
     def take(self) -> int:
         """A free place."""
         place = self._free.take(1)
-        assert place is not None
+        if place is None:
+            raise LocalError("no room for an adapter more", "remove others, or start the server with more room")
         return place
 
     def remove(self, place: int) -> None:

@@ -7,7 +7,10 @@ operators need, and `calls` are the operators of a layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +20,17 @@ from torch import Tensor
 
 from ..base.errors import LocalError
 from ..base.stopping import check_stop
-from ..bundle.manifest import AdapterEntry
+from ..base.threads import in_order
+from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.reader import Bundle
-from ..bundle.stored import stored
+from ..bundle.stored import stored, stored_shared, stored_stacked, stored_unpacked
 from ..schemes.bases import BasesScheme
-from ..schemes.scheme import IndividualScheme, Size, Terms
+from ..schemes.registry import packed_scheme
+from ..schemes.scheme import IndividualScheme, Size
 from . import operators as operators  # which defines them
 from .cores import CoreTable
 from .layers import Layer
-from .terms import TermsTable
+from .terms import PackedTerms, TermsTable, pack_terms
 from .tiles import Grouped, batch, most_ints
 
 NONE = -1
@@ -75,8 +80,8 @@ class AdapterStore:
             each.module: number for number, each in enumerate(slice_ for layer in layers for slice_ in layer.slices)
         }
         adapters = bundle.manifest.adapters
-        sizes = {module.name: Size(module.d_out, module.d_in) for module in bundle.manifest.modules}
-        self._sizes = [sizes[module] for module in self._modules]
+        entries = {module.name: module for module in bundle.manifest.modules}
+        self._sizes = [Size(entries[module].d_out, entries[module].d_in) for module in self._modules]
         self._clusters = bundle.manifest.clusters
         of_kind: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in adapters:
@@ -118,11 +123,11 @@ class AdapterStore:
             raise LocalError(f"no room for adapter {name}", "start the server with more room")
         table = self._tables[self.kinds.index(kind)]
         if isinstance(table, TermsTable):
-            place = table.add(self._own_terms(bundle, adapter))
+            place = table.add(self._terms(bundle, adapter, _stored(bundle, adapter)))
             group = place
         else:
             group = self._cluster(bundle, adapter, table)
-            place = table.add({module: own["core"] for module, own in _stored(bundle, adapter)})
+            place = table.add({module.name: own["core"] for module, own in _stored(bundle, adapter)})
         return self._enter(self.kinds.index(kind), group, place)
 
     def remove(self, number: int) -> None:
@@ -180,21 +185,35 @@ class AdapterStore:
     def _terms_table(
         self, bundle: Bundle, members: list[AdapterEntry], device: torch.device, spare: Spare
     ) -> TermsTable:
-        table = TermsTable(
-            (self._own_terms(bundle, adapter) for adapter in members), self._sizes, device, spare.adapters
-        )
-        for row, adapter in enumerate(members):
+        """Files are read, unpacked and packed by several threads."""
+        by_file: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
+        for adapter in members:
+            by_file[str(adapter.individual)].append(adapter)
+        with closing(in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"))) as files:
+            table = TermsTable(chain.from_iterable(files), self._sizes, device, spare.adapters)
+        for row, adapter in enumerate(chain.from_iterable(by_file.values())):
             self._numbers[adapter.name] = self._enter(len(self._tables), row, row)
         return table
 
-    def _own_terms(self, bundle: Bundle, adapter: AdapterEntry) -> dict[int, Terms]:
+    def _packed(self, bundle: Bundle, adapters: list[AdapterEntry]) -> list[PackedTerms]:
+        """Adapters of one file."""
+        if packed_scheme(adapters[0].scheme) is None:
+            return [self._terms(bundle, adapter, _stored(bundle, adapter)) for adapter in adapters]
+        unpacked = bundle.unpacked_in(str(adapters[0].individual))
+        return [
+            self._terms(bundle, adapter, stored_unpacked(bundle, adapter, unpacked[bundle.index(adapter)]))
+            for adapter in adapters
+        ]
+
+    def _terms(
+        self, bundle: Bundle, adapter: AdapterEntry, modules: Iterable[tuple[ModuleEntry, dict[str, Tensor]]]
+    ) -> PackedTerms:
+        check_stop()
         scheme = bundle.scheme(adapter)
         assert isinstance(scheme, IndividualScheme)
-        return {
-            self._modules[module]: scheme.terms(own)
-            for module, own in _stored(bundle, adapter)
-            if module in self._modules
-        }
+        return pack_terms(
+            {self._modules[module.name]: scheme.terms(own) for module, own in modules if module.name in self._modules}
+        )
 
     def _core_table(
         self,
@@ -206,22 +225,33 @@ class AdapterStore:
         *,
         diagonal: bool,
     ) -> CoreTable:
+        """Cores are read by the shard: those of all its adapters at once."""
+        manifest, modules = bundle.manifest, {module.name: module for module in bundle.manifest.modules}
+        numbers = sorted({adapter.cluster for adapter in members if adapter.cluster is not None})
+        clusters = {number: manifest.clusters[number] for number in numbers}
+        bundle.check_files(
+            path for of in clusters.values() for path in (of.basis, *(shard.path for shard in of.shards))
+        )
         bases: dict[int, dict[str, dict[str, Tensor]]] = {}
-        cores: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
-        for place, adapter in enumerate(members):
-            assert adapter.cluster is not None
-            of_cluster = bases.setdefault(adapter.cluster, {})
-            for module, own in _stored(bundle, adapter):
-                cores[module][place] = own["core"]
-                of_cluster.setdefault(module, {"U": own["U"], "V": own["V"]})
+        for number, cluster in clusters.items():
+            sets = {manifest.adapters[index].module_set for shard in cluster.shards for index in shard.adapters}
+            had = sorted({module for each in sets for module in manifest.module_sets[each]})
+            of_cluster = [manifest.modules[each] for each in had]
+            bases[number] = {module.name: stored_shared(bundle, cluster, module) for module in of_cluster}
         table = CoreTable(
             self.layers, bases, len(members) + spare.adapters, diagonal=diagonal, device=device, dtype=dtype
         )
-        for adapter in members:
-            assert adapter.cluster is not None
-            group = table.clusters[adapter.cluster]
-            self._numbers[adapter.name] = self._enter(len(self._tables), group, table.take())
-        table.add_all(cores)
+        for number, cluster in clusters.items():
+            for shard in cluster.shards:
+                places = {index: table.take() for index in shard.adapters}
+                for index, place in places.items():
+                    name = manifest.adapters[index].name
+                    self._numbers[name] = self._enter(len(self._tables), table.clusters[number], place)
+                for name, shared in bases[number].items():
+                    check_stop()
+                    if rows := bundle.rows(shard, name):
+                        own = stored_stacked(bundle, cluster, shard, modules[name], shared)
+                        table.fill(name, [places[index] for index in rows], own["core"])
         return table
 
     def _cluster(self, bundle: Bundle, adapter: AdapterEntry, table: CoreTable) -> int:
@@ -243,7 +273,6 @@ def _kind(bundle: Bundle, adapter: AdapterEntry) -> str:
     return "diagonal" if scheme.is_diagonal else "full"
 
 
-def _stored(bundle: Bundle, adapter: AdapterEntry) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    check_stop()
+def _stored(bundle: Bundle, adapter: AdapterEntry) -> Iterator[tuple[ModuleEntry, dict[str, Tensor]]]:
     for module in bundle.modules(adapter):
-        yield module.name, stored(bundle, adapter, module)
+        yield module, stored(bundle, adapter, module)

@@ -11,10 +11,13 @@ Tensors keep their addresses when adapters come and go, so that a captured CUDA 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..base.errors import LocalError
@@ -35,55 +38,85 @@ TILE = 1
 """The most tokens that a kernel works on together in a batch of few: most have adapters of their own."""
 
 
+class PackedTerms(NamedTuple):
+    """All terms of an adapter in main memory, module by module."""
+
+    counts: dict[int, int]
+    """How many each module has, by number."""
+    at: NDArray[np.int64]
+    """[terms, 2]: where in ``data`` u and v of each begin."""
+    forms: NDArray[np.uint8]
+    """[terms, 2]"""
+    scale: Tensor
+    """[terms] in float32."""
+    data: NDArray[np.uint8]
+    """[bytes]"""
+
+
+def pack_terms(adapter: Modules) -> PackedTerms:
+    """Pack an adapter whose tensors are on the CPU."""
+    counts = {module: len(terms.scale) for module, terms in adapter.items()}
+    packed = pack([terms.u for terms in adapter.values()] + [terms.v for terms in adapter.values()])
+    scale = torch.cat([torch.zeros(0), *(terms.scale for terms in adapter.values())])
+    return PackedTerms(counts, packed.at.reshape(2, -1).T, packed.forms.reshape(2, -1).T, scale, packed.data)
+
+
+class _Held(NamedTuple):
+    """What an adapter has of the table."""
+
+    row: int
+    first: int
+    terms: int
+    at: int
+    bytes: int
+
+
 class TermsTable:
     """What is in which row. Rows 0, 1, … are those of the adapters that it is made of."""
 
     tile = TILE
 
     def __init__(
-        self, adapters: Iterable[Modules], sizes: Sequence[Size], device: torch.device, spare: int = 0
+        self, adapters: Iterable[PackedTerms], sizes: Sequence[Size], device: torch.device, spare: int = 0
     ) -> None:
-        """``sizes``: those of the modules. There is room for ``spare`` adapters more."""
-        counts: list[dict[int, int]] = []
-        packs: list[_Adapter] = []
-        for adapter in adapters:
-            counts.append({module: len(terms.scale) for module, terms in adapter.items()})
-            packs.append(_packed(adapter, device))
-        rows = len(packs) + spare
-        terms, size = (sum(each) for each in ([len(each.scale) for each in packs], [len(each.data) for each in packs]))
+        """``sizes``: those of the modules. There is room for ``spare`` adapters more.
+
+        How large the table is, only all adapters tell: until then they are in main memory, as they are packed.
+        """
+        packs = deque(adapters)
+        count = len(packs)
+        terms, size = sum(len(each.scale) for each in packs), sum(len(each.data) for each in packs)
         if spare and packs:
-            more_terms, more_bytes = (_SPARE * each / len(packs) for each in (terms, size))
+            more_terms, more_bytes = _SPARE * terms / count, _SPARE * size / count
         else:
             more_terms = _TYPICAL_TERMS * len(sizes)
             more_bytes = _TYPICAL_TERMS * _TYPICAL_BITS / 8 * sum(map(sum, sizes))
         terms, size = terms + math.ceil(spare * more_terms), size + math.ceil(spare * more_bytes)
-        self.most = max([_MOST_TERMS if spare else 1, *(count for adapter in counts for count in adapter.values())])
-        self.index = torch.zeros(len(sizes), rows, 2, dtype=torch.int32, device=device)
+        self.most = max([_MOST_TERMS if spare else 1, *(most for each in packs for most in each.counts.values())])
+        self.index = torch.zeros(len(sizes), count + spare, 2, dtype=torch.int32, device=device)
         self.at = torch.zeros(terms, 2, dtype=torch.int64, device=device)
         self.forms = torch.zeros(terms, 2, dtype=torch.uint8, device=device)
         self.scale = torch.zeros(terms, device=device)
         self.data = torch.zeros(size + _MARGIN, dtype=torch.uint8, device=device)
-        self._terms, self._data, self._rows = Spans(terms), Spans(size), Spans(rows)
-        self._held: dict[int, tuple[int, int, int, int]] = {}
-        for count, each in zip(counts, packs, strict=True):
-            self._put(count, each)
+        self._terms, self._data, self._rows = Spans(terms), Spans(size), Spans(count + spare)
+        self._held: dict[int, _Held] = {}
+        self._put(packs.popleft() for _ in range(count))  # none stays in main memory once it is on the device
 
-    def add(self, adapter: Modules) -> int:
+    def add(self, adapter: PackedTerms) -> int:
         """Put one more adapter into a free row, which is returned. Raises LocalError where it does not fit."""
-        count = {module: len(terms.scale) for module, terms in adapter.items()}
-        if max(count.values(), default=0) > self.most:
+        if (most := max(adapter.counts.values(), default=0)) > self.most:
             raise LocalError(
-                f"a module has {max(count.values())} terms, but room was made for {self.most}",
-                "start the server with this bundle",
+                f"a module has {most} terms, but room was made for {self.most}", "start the server with this bundle"
             )
-        return self._put(count, _packed(adapter, self.data.device))
+        [row] = self._put([adapter])
+        return row
 
     def remove(self, row: int) -> None:
         """Free a row. Nothing on the device changes but that the row has no terms."""
-        first, count, at, size = self._held.pop(row)
+        held = self._held.pop(row)
         self.index[:, row] = 0
-        self._terms.give(first, count)
-        self._data.give(at, size)
+        self._terms.give(held.first, held.terms)
+        self._data.give(held.at, held.bytes)
         self._rows.give(row, 1)
 
     @property
@@ -91,8 +124,36 @@ class TermsTable:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.index, self.at, self.forms, self.scale, self.data))
 
-    def _put(self, counts: Mapping[int, int], adapter: _Adapter) -> int:
-        count, size = len(adapter.scale), len(adapter.data)
+    def _put(self, adapters: Iterable[PackedTerms]) -> list[int]:
+        """Put one adapter into a free row, or the first ones into rows 0, 1, …; the rows are returned.
+
+        Their terms lie side by side, so that all but ``data`` is written at once.
+        """
+        rows, indices, first = list[int](), list[NDArray[np.int32]](), 0
+        ats, forms, scales = [np.zeros((0, 2), np.int64)], [np.zeros((0, 2), np.uint8)], [torch.zeros(0)]
+        for adapter in adapters:
+            held = self._take(len(adapter.scale), len(adapter.data))
+            self._held[held.row] = held
+            self.data[held.at : held.at + held.bytes] = torch.from_numpy(adapter.data)
+            counts = np.fromiter(adapter.counts.values(), np.int32)
+            index = np.zeros((len(self.index), 2), np.int32)
+            index[list(adapter.counts)] = np.stack([held.first + np.cumsum(counts) - counts, counts], 1)
+            first = first if rows else held.first
+            rows.append(held.row)
+            indices.append(index)
+            ats.append(adapter.at + held.at)
+            forms.append(adapter.forms)
+            scales.append(adapter.scale)
+        scale, device = torch.cat(scales), self.data.device
+        written = slice(first, first + len(scale))
+        self.at[written] = torch.from_numpy(np.concatenate(ats)).to(device)
+        self.forms[written] = torch.from_numpy(np.concatenate(forms)).to(device)
+        self.scale[written] = scale.to(device)
+        if rows:
+            self.index[:, rows] = torch.from_numpy(np.stack(indices, 1)).to(device)
+        return rows
+
+    def _take(self, count: int, size: int) -> _Held:
         row, first, at = self._rows.take(1), self._terms.take(count), self._data.take(size)
         if row is None or first is None or at is None:
             for spans, start, length in ((self._rows, row, 1), (self._terms, first, count), (self._data, at, size)):
@@ -103,47 +164,4 @@ class TermsTable:
                 f"{self._terms.free:,} terms and {self._data.free:,} bytes are free",
                 "remove others, or start the server with more room",
             )
-        own = slice(first, first + count)
-        self.at[own] = adapter.at.to(self.at.device) + at
-        self.forms[own] = adapter.forms.to(self.at.device)
-        self.scale[own] = adapter.scale.to(self.at.device)
-        self.data[at : at + size] = adapter.data.to(self.at.device)
-        index = torch.zeros(len(self.index), 2, dtype=torch.int32)
-        begin = first
-        for module, many in counts.items():
-            index[module, 0], index[module, 1] = begin, many
-            begin += many
-        self.index[:, row] = index.to(self.at.device)
-        self._held[row] = first, count, at, size
-        return row
-
-
-class _Adapter(NamedTuple):
-    """All terms of an adapter, on the CPU."""
-
-    at: Tensor
-    forms: Tensor
-    scale: Tensor
-    data: Tensor
-
-
-def _packed(adapter: Modules, device: torch.device) -> _Adapter:
-    """``device`` is where codes are packed."""
-    if not sum(len(terms.scale) for terms in adapter.values()):
-        return _Adapter(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.uint8))
-    sides = [side.to(device) for terms in adapter.values() for side in (terms.u, terms.v)]
-    packed = pack(sides)
-    pairs = _pairs([len(side) for side in sides])
-    scale = torch.cat([terms.scale for terms in adapter.values()])
-    return _Adapter(packed.at[pairs], packed.forms[pairs], scale.cpu(), packed.data.cpu())
-
-
-def _pairs(counts: list[int]) -> Tensor:
-    """[terms, 2]: which vectors belong together, of matrices with so many rows: those of u, of v, of the next u, …"""
-    firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    return torch.cat(
-        [
-            torch.arange(count)[:, None] + torch.tensor([[u, v]])
-            for count, u, v in zip(counts[::2], firsts[::2], firsts[1::2], strict=False)
-        ]
-    )
+        return _Held(row, first, count, at, size)

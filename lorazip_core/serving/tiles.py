@@ -42,9 +42,9 @@ def batch(kinds: Sequence[Grouped]) -> Ints:
     size = len(head)
     for number, kind in enumerate(kinds):
         tokens = np.flatnonzero(kind.group >= 0)
-        tokens = tokens[np.argsort(kind.group[tokens], kind="stable")].astype(np.int32)
+        tokens = tokens[np.argsort(kind.group[tokens], kind="stable")]
         tiles = _tiles(kind.group[tokens], WIDE if len(kind.group) > FEW else kind.narrow)
-        own = [tiles.ravel(), tokens, kind.adapter[tokens]]
+        own: list[Ints] = [tiles.ravel(), tokens.astype(np.int32), kind.adapter[tokens]]
         ends = size + np.cumsum([len(part) for part in own])
         head[HEAD * number : HEAD * (number + 1)] = [len(tiles), size, *ends[:2]]
         parts += own

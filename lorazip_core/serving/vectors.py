@@ -6,79 +6,58 @@ a multiple of `ALIGNED` bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..schemes.fixed_width import ODD
+from ..schemes.fixed_width import ODD, forms_of, pack_all
 
 FLOATS = {torch.bfloat16: 32, torch.float16: 33, torch.float32: 34}
 """The form of a vector of such elements."""
 ALIGNED = 4
 _BITS = 15
-_AT_ONCE = 2**24  # codes that are packed together
+
+Bytes = NDArray[np.uint8]
 
 
 class Packed(NamedTuple):
-    """Vectors one after another."""
+    """Vectors one after another, in whatever order."""
 
-    data: Tensor
-    """[bytes] of uint8"""
-    at: Tensor
-    """[n] of int64, on the CPU: where each begins"""
-    forms: Tensor
-    """[n] of uint8, on the CPU"""
+    data: Bytes
+    """[bytes]"""
+    at: NDArray[np.int64]
+    """[n]: where each begins"""
+    forms: Bytes
+    """[n]"""
 
 
 def pack(vectors: Sequence[Tensor]) -> Packed:
-    """All rows of matrices [k, length] of int8, bf16, f16, f32 or f64, in order, on the device of the first.
+    """All rows of matrices [k, length] of int8, bf16, f16, f32 or f64, which are on the CPU.
 
     Codes take the fewest bits that hold all of their vector; f64 becomes f32.
     """
-    device = vectors[0].device
     vectors = [each.float() if each.dtype == torch.float64 else each for each in vectors]
     kinds: dict[tuple[int, torch.dtype], list[int]] = {}
     for number, each in enumerate(vectors):
         kinds.setdefault((each.shape[1], each.dtype), []).append(number)
-    firsts = torch.tensor([0, *(len(each) for each in vectors)]).cumsum(0)
-    forms, sizes = torch.zeros(int(firsts[-1]), dtype=torch.uint8), torch.zeros(int(firsts[-1]), dtype=torch.int64)
-    joined: list[tuple[Tensor, Tensor]] = []  # rows of one length and dtype, and which these are of all
-    for (length, dtype), numbers in kinds.items():
+    ends = np.cumsum([0, *map(len, vectors)])
+    at, forms = np.zeros(ends[-1], np.int64), np.zeros(ends[-1], np.uint8)
+    data, size = [np.zeros(0, np.uint8)], 0
+    for (_, dtype), numbers in kinds.items():
         rows = torch.cat([vectors[number] for number in numbers])
-        places = torch.cat([torch.arange(firsts[number], firsts[number + 1]) for number in numbers])
-        forms[places] = forms_of(rows).cpu() if dtype == torch.int8 else FLOATS[dtype]
-        sizes[places] = sizes_of(forms[places], length)
-        joined.append((rows, places))
-    at = sizes.cumsum(0) - sizes
-    data = torch.zeros(int(sizes.sum()), dtype=torch.uint8, device=device)
-    for rows, places in joined:
-        for form in forms[places].unique().tolist():
-            those = (forms[places] == form).nonzero().squeeze(1)
-            step = max(1, _AT_ONCE // max(1, rows.shape[1]))
-            for some in those.split(step):
-                packed = _packed(rows[some.to(device)], form)
-                where = at[places[some]].to(device)
-                data[where[:, None] + torch.arange(packed.shape[1], device=device)] = packed
-    return Packed(data, at, forms)
-
-
-def forms_of(codes: Tensor) -> Tensor:
-    """The form [k] of each row of codes [k, length] of int8, as `fixed_width.forms_of`."""
-    wide = codes.short()
-    odd = (wide & 1).bool().all(-1)
-    largest = torch.where(odd[:, None], wide.abs(), torch.maximum(wide, ~wide)).amax(-1)
-    bits = (largest[:, None] >= 2 ** torch.arange(8, device=codes.device)).sum(-1)
-    return torch.where(odd, bits | ODD, bits + 1).to(torch.uint8)
-
-
-def sizes_of(forms: Tensor, length: int) -> Tensor:
-    """How many bytes vectors of ``length`` elements take, up to the next that begins."""
-    sizes = ((forms & _BITS).long() * length + 7) >> 3
-    for dtype, form in FLOATS.items():
-        sizes = torch.where(forms == form, length * dtype.itemsize, sizes)
-    return (sizes + ALIGNED - 1) // ALIGNED * ALIGNED
+        places = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
+        forms[places] = forms_of(rows.numpy()) if dtype == torch.int8 else FLOATS[dtype]
+        for some, packed in _packed(rows, forms[places]):
+            aligned = np.zeros((len(some), -(-packed.shape[1] // ALIGNED) * ALIGNED), np.uint8)
+            aligned[:, : packed.shape[1]] = packed
+            at[places[some]] = size + aligned.shape[1] * np.arange(len(some))
+            data.append(aligned.ravel())
+            size += aligned.size
+    return Packed(np.concatenate(data), at, forms)
 
 
 def unpack(data: Tensor, at: int, form: int, length: int) -> Tensor:
@@ -93,13 +72,9 @@ def unpack(data: Tensor, at: int, form: int, length: int) -> Tensor:
     return (2 * fields - (1 << bits) + 1 if form & ODD else fields - (1 << bits - 1)).float()
 
 
-def _packed(rows: Tensor, form: int) -> Tensor:
-    """[k, bytes] of rows [k, length] of one form."""
+def _packed(rows: Tensor, forms: Bytes) -> Iterator[tuple[NDArray[np.int64], Bytes]]:
+    """As `pack_all`, for codes or floats."""
     if rows.is_floating_point():
-        return rows.contiguous().view(torch.uint8)
-    bits, length = form & _BITS, rows.shape[1]
-    wide = torch.nn.functional.pad(rows.long(), (0, -length % 8), value=1)
-    fields = (wide + 2**bits - 1) >> 1 if form & ODD else wide + 2 ** (bits - 1)
-    eights = fields.unflatten(1, (-1, 8)) << bits * torch.arange(8, device=rows.device)
-    words = eights.sum(-1)  # the fields lie side by side: the top one may set the sign bit
-    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)[:, : (bits * length + 7) // 8]
+        yield np.arange(len(rows)), rows.contiguous().view(torch.uint8).numpy()
+    else:
+        yield from pack_all(rows.numpy(), forms)
