@@ -118,6 +118,15 @@ def milliseconds(step: Callable[[], None]) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
+def kernel_times(step: Callable[[], None]) -> list[tuple[str, float]]:
+    """The milliseconds that each kernel of serving takes in a step, without the time between kernels."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return [(each.key, each.device_time_total / 1000) for each in profile.key_averages() if each.key.startswith("_")]
+
+
 def furthest(bundle: Bundle, store: AdapterStore, tokens: int, each: int) -> float:
     """The largest difference between kernels and plain operators, as a share of the largest number."""
     plain = AdapterStore(bundle, store.layers[:2], device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -167,7 +176,9 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     for tokens, each in loads:
         base = milliseconds(products(store.layers, tokens))
         added = milliseconds(Step(store, tokens, each, 0).adapters)
-        print(f"  {tokens:,} tokens: adapters {added:.3f} ms, weights {base:.3f} ms: {added / base:.2f}", flush=True)
+        parts = ", ".join(f"{name} {taken:.3f}" for name, taken in kernel_times(Step(store, tokens, each, 0).adapters))
+        told = f"adapters {added:.3f} ms ({parts}), weights {base:.3f} ms: {added / base:.2f}"
+        print(f"  {tokens:,} tokens: {told}", flush=True)
     if options.cuts:
         for name in (f"{kind}_OF_FEW", f"{kind}_OF_MANY"):
             for shape in CUTS[name]:
