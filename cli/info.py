@@ -69,7 +69,6 @@ def info(
 def _render(report: InfoReport) -> None:
     asked = report.parameters
     rank = "" if asked.rank is None else f", rank {asked.rank}"
-    limit = "" if asked.max_error is None else f", no adapter's squared error above {asked.max_error:g}"
     shapes = ", ".join(
         f"{shape.count} {shape.kind} {shape.d_out} x {shape.d_in}"
         + (f" (kernel {' x '.join(map(str, shape.kernel))})" if shape.kernel else "")
@@ -77,7 +76,7 @@ def _render(report: InfoReport) -> None:
     )
     console.line(f"bundle       {report.bundle} (format {report.format_version}, by {report.created_by})")
     console.line(f"base model   {report.base_model or '-'}")
-    console.line(f"method       {asked.method}{rank}, {asked.dtype}, seed {asked.seed}{limit}")
+    console.line(", ".join([f"method       {asked.method}{rank}", asked.dtype, f"seed {asked.seed}", *asked.aims]))
     console.line(f"modules      {report.modules}: {shapes}")
     console.line(
         f"size         {megabytes(report.bytes_bundle)}, was {megabytes(report.bytes_original)}:"

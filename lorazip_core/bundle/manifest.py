@@ -16,6 +16,7 @@ from ..adapter.lock import Origin
 from ..adapter.module import Module, Parameter
 from ..base.digests import canonical_json, sha256_bytes
 from ..base.errors import BundleDamaged, Unsupported
+from ..base.text import megabytes
 from ..schemes.registry import SCHEMES, methods
 from ..schemes.scheme import Objective
 from .kinds import FORMAT, MANIFEST_NAME, check_bundle_path
@@ -176,6 +177,23 @@ class Parameters(Struct, frozen=True):
     """Which bytes were to be few; "disk" where it is left out."""
     calibration: Sha256 | UnsetType = UNSET
     """The digest of the moments of inputs that errors were weighted by."""
+
+    @property
+    def aims(self) -> list[str]:
+        """What was wanted of sizes and errors, in words."""
+        found = []
+        if self.max_error is not None:
+            found.append(f"no adapter's squared error above {self.max_error:g}")
+        if self.max_mean_error is not UNSET:
+            found.append(f"a mean squared error of at most {self.max_mean_error:g}")
+        resident = self.objective == "resident"
+        if self.budget is not UNSET:
+            found.append(f"at most {megabytes(self.budget)}{' on a device' if resident else ''}")
+        elif resident:
+            found.append("few bytes on a device")
+        if self.calibration is not UNSET:
+            found.append(f"errors of outputs, by moments {self.calibration[:12]}")
+        return found
 
 
 class Manifest(Struct, frozen=True, kw_only=True):

@@ -110,9 +110,7 @@ def made_with(report: VerifyReport) -> str:
         words.append(f"rank {parameters.rank}")
     if parameters.clusters:
         words.append(count(parameters.clusters, "cluster"))
-    words.append(parameters.dtype)
-    if parameters.max_error is not None:
-        words.append(f"--max-error {parameters.max_error:g}")
+    words += [parameters.dtype, *parameters.aims]
     return f"{', '.join(words)}; base model {report.base_model or 'not named'}; manifest {report.manifest_sha256}"
 
 
