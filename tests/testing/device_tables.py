@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,10 +39,18 @@ def layers(rank: int = 0, ranks: int = 1, *, by_rows: bool = False) -> list[Laye
     return found
 
 
-def computed(store: AdapterStore, layer: int, x: Tensor, numbers: list[int], y: Tensor, padding: int = 0) -> Tensor:
+def computed(
+    store: AdapterStore,
+    layer: int,
+    x: Tensor,
+    numbers: list[int],
+    y: Tensor,
+    padding: int = 0,
+    operators: Any = torch.ops.lorazip,
+) -> Tensor:
     """``y`` with all that the operators of a layer add for tokens x with these numbers.
 
-    ``padding`` is of x and y: as many last tokens are not of the batch.
+    ``padding`` is of x and y: as many last tokens are not of the batch. ``operators`` is what computes.
     """
     assert len(x) == len(y) == len(numbers) + padding
     batch = store.batch(np.array(numbers, np.int32))
@@ -49,7 +59,7 @@ def computed(store: AdapterStore, layer: int, x: Tensor, numbers: list[int], y: 
     there[: len(batch)] = torch.from_numpy(batch)
     y = y.clone()
     for call in store.calls(layer):
-        call(y, x, there)
+        getattr(operators, call.operator)(y, x, there, *call.tensors, *call.numbers)
     return y
 
 
