@@ -40,7 +40,7 @@ def test_what_makes_no_sense(living: LivingLlama, tmp_path: Path) -> None:
     elsewhere = make_bundle(tmp_path / "other", sketches=small, modules=[Module("model.layers.9.x", "linear", 8, 9)])
     smaller = make_bundle(tmp_path / "smaller", sketches=small, modules=[Module(Q, "linear", 128, 256)])
     cases = [
-        (of(tmp_path / "none"), "No such file"),
+        (of(tmp_path / "none"), f"UsageError: {tmp_path}/none is not a directory"),
         (of(living.first, spar=3), 'LocalError: additional_config: "lorazip" knows no spar'),
         (of(living.first, manifest_sha256="0"), f"LocalError: {living.first} has the manifest "),
         (of(living.first) | {"enable_lora": False}, f"LocalError: {living.first} cannot be served without LoRA (start"),
