@@ -45,8 +45,7 @@ def attach(
         raise UsageError("only=[] leaves no adapter to serve")
     _refuse_compiled(model)
     adapters = choose(bundle, only or ())
-    reasons = unservable(bundle, TAKES)
-    refuse(adapters, reasons)
+    refuse(adapters, unservable(bundle, TAKES, adapters))
     modules = {module.name: module.module for adapter in adapters for module in bundle.modules(adapter)}
     if reason := misfit(model, modules.values()):
         raise UsageError(f"{bundle.path} does not fit this model: {reason}")

@@ -26,17 +26,20 @@ _WORDS: dict[Takes, str] = {
     "parameter": "of a parameter and no module",
 }
 _NAMED = 3  # adapters in a message
+_OTHERS = "leave them out: name the others with only=[…]"
 
 
-def unservable(bundle: Bundle, takes: Collection[Takes]) -> dict[str, str]:
-    """Why adapters cannot be served exactly by an engine that ``takes`` modules of these kinds, by their names.
+def unservable(
+    bundle: Bundle, takes: Collection[Takes], adapters: Sequence[AdapterEntry] | None = None
+) -> dict[str, str]:
+    """Why ``adapters`` cannot be served exactly by an engine that ``takes`` modules of these kinds, by their names.
 
-    All others can be, if the model has their modules, and the same `base_weights`. Raises BundleDamaged for a damaged
-    file of configurations or extras.
+    Without ``adapters`` all of the bundle are asked about. Those that are not named can be served, if the model has
+    their modules, and the same `base_weights`. Raises BundleDamaged for a damaged file of configurations or extras.
     """
     reasons: dict[tuple[object, ...], str | None] = {}  # many adapters are alike in all that decides
     found = {}
-    for adapter in bundle.manifest.adapters:
+    for adapter in bundle.manifest.adapters if adapters is None else adapters:
         key = adapter.config, adapter.extras, adapter.module_set
         if key not in reasons:
             reasons[key] = _reason(bundle, adapter, takes)
@@ -45,7 +48,7 @@ def unservable(bundle: Bundle, takes: Collection[Takes]) -> dict[str, str]:
     return found
 
 
-def refuse(adapters: Sequence[AdapterEntry], reasons: Mapping[str, str]) -> None:
+def refuse(adapters: Sequence[AdapterEntry], reasons: Mapping[str, str], *, hint: str = _OTHERS) -> None:
     """Raise Unsupported if some of ``adapters`` have ``reasons`` why they cannot be served exactly."""
     refused = [f"{adapter.name!r}: {reasons[adapter.name]}" for adapter in adapters if adapter.name in reasons]
     if refused:
@@ -53,7 +56,7 @@ def refuse(adapters: Sequence[AdapterEntry], reasons: Mapping[str, str]) -> None
         raise Unsupported(
             f"{len(refused)} of {len(adapters)} adapters cannot be served exactly"
             f" ({'; '.join(refused[:_NAMED])}{more})",
-            "leave them out: name the others with only=[…]",
+            hint,
         )
 
 

@@ -113,14 +113,24 @@ class AdapterStore:
         """Bytes of all tables."""
         return sum(table.nbytes for table in self._tables)
 
-    def add(self, bundle: Bundle, name: str) -> int:
+    def add(self, bundle: Bundle, adapter: AdapterEntry) -> int:
         """Hold one more adapter, of this bundle. Raises LocalError where it does not fit, and as `stored`."""
-        adapter = next((each for each in bundle.manifest.adapters if each.name == name), None)
-        if adapter is None:
-            raise LocalError(f"{bundle.path} has no adapter {name}")
+        for module in bundle.modules(adapter):
+            number = self._modules.get(module.name)
+            if number is None or self._sizes[number] != Size(module.d_out, module.d_in):
+                raise LocalError(
+                    f"module {module.name} [{module.d_out}, {module.d_in}] of adapter {adapter.name} is none of those "
+                    "that are served",
+                    "start the server with this bundle",
+                )
         kind = _kind(bundle, adapter)
-        if kind not in self.kinds or not self._free:
-            raise LocalError(f"no room for adapter {name}", "start the server with more room")
+        if kind not in self.kinds:
+            raise LocalError(
+                f"no room was made for adapters like {adapter.name}, of scheme {adapter.scheme}",
+                "start the server with this bundle",
+            )
+        if not self._free:
+            raise LocalError(f"no room for adapter {adapter.name}", "remove others, or start the server with more room")
         table = self._tables[self.kinds.index(kind)]
         if isinstance(table, TermsTable):
             place = table.add(self._terms(bundle, adapter, _stored(bundle, adapter)))

@@ -1,13 +1,20 @@
 """What vLLM's front end is taught: which adapters there are, and to refuse others before the engine sees them.
 
-Each function here wraps one of vLLM's. Where an engine serves no bundle, it calls that and does nothing else.
+These names of vLLM are given another value where a bundle is served:
+
+- ``InputProcessor._validate_lora``: a request for an adapter that is not there is refused;
+- ``add_lora`` and ``remove_lora`` of ``AsyncLLM`` and ``LLMEngine``: a request under way keeps its adapter;
+- of ``OpenAIServingModels``, the list of models, loading and unloading.
+
+Each function here wraps one of these. Where an engine serves no bundle, it calls that and does nothing else.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from difflib import get_close_matches
-from functools import lru_cache, wraps
+from copy import copy
+from functools import cache, wraps
 from http import HTTPStatus
 from typing import Any
 
@@ -15,20 +22,28 @@ from prometheus_client import Counter
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 
-from ..base.errors import LorazipError
-from ..bundle.reader import Bundle
-from .source import Settings, Source, settings, source_of
+from .admission import Admission, admission, refuse_in_place
 
 _requests = Counter("lorazip_requests", "Requests for each adapter of a bundle", ["adapter"])
 
 Method = Callable[..., Awaitable[Any]]
 
+_WAIT = 0.02
+"""Seconds between looks at whether requests are done that use an adapter which is to be removed."""
 
+
+@cache
 def install() -> None:
     """Teach it."""
     InputProcessor._validate_lora = _validating(InputProcessor._validate_lora)
+    AsyncLLM.add_lora = _adding_async(AsyncLLM.add_lora)
+    AsyncLLM.remove_lora = _removing_async(AsyncLLM.remove_lora)
+    LLMEngine.add_lora = _adding(LLMEngine.add_lora)
+    LLMEngine.remove_lora = _removing(LLMEngine.remove_lora)
     for name, wrapped in {
         "show_available_models": _listing,
         "resolve_lora": _resolving,
@@ -39,78 +54,128 @@ def install() -> None:
 
 
 class BundleResolver(LoRAResolver):
-    """Finds the adapters of a bundle by their names, but for those that were unloaded."""
+    """Finds the adapters of the first bundle by their names, but for those that were unloaded."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.names = names_of(source.open())
-        self.unloaded: set[str] = set()
+    def __init__(self, known: Admission) -> None:
+        self._known = known
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        if lora_name not in self.names or lora_name in self.unloaded:
-            return None
-        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(self.source))
+        return _request(self._known, lora_name) if self._known.serves(lora_name) else None
 
 
-@lru_cache(maxsize=4)
-def names_of(bundle: Bundle) -> dict[str, None]:
-    """The names of all adapters, in order."""
-    return dict.fromkeys(adapter.name for adapter in bundle.manifest.adapters)
+def _request(known: Admission, name: str) -> LoRARequest:
+    """For an adapter of the first bundle. vLLM gives it an id of its own."""
+    return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(known.source))
 
 
 def _validating(stock: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Of `InputProcessor`: raises ValueError, which becomes a 400, for an adapter that no bundle has."""
+    """Of `InputProcessor`: raises ValueError, which becomes a 400."""
 
     @wraps(stock)
     def validate(self: Any, lora_request: Any) -> None:
         stock(self, lora_request)
-        if lora_request is None:
-            return
-        if not hasattr(self, "_lorazip"):
-            self._lorazip, self._lorazip_ids = settings(self.vllm_config), {}
-        known: Settings | None = self._lorazip
-        if known is None:
-            return
-        name = lora_request.lora_name
-        try:
-            names = names_of(source_of(lora_request.lora_path, known.source).open())
-        except (LorazipError, OSError) as error:
-            raise ValueError(f"adapter {name}: {error}") from error
-        if name not in names:
-            alike = "".join(f": is it {other}?" for other in get_close_matches(name, names, 1))
-            raise ValueError(f"there is no adapter {name} in {known.source.bundle}{alike}")
-        identity = name, lora_request.lora_path
-        if (other := self._lorazip_ids.setdefault(lora_request.lora_int_id, identity)) != identity:
-            raise ValueError(f"lora_int_id {lora_request.lora_int_id} of adapter {name} is that of adapter {other[0]}")
-        _requests.labels(name).inc()
+        if lora_request is not None and (known := admission(self)) is not None:
+            known.admit(lora_request)
+            _requests.labels(lora_request.lora_name).inc()
 
     return validate
+
+
+def _adding(stock: Callable[..., bool]) -> Callable[..., bool]:
+    @wraps(stock)
+    def add(self: Any, lora_request: Any) -> bool:
+        if (known := admission(self.input_processor)) is None:
+            return stock(self, lora_request)
+        known.adding(lora_request)
+        done = stock(self, lora_request)
+        known.added(lora_request)
+        return done
+
+    return add
+
+
+def _adding_async(stock: Method) -> Method:
+    @wraps(stock)
+    async def add(self: Any, lora_request: Any) -> Any:
+        if (known := admission(self.input_processor)) is None:
+            return await stock(self, lora_request)
+        known.adding(lora_request)
+        done = await stock(self, lora_request)
+        known.added(lora_request)
+        return done
+
+    return add
+
+
+def _removing(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """Raises ValueError where a request uses the adapter."""
+
+    @wraps(stock)
+    def remove(self: Any, lora_id: int) -> bool:
+        if (known := admission(self.input_processor)) is not None:
+            if _used(self, lora_id):
+                raise ValueError(f"the adapter with lora_int_id {lora_id} is in use")
+            known.removing(lora_id)
+        return stock(self, lora_id)
+
+    return remove
+
+
+def _removing_async(stock: Method) -> Method:
+    """Waits for the requests that use the adapter; it is removed, too, if nobody waits for that any more."""
+
+    async def when_unused(self: Any, lora_id: int) -> Any:
+        while _used(self, lora_id):
+            await asyncio.sleep(_WAIT)
+        return await stock(self, lora_id)
+
+    @wraps(stock)
+    async def remove(self: Any, lora_id: int) -> Any:
+        if (known := admission(self.input_processor)) is None:
+            return await stock(self, lora_id)
+        known.removing(lora_id)
+        return await asyncio.shield(_kept(when_unused(self, lora_id)))
+
+    return remove
+
+
+_under_way: set[asyncio.Task[Any]] = set()
+"""A task that nothing refers to may be thrown away before it is done."""
+
+
+def _kept(work: Any) -> asyncio.Task[Any]:
+    task: asyncio.Task[Any] = asyncio.ensure_future(work)
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    return task
+
+
+def _used(engine: Any, adapter_id: int) -> bool:
+    """Whether a request that is not done has the adapter with this id."""
+    adapters = (state.lora_request for state in engine.output_processor.request_states.values())
+    return any(adapter is not None and adapter.lora_int_id == adapter_id for adapter in adapters)
 
 
 def _listing(stock: Method) -> Method:
     @wraps(stock)
     async def show(self: Any) -> Any:
-        if (resolver := _resolver(self)) is None:
+        if (known := _admission(self)) is None:
             return await stock(self)
-        before, taken = self.lora_requests, resolver.names.keys() - resolver.unloaded
-        self.lora_requests = {
-            name: LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(resolver.source))
-            for name in resolver.names
-            if name in taken
-        } | before
-        try:
-            return await stock(self)
-        finally:
-            self.lora_requests = before
+        shown = copy(self)
+        shown.lora_requests = {name: _request(known, name) for name in known.names} | self.lora_requests
+        return await stock(shown)
 
     return show
 
 
 def _resolving(stock: Method) -> Method:
+    """What the engine was told of is noted even if the request is aborted meanwhile."""
+
     @wraps(stock)
     async def resolve(self: Any, lora_name: str) -> Any:
-        _resolver(self)
-        return await stock(self, lora_name)
+        if _admission(self) is None:
+            return await stock(self, lora_name)
+        return await asyncio.shield(_kept(stock(self, lora_name)))
 
     return resolve
 
@@ -120,55 +185,46 @@ def _loading(stock: Method) -> Method:
 
     @wraps(stock)
     async def load(self: Any, request: Any, *arguments: Any, **options: Any) -> Any:
-        if (resolver := _resolver(self)) is None:
+        if (known := _admission(self)) is None:
             return await stock(self, request, *arguments, **options)
         name = request.lora_name
-        if name in resolver.names and name not in resolver.unloaded and name not in self.lora_requests:
+        if name not in self.lora_requests and known.serves(name):
             return _refused(f"adapter {name} is served already: unload it first")
-        if request.load_inplace:
-            return _refused("load_inplace would change requests under way: unload the adapter, then load it")
         try:
-            source = source_of(request.lora_path, resolver.source)
-            there = name in names_of(source.open())
-        except (LorazipError, OSError) as error:
+            refuse_in_place(request)
+            request.lora_path = str(known.find(name, request.lora_path))
+        except ValueError as error:
             return _refused(str(error))
-        if not there:
-            return _refused(f"there is no adapter {name} in {source.bundle}")
-        request.lora_path = str(source)
         return await stock(self, request, *arguments, **options)
 
     return load
 
 
 def _unloading(stock: Method) -> Method:
-    """Frees its place in the engine, too, as soon as no request uses it."""
+    """Frees its place in the engine, too, and answers when that is done: when no request uses it any more."""
 
     @wraps(stock)
     async def unload(self: Any, request: Any) -> Any:
-        if (resolver := _resolver(self)) is None:
+        if (known := _admission(self)) is None:
             return await stock(self, request)
         name = request.lora_name
-        if name not in self.lora_requests and name in resolver.names and name not in resolver.unloaded:
-            await self.resolve_lora(name)
-        known = self.lora_requests.get(name)
+        if name not in self.lora_requests and known.serves(name):
+            await self.resolve_lora(name)  # it has no id yet, as nobody asked for it
+        adapter = self.lora_requests.get(name)
         answer = await stock(self, request)
-        if known is not None and name not in self.lora_requests:
-            resolver.unloaded.add(name)
-            await self.engine_client.remove_lora(known.lora_int_id)
+        if adapter is not None and self.lora_requests.get(name) is not adapter:
+            await self.engine_client.remove_lora(adapter.lora_int_id)
         return answer
 
     return unload
 
 
-def _resolver(models: Any) -> BundleResolver | None:
-    """That of an engine that serves a bundle."""
-    if not hasattr(models, "_lorazip"):
-        known = settings(models.engine_client.vllm_config)
-        models._lorazip = BundleResolver(known.source) if known else None
-        if known:
-            models.lora_resolvers.append(models._lorazip)
-    found: BundleResolver | None = models._lorazip
-    return found
+def _admission(models: Any) -> Admission | None:
+    """That of the engine whose models these are. Its adapters are found by their names from now on."""
+    known = admission(models.engine_client.input_processor)
+    if known is not None and not any(isinstance(each, BundleResolver) for each in models.lora_resolvers):
+        models.lora_resolvers.append(BundleResolver(known))
+    return known
 
 
 def _refused(message: str) -> Any:

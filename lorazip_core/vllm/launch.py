@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..base.errors import Unsupported, UsageError
+from ..base.errors import UsageError
 from ..bundle.contradictions import refuse_contradictions
 from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle
-from ..export.vllm import RANKS, why_refused
+from ..export.vllm import RANKS
 from . import versions
+from .servable import check_adapters
 from .source import KEY
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 """`vllm serve` is the same server; of the CPU package it does not start, as it looks for metadata of another name."""
 _MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has for any device
 _KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
-_NAMED = 3  # adapters that a message names
 _PLUGINS = "VLLM_PLUGINS"
 
 
@@ -63,7 +63,7 @@ def plan(
     bundle = Bundle(path)
     refuse_contradictions(path, bundle.manifest)
     given, rest = _parse(more)
-    _check_adapters(bundle)
+    check_adapters(bundle)
     notes = _check_model(bundle.manifest, model)
     words = [sys.executable, *SERVER, "--model", model]
     for name, value in (("host", host), ("port", port)):
@@ -144,19 +144,6 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
     chosen = environment.get(_PLUGINS)
     plugins = {} if chosen is None else {_PLUGINS: ",".join(filter(None, dict.fromkeys([*chosen.split(","), KEY])))}
     return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | plugins
-
-
-def _check_adapters(bundle: Bundle) -> None:
-    """Raise Unsupported if the updates of modules are not all of some adapter: it would be served as another one."""
-    adapters = bundle.manifest.adapters
-    reasons = [(adapter.name, why_refused(bundle, adapter)) for adapter in adapters]
-    refused = [f"{name!r}: {reason}" for name, reason in reasons if reason]
-    if refused:
-        more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
-        raise Unsupported(
-            f"vLLM cannot serve {len(refused)} of {len(adapters)} adapters ({'; '.join(refused[:_NAMED])}{more})",
-            "make a bundle without them",
-        )
 
 
 def _check_model(manifest: Manifest, model: str) -> list[str]:

@@ -1,7 +1,7 @@
 """In place of vLLM's own manager of adapters in a worker: all adapters of a bundle are there from the start.
 
-vLLM knows an adapter by a number of its own, which stands for one ``lora_path`` as long as the engine runs; here it is
-looked up in what is held. What is not held any more, but asked for by a request that was accepted, is read again.
+vLLM knows an adapter by a number of its own, here an id, which stands for one name and ``lora_path`` until it is
+removed: `admission` sees to that, and none is removed that a request uses. Several ids may stand for one adapter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from ..base.errors import LocalError
 from ..serving.store import NONE, AdapterStore, Spare
 from .layers import layers_of, put_behind
+from .servable import check_adapters, entry
 from .source import Settings, Source, source_of
 
 logger = init_logger("vllm.lorazip")
@@ -41,8 +41,6 @@ class BundleManager:
         self._of_id: dict[int, int] = {}
         self._held: dict[tuple[str, str], int] = {}
         """By name and digest, the number in the store."""
-        self._in_use: set[int] = set()
-        self._retired: set[int] = set()
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """Put the bundle on ``model``. Raises LocalError where it does not fit, and as `Bundle`."""
@@ -72,57 +70,42 @@ class BundleManager:
         requests = list(requests)
         warm_up = [request.lora_int_id for request in requests if _warms_up(request)]
         if not warm_up:
-            self._in_use = {request.lora_int_id for request in requests}
             for request in requests:
                 self.add_adapter(request)
-            self._let_go()
         if mapping is not None:
             ids = np.fromiter(mapping.index_mapping, np.int64, len(mapping.index_mapping))
             self._send(self._store.batch(self._numbers(ids, self._warm_up(warm_up) if warm_up else self._of_id)))
 
     def add_adapter(self, request: Any) -> bool:
-        """Hold the adapter of a request, reading it where it is not held. Raises LocalError where that cannot be."""
-        if request.load_inplace:
-            raise LocalError(
-                f"adapter {request.lora_name} cannot be replaced while requests may be using it",
-                "unload it first, then load the other",
-            )
+        """Hold the adapter of a request, reading it where it is not held.
+
+        Raises LocalError where it does not fit, Unsupported where it cannot be served, and as `Bundle`.
+        """
         if request.lora_int_id in self._of_id:
             return False
         source = source_of(request.lora_path, self._settings.source)
         key = request.lora_name, source.digest
         if key not in self._held:
-            self._let_go()
             self._held[key] = self._read(request.lora_name, source)
         self._of_id[request.lora_int_id] = self._held[key]
         return True
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        """Let go of an adapter as soon as no request uses it. One that still waits makes it be read again."""
-        if adapter_id not in self._of_id:
+        """Let go of an adapter, unless vLLM has another id for it. No token of a batch to come has it."""
+        number = self._of_id.pop(adapter_id, None)
+        if number is None:
             return False
-        self._retired.add(adapter_id)
-        self._let_go()
+        if number not in self._of_id.values():
+            del self._held[next(key for key, held in self._held.items() if held == number)]
+            self._store.remove(number)
         return True
 
-    def _let_go(self) -> None:
-        """Free the adapters that were removed and are not in use."""
-        for adapter_id in self._retired & self._of_id.keys() - self._in_use:
-            number = self._of_id.pop(adapter_id)
-            if number in self._of_id.values():  # vLLM has another number for it, too
-                continue
-            key = next(key for key, held in self._held.items() if held == number)
-            del self._held[key]
-            self._store.remove(number)
-
     def list_adapters(self) -> set[int]:
-        """The numbers that vLLM gave to what is held."""
+        """The ids that vLLM gave to what is held."""
         return set(self._of_id)
 
     def remove_all_adapters(self) -> None:
-        """After warming up, and when weights of the model were replaced: forget vLLM's numbers. All stays held."""
-        self._of_id.clear()
-        self._in_use.clear()
+        """After warming up, and when weights of the model were replaced: nothing of that concerns what is held."""
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """All are, anyway."""
@@ -147,7 +130,10 @@ class BundleManager:
 
     def _read(self, name: str, source: Source) -> int:
         begin = time.perf_counter()
-        number = self._store.add(source.open(), name)
+        bundle = source.open()
+        adapter = entry(bundle, name)
+        check_adapters(bundle, [adapter])
+        number = self._store.add(bundle, adapter)
         logger.info("lorazip: adapter %s of %s in %.3f s", name, source.bundle, time.perf_counter() - begin)
         return number
 
@@ -158,7 +144,7 @@ class BundleManager:
 
     @staticmethod
     def _numbers(ids: NDArray[np.int64], of_id: Mapping[int, int]) -> NDArray[np.int32]:
-        """Of every token, the number in the store; 0 is vLLM's number for no adapter."""
+        """Of every token, the number in the store; 0 is vLLM's id of no adapter."""
         known, where = np.unique(ids, return_inverse=True)
         return np.array([of_id[id_] if id_ > 0 else NONE for id_ in known.tolist()], np.int32)[where]
 

@@ -44,10 +44,12 @@ class Settings(NamedTuple):
     """Whether these may share nothing where all others share bases."""
 
 
-def settings(vllm_config: Any) -> Settings | None:
-    """Those of an engine; None for one that serves no bundle. Raises LocalError for settings that make no sense."""
-    found = vllm_config.additional_config
-    found = found.get(KEY) if isinstance(found, dict) else None
+def settings(additional_config: Any) -> Settings | None:
+    """Those of an engine; None for one that serves no bundle.
+
+    Raises LocalError for settings that make no sense, and as `Bundle`.
+    """
+    found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if found is None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("bundle"), str):
@@ -64,15 +66,17 @@ def settings(vllm_config: Any) -> Settings | None:
 
 
 def source_of(path: str, default: Source) -> Source:
-    """Of a ``lora_path``: one that was made here, the folder of a bundle, or ``lorazip:…`` for the ``default``.
+    """Of a ``lora_path``: one that was made here, the folder of a bundle, or ``lorazip:`` for the ``default``.
 
-    Raises as `Bundle` for what is none.
+    The same bundle elsewhere is the ``default``, too. Raises as `Bundle` for what is none.
     """
     head, _, rest = path.partition(":")
     if head != KEY:
-        return Source(Path(path).absolute(), opened(Path(path)).digest[:_DIGITS])
-    digest, _, folder = rest.partition(":")
-    return Source(Path(folder), digest) if folder else default
+        found = Source(Path(path).absolute(), opened(Path(path)).digest[:_DIGITS])
+    else:
+        digest, _, folder = rest.partition(":")
+        found = Source(Path(folder), digest) if folder else default
+    return default if found.digest == default.digest else found
 
 
 def opened(path: Path) -> Bundle:

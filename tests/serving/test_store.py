@@ -16,6 +16,7 @@ from testing.device_tables import computed, expected, inputs, layers
 from testing.random_bundle import MODULES, SKETCHES, Sketch, make_bundle
 
 from lorazip_core.base.errors import BundleDamaged, LocalError
+from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored_unpacked
 from lorazip_core.schemes.registry import SCHEMES
@@ -62,6 +63,11 @@ def check(store: AdapterStore, resident: Resident, held: dict[int, str], seed: i
         found = computed(store, number, x, numbers, y)
         torch.testing.assert_close(found.double(), expected(resident, layer, x, rows, y), rtol=1e-5, atol=1e-5)
         assert torch.equal(found[0], y[0])
+
+
+def entry(bundle: Bundle, name: str) -> AdapterEntry:
+    """An adapter of a bundle."""
+    return next(adapter for adapter in bundle.manifest.adapters if adapter.name == name)
 
 
 def test_every_scheme_is_there(bundle: Bundle) -> None:
@@ -154,7 +160,7 @@ def test_adapters_come_and_go_and_tensors_stay(bundle: Bundle, resident: Residen
             batch = store.batch(np.array([removed], np.int32))
             assert not batch[[0, 4, 8]].any()  # nobody has a tile
         for name in ("f", "za", "a", "g", "zb", "e"):
-            held[store.add(bundle, name)] = name
+            held[store.add(bundle, entry(bundle, name))] = name
             check(store, resident, held, seed=turn)
         for name in ("zb", "e"):
             last = max(number for number, own in held.items() if own == name)
@@ -178,7 +184,7 @@ def tensors(table: object) -> list[torch.Tensor]:
 
 def added_if_there_is_room(store: AdapterStore, bundle: Bundle, name: str) -> int | None:
     try:
-        return store.add(bundle, name)
+        return store.add(bundle, entry(bundle, name))
     except LocalError:
         return None
 
@@ -195,9 +201,9 @@ def test_a_full_table_refuses_and_nothing_is_taken(bundle: Bundle, resident: Res
         for number in added:
             store.remove(number)
         check(store, resident, held)
-        added = [store.add(bundle, name) for _ in added]
+        added = [store.add(bundle, entry(bundle, name)) for _ in added]
         with pytest.raises(LocalError, match="no room for"):
-            store.add(bundle, name)
+            store.add(bundle, entry(bundle, name))
         check(store, resident, held | dict.fromkeys(added, name))
 
 
@@ -218,15 +224,15 @@ def test_where_one_kind_of_room_is_missing_the_others_are_not_taken(tmp_path: Pa
     resident = Resident.of(bundle, CPU)
     for _ in range(9):
         with pytest.raises(LocalError, match="no room for an adapter of 8 terms and 896 bytes"):
-            store.add(large, "large")
+            store.add(large, entry(large, "large"))
         with pytest.raises(LocalError, match="has 20 terms, but room was made for 16"):
-            store.add(large, "wide")
+            store.add(large, entry(large, "wide"))
     held = {number: name for name, number in store.numbers.items()}
     for _ in range(4):
-        held[store.add(bundle, "s0")] = "s0"
+        held[store.add(bundle, entry(bundle, "s0"))] = "s0"
     check(store, resident, held)
     with pytest.raises(LocalError, match="no room"):
-        store.add(bundle, "s0")
+        store.add(bundle, entry(bundle, "s0"))
 
 
 def test_other_bases_are_refused(bundle: Bundle, resident: Resident, tmp_path: Path) -> None:
@@ -234,11 +240,9 @@ def test_other_bases_are_refused(bundle: Bundle, resident: Resident, tmp_path: P
     other = Bundle(make_bundle(tmp_path, seed=1))
     for name in ("a", "e"):
         with pytest.raises(LocalError, match="on bases that are not held"):
-            store.add(other, name)
-    with pytest.raises(LocalError, match="has no adapter nobody"):
-        store.add(bundle, "nobody")
+            store.add(other, entry(other, name))
     held = {number: name for name, number in store.numbers.items()}
-    number = store.add(other, "za")  # shares nothing
+    number = store.add(other, entry(other, "za"))  # shares nothing
     theirs, x = Resident.of(other, CPU), inputs(store.layers[1], 1, torch.float32)
     found = computed(store, 1, x[0], [number], x[1])
     torch.testing.assert_close(
@@ -251,12 +255,12 @@ def test_where_all_share_bases_others_are_held_if_room_is_asked_for(
     bundle: Bundle, resident: Resident, tmp_path: Path
 ) -> None:
     shared = Bundle(make_bundle(tmp_path, sketches=[sketch for sketch in SKETCHES if sketch.scheme == "joint"]))
-    with pytest.raises(LocalError, match="no room for adapter zb"):
-        store_of(shared, spare=1).add(bundle, "zb")
-    with pytest.raises(LocalError, match="no room for adapter e"):
-        store_of(shared, spare=1, individual=True).add(bundle, "e")  # diagonal
+    with pytest.raises(LocalError, match="no room was made for adapters like zb"):
+        store_of(shared, spare=1).add(bundle, entry(bundle, "zb"))
+    with pytest.raises(LocalError, match="no room was made for adapters like e"):
+        store_of(shared, spare=1, individual=True).add(bundle, entry(bundle, "e"))  # diagonal
     store = store_of(shared, spare=2, individual=True)
-    check(store, resident, {store.add(bundle, "zb"): "zb", store.add(bundle, "za"): "za"})
+    check(store, resident, {store.add(bundle, entry(bundle, "zb")): "zb", store.add(bundle, entry(bundle, "za")): "za"})
 
 
 @pytest.mark.parametrize("broken", [*RESEALED, *PACKS], ids=lambda broken: broken.name)

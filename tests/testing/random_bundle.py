@@ -82,7 +82,9 @@ SKETCHES = [
 ALIKE = [replace(sketch, extras=SKETCHES[0].extras) if sketch.name in "dg" else sketch for sketch in SKETCHES]
 """The same where three adapters have equal extras."""
 OF_FORMAT_1 = [sketch for sketch in SKETCHES if sketch.scheme != "coded"]
-SHARDS = {"joint": [["a", "b/c", "z"], ["d"]], "diag": [["e", "f"]]}
+Clusters = tuple[tuple[str, list[list[str]]], ...]
+"""Of every cluster its scheme and the adapters of its shards."""
+CLUSTERS: Clusters = (("joint", [["a", "b/c", "z"], ["d"]]), ("diag", [["e", "f"]]))
 
 
 PACKED = "individual/coded-0.safetensors"
@@ -95,10 +97,14 @@ def make_bundle(
     seed: int = 0,
     sketches: list[Sketch] = SKETCHES,
     modules: list[Module] = MODULES,
+    clusters: Clusters = CLUSTERS,
     version: Literal[1, 2] = 2,
 ) -> Path:
-    """Write originals to ``root/originals`` and their bundle to ``root/bundle``; returns the latter."""
-    maker = _Maker(root, dtype, seed, sketches, modules)
+    """Write originals to ``root/originals`` and their bundle to ``root/bundle``; returns the latter.
+
+    Every sketch of a scheme with clusters has to be in one of the ``clusters``, which may name others.
+    """
+    maker = _Maker(root, dtype, seed, sketches, modules, clusters)
     maker.make()
     if version == 1:
         _as_format_1(maker)
@@ -106,12 +112,20 @@ def make_bundle(
 
 
 class _Maker:
-    def __init__(self, root: Path, dtype: str, seed: int, sketches: list[Sketch], modules: list[Module]) -> None:
+    def __init__(
+        self, root: Path, dtype: str, seed: int, sketches: list[Sketch], modules: list[Module], clusters: Clusters
+    ) -> None:
         self.originals, self.bundle = root / "originals", root / "bundle"
         self.dtype_name, self.dtype = dtype, DTYPES[dtype]
         self.generator = torch.Generator().manual_seed(seed)
         self.sketches, self.modules = sketches, modules
         self.by_name = {sketch.name: sketch for sketch in sketches}
+        here = [
+            (scheme, [[name for name in shard if self._is_of(name, scheme)] for shard in all_])
+            for scheme, all_ in clusters
+        ]
+        self.clusters = [(scheme, [*filter(None, shards)]) for scheme, shards in here if any(shards)]
+        """Those of the sketches."""
         self.factors: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.stored: dict[tuple[str, int], np.ndarray] = {}
         self.bundle.mkdir(parents=True)
@@ -124,10 +138,7 @@ class _Maker:
         for sketch in self.sketches:
             if sketch.scheme != "coded":
                 self._original(sketch)
-        clusters = [
-            self._cluster(number, scheme)
-            for number, scheme in enumerate(s for s in SHARDS if any(k.scheme == s for k in self.sketches))
-        ]
+        clusters = [self._cluster(number, scheme, shards) for number, (scheme, shards) in enumerate(self.clusters)]
         ranks = self._packed()
         sets = sorted({tuple(sketch.modules) for sketch in self.sketches})
         adapters = [self._entry(sketch, clusters, sets, ranks.get(sketch.name)) for sketch in self.sketches]
@@ -173,13 +184,17 @@ class _Maker:
         (self.originals / sketch.name).parent.mkdir(parents=True, exist_ok=True)
         write_adapter(self.originals / sketch.name, config, factors, sketch.extras, "random")
 
+    def _is_of(self, name: str, scheme: str) -> bool:
+        return name in self.by_name and self.by_name[name].scheme == scheme
+
     def dense(self, sketch: Sketch, index: int) -> np.ndarray:
         b, a = (factor.double().numpy() for factor in self.factors[sketch.name, index])
         return sketch.scale * b @ a
 
-    def _cluster(self, number: int, scheme: str) -> ClusterEntry:
+    def _cluster(self, number: int, scheme: str, names_of_shards: list[list[str]]) -> ClusterEntry:
         rank = JOINT_RANK if scheme == "joint" else DIAG_RANK
-        members = [sketch for sketch in self.sketches if sketch.scheme == scheme]
+        members = [self.by_name[name] for names in names_of_shards for name in names]
+        assert {sketch.scheme for sketch in members} == {scheme}
         bases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         tensors = {}
         for index in sorted({index for sketch in members for index in sketch.modules}):
@@ -196,14 +211,12 @@ class _Maker:
         path = f"bases/{number:03d}.safetensors"
         digest = self.writer.add_tensors(path, tensors).sha256
         shards = []
-        for part, names in enumerate(SHARDS[scheme]):
-            names = [name for name in names if name in self.by_name]
-            if names:
-                shard_path = f"cores/{number:03d}-{part:03d}.safetensors"
-                cores = self._cores(scheme, [self.by_name[name] for name in names], bases)
-                self.writer.add_tensors(shard_path, cores, basis_sha256=digest)
-                indices = [[sketch.name for sketch in self.sketches].index(name) for name in names]
-                shards.append(ShardEntry(shard_path, indices, digest))
+        for part, names in enumerate(names_of_shards):
+            shard_path = f"cores/{number:03d}-{part:03d}.safetensors"
+            cores = self._cores(scheme, [self.by_name[name] for name in names], bases)
+            self.writer.add_tensors(shard_path, cores, basis_sha256=digest)
+            indices = [[sketch.name for sketch in self.sketches].index(name) for name in names]
+            shards.append(ShardEntry(shard_path, indices, digest))
         return ClusterEntry(scheme, rank, path, shards)
 
     def _cores(
@@ -275,8 +288,12 @@ class _Maker:
         self, sketch: Sketch, clusters: list[ClusterEntry], sets: list[tuple[int, ...]], rank: int | None
     ) -> AdapterEntry:
         individual = extras = cluster = None
-        if sketch.scheme in SHARDS:
-            cluster = [each.method for each in clusters].index(sketch.scheme)
+        if sketch.scheme in ("joint", "diag"):
+            [cluster] = [
+                number
+                for number, (_, shards) in enumerate(self.clusters)
+                if any(sketch.name in names for names in shards)
+            ]
         elif sketch.scheme == "coded":
             individual = PACKED
         else:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from testing.random_bundle import make_bundle
 
-import lorazip_core.vllm.launch as launching
 import lorazip_core.vllm.versions as versions
 from lorazip_cli.main import main
 from lorazip_core.base.errors import LocalError, Unsupported, UsageError
@@ -191,14 +191,14 @@ class TestChecks:
         with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
             launch(bundle, model=str(tmp_path))
 
-    def test_adapters_that_vllm_cannot_serve_are_named(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = read_manifest(bundle, ()).adapters[0].name
-        monkeypatch.setattr(launching, "why_refused", lambda _, each: "it is DoRA" if each.name == first else None)
-        with pytest.raises(Unsupported, match=rf"cannot serve 1 of 16 adapters \('{first}': it is DoRA\) \(make a"):
-            launch(bundle)
-        monkeypatch.setattr(launching, "why_refused", lambda *_: "it is DoRA")
-        with pytest.raises(Unsupported, match=r"16 of 16 adapters .*; and 13 more\)"):
-            launch(bundle)
+    def test_adapters_that_vllm_cannot_serve_are_named(self, tmp_path: Path) -> None:
+        kinds = make_bundle(tmp_path)
+        with pytest.raises(Unsupported) as raised:
+            launch(kinds)
+        line = str(raised.value)
+        assert line.startswith("7 of 10 adapters cannot be served exactly ('a': it has weights besides")
+        assert "'d': layers.0.conv is a convolution, which is not served" in line
+        assert line.endswith("(make a bundle without them)")
 
 
 class TestServe:

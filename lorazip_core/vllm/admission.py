@@ -1,0 +1,142 @@
+"""Which requests an engine is given, so that none can stop it: all that is wrong is told before it gets there.
+
+vLLM has an id for an adapter, ``lora_int_id``. An id stands for one adapter, of one bundle, until that is removed. The
+adapters of the bundle that the engine was started with need not be added; all others have to be, since the engine
+may have no room for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from ..base.errors import LorazipError
+from ..bundle.reader import Bundle
+from .source import Source, settings, source_of
+
+
+class Identity(NamedTuple):
+    """An adapter that requests are for."""
+
+    name: str
+    source: Source
+
+
+class Admission:
+    """What the front end of one engine knows of its adapters. All that is raised here is ValueError."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._names = names_of(source.open())
+        self._removed: set[str] = set()
+        """Adapters of the first bundle that are held no more."""
+        self._ids: dict[int, Identity] = {}
+        self._added: set[int] = set()
+        """The ids among them that the engine was told of."""
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters of the first bundle that are held, in its order."""
+        return [name for name in self._names if name not in self._removed]
+
+    def serves(self, name: str) -> bool:
+        """Whether an adapter of this name is held that is of the first bundle."""
+        return name in self._names and name not in self._removed
+
+    def admit(self, request: Any) -> None:
+        """Check the adapter of a request, whose ``lora_path`` becomes that of its `Source`."""
+        identity = self._identity(request)
+        if not self._known(request.lora_int_id, identity):
+            name, source = identity
+            if source != self.source:
+                raise ValueError(f"adapter {name} of {source.bundle} was not added to the engine: use add_lora")
+            if name not in self._names:
+                alike = "".join(f": is it {other}?" for other in get_close_matches(name, self._names, 1))
+                raise ValueError(f"there is no adapter {name} in {source.bundle}{alike}")
+            if name in self._removed:
+                raise ValueError(f"adapter {name} was removed from the engine")
+            self._refuse_second_id(request, ())
+            self._ids[request.lora_int_id] = identity
+        request.lora_path = str(identity.source)
+
+    def find(self, name: str, path: str) -> Source:
+        """The bundle at ``path``, which has an adapter of this ``name``."""
+        try:
+            source = source_of(path, self.source)
+            names = names_of(source.open())
+        except (LorazipError, OSError) as error:
+            raise ValueError(f"adapter {name}: {error}") from error
+        if name not in names:
+            raise ValueError(f"there is no adapter {name} in {source.bundle}")
+        return source
+
+    def adding(self, request: Any) -> None:
+        """Check a request to hold an adapter, whose ``lora_path`` becomes that of its `Source`."""
+        identity = self._identity(request)
+        if not self._known(request.lora_int_id, identity):
+            self.find(request.lora_name, request.lora_path)
+            self._refuse_second_id(request, self._added)
+        request.lora_path = str(identity.source)
+
+    def added(self, request: Any) -> None:
+        """The engine holds it now."""
+        identity = self._identity(request)
+        self._ids[request.lora_int_id] = identity
+        self._added.add(request.lora_int_id)
+        if identity.source == self.source:
+            self._removed.discard(identity.name)
+
+    def removing(self, adapter_id: int) -> None:
+        """From now on no request with this id is admitted."""
+        identity = self._ids.pop(adapter_id, None)
+        self._added.discard(adapter_id)
+        if identity and identity.source == self.source and identity not in self._ids.values():
+            self._removed.add(identity.name)
+
+    def _identity(self, request: Any) -> Identity:
+        refuse_in_place(request)
+        try:
+            return Identity(request.lora_name, source_of(request.lora_path, self.source))
+        except (LorazipError, OSError) as error:
+            raise ValueError(f"adapter {request.lora_name}: {error}") from error
+
+    def _known(self, adapter_id: int, identity: Identity) -> bool:
+        known = self._ids.get(adapter_id)
+        if known not in (None, identity):
+            raise ValueError(f"lora_int_id {adapter_id} of adapter {identity.name} is that of adapter {known.name}")
+        return known is not None
+
+    def _refuse_second_id(self, request: Any, fine: Collection[int]) -> None:
+        """Of the requests of a batch that have one name, vLLM shows the engine one alone.
+
+        So each but those that were added needs to be the only one.
+        """
+        name = request.lora_name
+        for adapter_id, identity in self._ids.items():
+            if identity.name == name and adapter_id not in fine:
+                raise ValueError(f"adapter {name} has lora_int_id {adapter_id} already, not {request.lora_int_id}")
+
+
+def refuse_in_place(request: Any) -> None:
+    """Raise ValueError for a request to put an adapter in the place of another one, which requests may be using."""
+    if request.load_inplace:
+        raise ValueError(
+            f"adapter {request.lora_name}: load_inplace would change requests under way: remove it, then add it"
+        )
+
+
+def admission(input_processor: Any) -> Admission | None:
+    """That of the engine which this is a part of; None if it serves no bundle."""
+    if not hasattr(input_processor, "_lorazip"):
+        known = settings(input_processor.vllm_config.additional_config)
+        input_processor._lorazip = Admission(known.source) if known else None
+    found: Admission | None = input_processor._lorazip
+    return found
+
+
+@lru_cache(maxsize=4)
+def names_of(bundle: Bundle) -> dict[str, None]:
+    """The names of all adapters, in order."""
+    return dict.fromkeys(adapter.name for adapter in bundle.manifest.adapters)

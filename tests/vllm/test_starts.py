@@ -1,0 +1,88 @@
+"""An engine that cannot serve what it is asked to does not start, and says why; any other one is not affected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm.version", reason="needs vLLM (make test-vllm)")
+
+import testing.engine_starts
+from testing.engine import SMALL, run
+from testing.living_llama import PROMPTS, LivingLlama
+from testing.random_bundle import Sketch, make_bundle
+
+from lorazip_core.adapter.module import Module
+from lorazip_core.vllm.needs import REBOUND, WITH_A_BUNDLE, missing
+
+SCRIPT = Path(testing.engine_starts.__file__)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def start(living: LivingLlama, place: Path, engines: list[dict[str, Any]], **others: str) -> list[Any]:
+    plain = SMALL | {"model": str(living.model), "max_model_len": 128}
+    spec = {"engines": [plain | each for each in engines], "prompt": PROMPTS[0], **others}
+    found: list[Any] = run(place, SCRIPT, spec)
+    return found
+
+
+def of(bundle: Path, **others: Any) -> dict[str, Any]:
+    lora = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 1}
+    return lora | {"additional_config": {"lorazip": {"bundle": str(bundle), **others}}}
+
+
+@pytest.mark.slow
+def test_what_makes_no_sense(living: LivingLlama, tmp_path: Path) -> None:
+    kinds = make_bundle(tmp_path / "kinds")
+    small = [Sketch("small", "svd", [0], 3)]
+    elsewhere = make_bundle(tmp_path / "other", sketches=small, modules=[Module("model.layers.9.x", "linear", 8, 9)])
+    smaller = make_bundle(tmp_path / "smaller", sketches=small, modules=[Module(Q, "linear", 128, 256)])
+    cases = [
+        (of(tmp_path / "none"), f"UsageError: {tmp_path}/none is not a directory"),
+        (of(living.first, spar=3), 'LocalError: additional_config: "lorazip" knows no spar'),
+        (of(living.first, manifest_sha256="0"), f"LocalError: {living.first} has the manifest "),
+        (of(living.first) | {"enable_lora": False}, f"LocalError: {living.first} cannot be served without LoRA (start"),
+        (of(living.others), "Unsupported: 1 of 2 adapters cannot be served exactly ('more': it has weights besides"),
+        (of(kinds), "'e': embed is an embedding, which is not served; …) (make a bundle without them)"),
+        (of(elsewhere), "1 of 1 modules of the bundle are no linear layers of the model: model.layers.9.x: is it its"),
+        (of(smaller), f"module {Q} is [128, 256] in the bundle, but [256, 256] in the model: is it its base model?"),
+    ]
+    for (_, line), found in zip(cases, start(living, tmp_path, [engine for engine, _ in cases]), strict=True):
+        assert line in str(found)
+
+
+STOCK = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+
+
+@pytest.mark.slow
+def test_engines_that_serve_no_bundle_have_what_vllm_has(living: LivingLlama, tmp_path: Path) -> None:
+    base = living.tokens[living.first][None][0]
+    assert start(living, tmp_path, [STOCK]) == [[base, "LRUCacheWorkerLoRAManager"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        ({"version": "0.23.1"}, "LocalError: vLLM 0.23.1 is not supported (install a release from 0.24 to 0.33)"),
+        (
+            {"without": "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"},
+            "has no vllm.v1.worker.lora_",
+        ),
+    ],
+)
+def test_with_another_vllm_only_bundles_are_not_served(
+    living: LivingLlama, tmp_path: Path, others: dict[str, str], line: str
+) -> None:
+    base = living.tokens[living.first][None][0]
+    refused, served = start(living, tmp_path, [of(living.first), {}], **others)
+    assert line in refused
+    assert served == [base, "NoneType"]
+
+
+def test_what_this_vllm_lacks_is_named() -> None:
+    assert missing([*REBOUND, *WITH_A_BUNDLE]) == []
+    lacking = ["vllm.config:Nothing", "vllm.config:VllmConfig.nothing", "vllm.nothing:Thing"]
+    assert missing([lacking[0], *REBOUND, *lacking[1:]]) == lacking
