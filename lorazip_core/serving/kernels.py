@@ -134,7 +134,7 @@ def _shrink_terms(
 @triton.jit
 def _expand_terms(
     y, inner, batch, index, at, forms, data, blocks,
-    tokens, slices, y_stride, rows, most,
+    tokens, apart, y_stride, rows, most,
     KIND: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,6 @@ def _expand_terms(
         return
     first_form = tl.load(forms + 2 * begin).to(tl.int32)
     parts = inner + (slice_ * tokens).to(tl.int64) * most
-    apart = (slices * tokens).to(tl.int64) * most
     if TILE == 1:
         only = tl.load(order).to(tl.int64)
         i = tl.arange(0, COLUMNS)
@@ -163,7 +162,7 @@ def _expand_terms(
             there = term < terms
             u_at = tl.load(at + 2 * (begin + term), mask=there, other=0)
             form = tl.load(forms + 2 * (begin + term), mask=there, other=1).to(tl.int32)
-            entries = parts + split[None, :] * apart + only * most + term[:, None]
+            entries = parts + split[None, :].to(tl.int64) * apart + only * most + term[:, None]
             amount = tl.sum(tl.load(entries, mask=there[:, None], other=0), 1)
             both = there[:, None] & inside[None, :]
             values = _values(data, u_at[:, None], form[:, None], row_of_u + i[None, :], both, first_form)
@@ -320,7 +319,7 @@ def add_terms(
     )  # fmt: skip
     _expand_terms[tiles, len(blocks)](
         y, inner, batch, index, at, forms, data, blocks,
-        tokens, slices, y.stride(0), index.shape[1], most, COLUMNS=shape.out, **both,
+        tokens, slices * tokens * most, y.stride(0), index.shape[1], most, COLUMNS=shape.out, **both,
     )  # fmt: skip
 
 

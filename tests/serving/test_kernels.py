@@ -119,9 +119,4 @@ def test_they_compile_where_numbers_are_1(
     compiler: Executor, bundles: dict[str, Path], layer: int, tokens: int
 ) -> None:
     """Those are constants to the compiler, and have no ``to``, say, which the interpreter gives them."""
-    try:
-        check_compiled(compiler, Case(bundles["one"], layer, torch.bfloat16, tokens))
-    except Exception as error:
-        if (layer, tokens) == (0, 1) and "apart = (slices * tokens).to" in str(error):
-            pytest.xfail("one token and one slice: their product is a constant")
-        raise
+    check_compiled(compiler, Case(bundles["one"], layer, torch.bfloat16, tokens))

@@ -72,6 +72,7 @@ def test_there_is_not_much_more_room_than_that(tokens: int, groups: int, narrow:
     group = np.zeros(tokens, np.int32)
     group[: groups - 1] = np.arange(1, groups)[:tokens]
     found, most = len(tiles(batch([Grouped(group, group, narrow)]), 0)), most_tiles(tokens, groups, narrow)
+    assert found <= most
     if tokens <= FEW:
         assert most - 1 <= found
     assert most <= min(tokens, -(-FEW // narrow) + groups + tokens // WIDE)
