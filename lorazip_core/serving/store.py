@@ -48,17 +48,6 @@ class Call(NamedTuple):
         getattr(torch.ops.lorazip, self.operator)(y, x, batch, *self.tensors, *self.numbers)
 
 
-class Spare(NamedTuple):
-    """Room for adapters that are added later."""
-
-    adapters: int = 0
-    individual: bool = False
-    """Whether they may share nothing, in a bundle in which all adapters have shared bases."""
-
-
-NO_SPARE = Spare()
-
-
 class AdapterStore:
     """Tables on a device, and which adapter is where in them."""
 
@@ -69,9 +58,11 @@ class AdapterStore:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spare: Spare = NO_SPARE,
+        spare: int = 0,
     ) -> None:
         """``dtype`` is that of the engine, to which bases and cores are rounded.
+
+        There is room for ``spare`` adapters more, on bases that are there or on none.
 
         Raises as `stored`, and LocalError for a scheme that has no kernels.
         """
@@ -86,10 +77,10 @@ class AdapterStore:
         of_kind: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in adapters:
             of_kind[_kind(bundle, adapter)].append(adapter)
-        if spare.individual and spare.adapters:
+        if spare:
             of_kind.setdefault("terms", [])
         self.kinds = list(of_kind)
-        count = len(adapters) + spare.adapters
+        count = len(adapters) + spare
         self._kind_of: NDArray[np.int32] = np.full(count, NONE, np.int32)
         self._group_of, self._place_of = self._kind_of.copy(), self._kind_of.copy()
         self._numbers: dict[str, int] = {}
@@ -192,15 +183,13 @@ class AdapterStore:
         self._kind_of[number], self._group_of[number], self._place_of[number] = kind, group, place
         return number
 
-    def _terms_table(
-        self, bundle: Bundle, members: list[AdapterEntry], device: torch.device, spare: Spare
-    ) -> TermsTable:
+    def _terms_table(self, bundle: Bundle, members: list[AdapterEntry], device: torch.device, spare: int) -> TermsTable:
         """Files are read, unpacked and packed by several threads."""
         by_file: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in members:
             by_file[str(adapter.individual)].append(adapter)
         with closing(in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"))) as files:
-            table = TermsTable(chain.from_iterable(files), self._sizes, device, spare.adapters)
+            table = TermsTable(chain.from_iterable(files), self._sizes, device, spare)
         for row, adapter in enumerate(chain.from_iterable(by_file.values())):
             self._numbers[adapter.name] = self._enter(len(self._tables), row, row)
         return table
@@ -231,7 +220,7 @@ class AdapterStore:
         members: list[AdapterEntry],
         device: torch.device,
         dtype: torch.dtype,
-        spare: Spare,
+        spare: int,
         *,
         diagonal: bool,
     ) -> CoreTable:
@@ -248,9 +237,7 @@ class AdapterStore:
             had = sorted({module for each in sets for module in manifest.module_sets[each]})
             of_cluster = [manifest.modules[each] for each in had]
             bases[number] = {module.name: stored_shared(bundle, cluster, module) for module in of_cluster}
-        table = CoreTable(
-            self.layers, bases, len(members) + spare.adapters, diagonal=diagonal, device=device, dtype=dtype
-        )
+        table = CoreTable(self.layers, bases, len(members) + spare, diagonal=diagonal, device=device, dtype=dtype)
         for number, cluster in clusters.items():
             for shard in cluster.shards:
                 places = {index: table.take() for index in shard.adapters}

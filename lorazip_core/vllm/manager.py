@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from ..serving.store import NONE, AdapterStore, Spare
+from ..serving.store import NONE, AdapterStore
 from .layers import layers_of, put_behind
 from .servable import check_adapters, entry
 from .source import Settings, Source, source_of
@@ -47,8 +47,7 @@ class BundleManager:
         begin = time.perf_counter()
         bundle = self._settings.source.open()
         layers = layers_of(model, bundle.manifest.modules)
-        spare = Spare(self._settings.spare, self._settings.spare_individual)
-        self._store = AdapterStore(bundle, layers, device=self._device, dtype=self._dtype, spare=spare)
+        self._store = AdapterStore(bundle, layers, device=self._device, dtype=self._dtype, spare=self._settings.spare)
         self._held = {(name, self._settings.source.digest): number for name, number in self._store.numbers.items()}
         self._batch = torch.zeros(self._store.most_ints(self._most_tokens), dtype=torch.int32, device=self._device)
         modules = dict(model.named_modules())

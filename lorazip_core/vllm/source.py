@@ -40,8 +40,6 @@ class Settings(NamedTuple):
     source: Source
     spare: int
     """How many adapters may be added while the engine runs."""
-    spare_individual: bool
-    """Whether these may share nothing where all others share bases."""
 
 
 def settings(additional_config: Any) -> Settings | None:
@@ -54,15 +52,16 @@ def settings(additional_config: Any) -> Settings | None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("bundle"), str):
         raise LocalError(f'additional_config: "{KEY}" has to be like {{"bundle": "DIR"}}')
-    if unknown := found.keys() - {"bundle", "manifest_sha256", "spare", "spare_individual"}:
+    if unknown := found.keys() - {"bundle", "manifest_sha256", "spare"}:
         raise LocalError(f'additional_config: "{KEY}" knows no {", ".join(sorted(unknown))}')
     path = Path(found["bundle"])
     digest = opened(path).digest
     if (wanted := found.get("manifest_sha256", digest)) != digest:
         raise LocalError(f"{path} has the manifest {digest}, not {wanted}")
-    return Settings(
-        Source(path.absolute(), digest[:_DIGITS]), int(found.get("spare", 0)), bool(found.get("spare_individual"))
-    )
+    spare = found.get("spare", 0)
+    if not isinstance(spare, int) or spare < 0:
+        raise LocalError(f'additional_config: "spare" of "{KEY}" is {spare!r}, not a number of adapters')
+    return Settings(Source(path.absolute(), digest[:_DIGITS]), spare)
 
 
 def source_of(path: str, default: Source) -> Source:

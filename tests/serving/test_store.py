@@ -21,7 +21,7 @@ from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored_unpacked
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.resident import NONE, Resident
-from lorazip_core.serving.store import AdapterStore, Spare
+from lorazip_core.serving.store import AdapterStore
 
 CPU = torch.device("cpu")
 NAMES = [sketch.name for sketch in SKETCHES]
@@ -46,12 +46,10 @@ def stores(bundle: Bundle) -> dict[tuple[int, int, bool], AdapterStore]:
     return {split: store_of(bundle, split) for split in SPLITS}
 
 
-def store_of(
-    bundle: Bundle, split: tuple[int, int, bool] = SPLITS[0], spare: int = 0, *, individual: bool = False
-) -> AdapterStore:
+def store_of(bundle: Bundle, split: tuple[int, int, bool] = SPLITS[0], spare: int = 0) -> AdapterStore:
     rank, ranks, by_rows = split
     own = layers(rank, ranks, by_rows=by_rows)
-    return AdapterStore(bundle, own, device=CPU, dtype=torch.float32, spare=Spare(spare, individual))
+    return AdapterStore(bundle, own, device=CPU, dtype=torch.float32, spare=spare)
 
 
 def check(store: AdapterStore, resident: Resident, held: dict[int, str], seed: int = 0) -> None:
@@ -233,7 +231,7 @@ def test_where_one_kind_of_room_is_missing_the_others_are_not_taken(tmp_path: Pa
     )
     [_, qv, _] = layers()
     own = [qv._replace(slices=qv.slices[1:])]
-    store = AdapterStore(bundle, own, device=CPU, dtype=torch.float32, spare=Spare(4))
+    store = AdapterStore(bundle, own, device=CPU, dtype=torch.float32, spare=4)
     resident = Resident.of(bundle, CPU)
     for _ in range(9):
         with pytest.raises(LocalError, match="no room for an adapter of 8 terms and 896 bytes"):
@@ -289,11 +287,10 @@ def test_where_all_share_bases_others_are_held_if_room_is_asked_for(
     bundle: Bundle, resident: Resident, tmp_path: Path
 ) -> None:
     shared = Bundle(make_bundle(tmp_path, sketches=[sketch for sketch in SKETCHES if sketch.scheme == "joint"]))
-    with pytest.raises(LocalError, match="no room was made for adapters like zb"):
-        store_of(shared, spare=1).add(bundle, entry(bundle, "zb"))
-    with pytest.raises(LocalError, match="no room was made for adapters like e"):
-        store_of(shared, spare=1, individual=True).add(bundle, entry(bundle, "e"))  # diagonal
-    store = store_of(shared, spare=2, individual=True)
+    for spare, name in ((0, "zb"), (1, "e")):  # e is diagonal
+        with pytest.raises(LocalError, match=f"no room was made for adapters like {name}"):
+            store_of(shared, spare=spare).add(bundle, entry(bundle, name))
+    store = store_of(shared, spare=2)
     check(store, resident, {store.add(bundle, entry(bundle, "zb")): "zb", store.add(bundle, entry(bundle, "za")): "za"})
 
 
