@@ -108,7 +108,7 @@ def test_commands_of_a_page_can_be_called(page: str, least: int) -> None:
 
 def test_the_example_of_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "serving.md").read_text()
-    example, _ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    example, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     compress(sample_path(), tmp_path / "bundle", CompressOptions())
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def test_the_example_of_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_example_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model of random weights that has the layers that the sample is for."""
     page = (ROOT / "docs" / "serving.md").read_text()
-    _, example = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    _, example, _ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     compress(sample_path(), tmp_path / "bundle", CompressOptions())
     save_model(tmp_path / "base", llama(18, hidden_size=576, num_attention_heads=9, num_key_value_heads=3))
     monkeypatch.chdir(tmp_path)

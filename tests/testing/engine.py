@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NEW = 8
+NEW = 6
 
 
 class Request(NamedTuple):
