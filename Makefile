@@ -20,7 +20,7 @@ test-all: .venv/dev  ## Run all tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not acceptance and not network" $(ARGS)
 
 test-vllm: .venv-vllm/run  ## Run the tests in vLLM and of kernels, for which an environment of 3.2 GB is made
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m "not acceptance and not network" tests/vllm tests/serving/test_kernels.py $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile -m "not acceptance and not network" tests/vllm tests/serving/test_kernels.py $(ARGS)
 
 lint: .venv/dev  ## Check style and formatting
 	.venv/bin/python -m ruff check .

@@ -1,4 +1,4 @@
-"""Proof 10: vLLM serves real adapters in one mixed stream from a bundle, and each answers as it does exported.
+"""Proof 10: vLLM serves real adapters from a bundle in one mixed stream, and answers as PEFT does with each exported.
 
 It runs in the environment for vLLM. LORAZIP_BASE_MODEL names a folder where the base model is, or will be built.
 """
@@ -14,9 +14,11 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="needs vLLM (make test-vllm)")
 
-import testing.engine_texts
+import torch
 from acceptance.real_data import Compressed, Say
-from testing.engine import run
+from peft import PeftModel
+from testing.engine import Request, answers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.export.exporter import export
@@ -24,8 +26,8 @@ from lorazip_core.planning.options import CompressOptions
 
 pytestmark = pytest.mark.acceptance
 
-SCRIPT = Path(testing.engine_texts.__file__)
 NEW = 12
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 TIMES = 40
 """How much smaller than the factors in bf16."""
 
@@ -41,34 +43,39 @@ def test_texts_of_a_mixed_stream(
     }
     path, _ = compressed(options[scheme])
     assert {adapter.scheme for adapter in Bundle(path).manifest.adapters} == {scheme}
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     files = sorted((data / "smollm2-r16.tasks").glob("*.jsonl"))
-    requests = [[file.stem, json.loads(file.read_text().splitlines()[0])["input"]] for file in files]
+    requests = []
+    for file in files:
+        chat = [{"role": "user", "content": json.loads(file.read_text().splitlines()[0])["input"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        requests.append(Request(prompt, file.stem, "lorazip:"))
     assert len(requests) == 26
-    export(path, tmp_path / "exported", target="vllm", dtype="f32")
     engine = {
         "model": str(model_folder),
-        "dtype": "float32",
         "max_model_len": 512,
-        "max_num_seqs": 32,
-        "gpu_memory_utilization": 0.05,
         "kv_cache_memory_bytes": 2**29,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
         "enable_lora": True,
+        "max_loras": len(requests),
+        "max_lora_rank": 1,
+        "additional_config": {"lorazip": {"bundle": str(path)}},
     }
-    bundled = {"additional_config": {"lorazip": {"bundle": str(path)}}, "max_loras": 26, "max_lora_rank": 1}
-    # Two slots: before 0.33, on a CPU, rows without an adapter have that of the last one.
-    ordinary = {"max_loras": 2, "max_lora_rank": 64 if scheme == "joint" else 16}
-
-    def texts(name: str, how: dict[str, Any], path: str, at_once: bool) -> list[str]:
-        begin = time.monotonic()
-        spec = {"engine": engine | how, "new": NEW, "path": path, "requests": requests, "at_once": at_once}
-        found = run(tmp_path / name, SCRIPT, spec)
-        say(f"{scheme}, {name}: {time.monotonic() - begin:.0f} s, {found['seconds']:.0f} s of them for the answers")
-        answers: list[str] = found["texts"]
-        return answers
-
-    mixed = texts("mixed", bundled, "lorazip:", True)
-    alone = texts("exported", ordinary, str(tmp_path / "exported") + "/{}", False)
-    assert mixed == alone
-    assert len(set(mixed)) > 13
+    begin = time.monotonic()
+    mixed = answers(tmp_path / "mixed", engine, requests, new=NEW)["as it is"]
+    served = time.monotonic()
+    export(path, tmp_path / "exported", dtype="f32")
+    base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    base.generation_config.eos_token_id = None
+    without = 0
+    for (prompt, name, _), found in zip(requests, mixed, strict=True):
+        ids = torch.tensor([prompt])
+        without += base.generate(input_ids=ids, **GREEDY)[0, len(prompt) :].tolist() == found
+        alone: Any = PeftModel.from_pretrained(base, tmp_path / "exported" / str(name)).eval()
+        expected = alone.generate(input_ids=ids, **GREEDY)[0, len(prompt) :].tolist()
+        base = alone.unload()
+        assert tokenizer.decode(found) == tokenizer.decode(expected), name
+    assert without < len(requests) / 4  # else this would be no proof
+    say(
+        f"{scheme}: {len(requests)} texts of {NEW} tokens, {without} of them those of the base model; "
+        f"{served - begin:.0f} s with the start, one by one {time.monotonic() - served:.0f} s"
+    )

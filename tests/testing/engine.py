@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NEW = 8
+NEW = 6
 
 
 class Request(NamedTuple):
@@ -67,16 +67,19 @@ def run(folder: Path, script: Path, spec: dict[str, Any]) -> Any:
 
 
 def answers(
-    folder: Path, engine: dict[str, Any], requests: Sequence[Request], mutants: Sequence[str] = ()
+    folder: Path,
+    engine: dict[str, Any],
+    requests: Sequence[Request],
+    mutants: Sequence[str] = (),
+    new: int = NEW,
 ) -> dict[str, list[list[int]]]:
     """The tokens of every request of one batch, by "as it is"; and of their first half by mutant, with that."""
-    found: dict[str, list[list[int]]] = run(
-        folder, Path(__file__), {"engine": SMALL | engine, "requests": requests, "mutants": mutants}
-    )
+    spec = {"engine": SMALL | engine, "requests": requests, "mutants": mutants, "new": new}
+    found: dict[str, list[list[int]]] = run(folder, Path(__file__), spec)
     return found
 
 
-def generate(llm: Any, requests: Sequence[Request]) -> list[list[int]]:
+def generate(llm: Any, requests: Sequence[Request], new: int) -> list[list[int]]:
     """In the process of the engine."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -86,7 +89,7 @@ def generate(llm: Any, requests: Sequence[Request]) -> list[list[int]]:
         LoRARequest(each.name, ids.setdefault((each.name, each.path), len(ids) + 1), each.path) if each.name else None
         for each in requests
     ]
-    parameters = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False)
+    parameters = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": each.prompt} for each in requests]
     outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -139,10 +142,10 @@ def main(path: str) -> None:
     spec = json.loads(Path(path).read_text())
     requests = [Request(*each) for each in spec["requests"]]
     llm = LLM(**spec["engine"])
-    found = {"as it is": generate(llm, requests)}
+    found = {"as it is": generate(llm, requests, spec["new"])}
     for mutant in spec["mutants"]:
         with _mutated(manager_of(llm), mutant):
-            found[mutant] = generate(llm, requests[: len(requests) // 2])
+            found[mutant] = generate(llm, requests[: len(requests) // 2], spec["new"])
     Path(spec["results"]).write_text(json.dumps(found))
 
 

@@ -26,7 +26,7 @@ def start(arguments: dict[str, Any], prompt: list[int]) -> Any:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     [manager] = llm.collective_rpc(lambda worker: getattr(worker.model_runner, "lora_manager", None))
-    return [generate(llm, [Request(prompt)])[0], type(manager).__name__]
+    return [generate(llm, [Request(prompt)], 8)[0], type(manager).__name__]
 
 
 def main(path: str) -> None:

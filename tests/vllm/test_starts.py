@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,23 @@ def test_what_this_vllm_lacks_is_named() -> None:
     assert missing([*REBOUND, *WITH_A_BUNDLE]) == []
     lacking = ["vllm.config:Nothing", "vllm.config:VllmConfig.nothing", "vllm.nothing:Thing"]
     assert missing([lacking[0], *REBOUND, *lacking[1:]]) == lacking
+
+
+def test_code_that_was_compiled_for_one_bundle_is_not_taken_for_another(living: LivingLlama, tmp_path: Path) -> None:
+    """Not even for one at the same place. On a CPU vLLM keeps none, so its key is looked at."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    place = tmp_path / "bundle"
+    asked = of(place)
+    given = deepcopy(asked["additional_config"])
+
+    def key(bundle: Path) -> str:
+        place.unlink(missing_ok=True)
+        place.symlink_to(bundle)
+        engine = EngineArgs(model=str(living.model), max_model_len=128, **asked)
+        return str(engine.create_engine_config().compute_hash())
+
+    first = key(living.first)
+    assert key(living.second) != first
+    assert key(living.first) == first
+    assert asked["additional_config"] == given

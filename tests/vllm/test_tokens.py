@@ -20,7 +20,6 @@ from testing.served_llama import NAMES, SKETCHES, ServedLlama, make, model
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.attach import attach
-from lorazip_core.serving.served import Served
 
 pytestmark = pytest.mark.slow
 
@@ -85,17 +84,13 @@ def test_adapters_change_tokens(case: ServedLlama, expected: list[list[int]]) ->
         assert (alone == tokens) == (name is None), name
 
 
-def _attached(served: Served) -> list[list[int]]:
+def test_attached_to_a_model_of_transformers(case: ServedLlama, expected: list[list[int]]) -> None:
     longest = max(len(prompt) for prompt, _ in ROWS)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in ROWS])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in ROWS])
-    found = served.generate(input_ids=ids, attention_mask=mask, adapter_names=[name for _, name in ROWS], **GREEDY)
-    return found[:, longest:].tolist()
-
-
-def test_attached_to_a_model_of_transformers(case: ServedLlama, expected: list[list[int]]) -> None:
     with attach(model(), case.bundle) as served:
-        assert _attached(served) == expected
+        found = served.generate(input_ids=ids, attention_mask=mask, adapter_names=[name for _, name in ROWS], **GREEDY)
+    assert found[:, longest:].tolist() == expected
 
 
 def test_exported_as_ordinary_loras(
@@ -124,16 +119,5 @@ def test_from_a_bundle(case: ServedLlama, engine: dict[str, Any], expected: list
 def test_from_a_bundle_by_a_compiled_model(
     case: ServedLlama, engine: dict[str, Any], expected: list[list[int]], tmp_path: Path
 ) -> None:
-    """And then from another one at the same place: what was compiled for the first is not taken for it."""
-    here = case._replace(bundle=tmp_path / "bundle")
-    other = make(tmp_path / "other", seed=1)
-    with attach(model(), other.bundle) as served:
-        others = _attached(served)
-    assert not any(a == b for (_, name), a, b in zip(ROWS, others, expected, strict=True) if name)
-    asked, requests = _of_bundle(here, engine)
-    for bundle, tokens in ((case.bundle, expected), (other.bundle, others)):
-        bundle.rename(here.bundle)
-        try:
-            assert answers(tmp_path / "engine", asked | {"enforce_eager": False}, requests)["as it is"] == tokens
-        finally:
-            here.bundle.rename(bundle)
+    asked, requests = _of_bundle(case, engine)
+    assert answers(tmp_path, asked | {"enforce_eager": False}, requests)["as it is"] == expected
