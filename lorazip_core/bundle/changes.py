@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from msgspec import UNSET
-
 from ..adapter.formats.names import CONFIG_NAME
 from ..base.errors import UsageError
-from .manifest import AdapterEntry, FileEntry, Manifest
+from .manifest import AdapterEntry, Manifest
 
 
 class Changes(NamedTuple):
@@ -45,7 +43,7 @@ def changes(old: Manifest, new: Manifest) -> Changes:
 
 def _identities(manifest: Manifest) -> dict[str, object]:
     """By name, what an adapter is the same by."""
-    files = {entry.path: _origin(entry) for entry in manifest.files}
+    files = {entry.path: entry.origin for entry in manifest.files}
     shards = {
         index: shard.path for cluster in manifest.clusters for shard in cluster.shards for index in shard.adapters
     }
@@ -62,10 +60,6 @@ def _identities(manifest: Manifest) -> dict[str, object]:
         )
         for index, adapter in enumerate(manifest.adapters)
     }
-
-
-def _origin(entry: FileEntry) -> str:
-    return entry.sha256 if entry.rest_of is UNSET else entry.rest_of
 
 
 def _sources(adapter: AdapterEntry) -> frozenset[tuple[str, str]]:

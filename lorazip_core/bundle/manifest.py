@@ -56,6 +56,11 @@ class FileEntry(Struct, frozen=True):
     """Of what is left of a file since adapters were removed: the digest of that file, whose tensors these are, bit for
     bit."""
 
+    @property
+    def origin(self) -> str:
+        """Its digest, or that of the file it is the rest of: what is in it was in that one."""
+        return self.sha256 if self.rest_of is UNSET else self.rest_of
+
 
 class SourceEntry(Struct, frozen=True):
     """A file that the adapter was read from, relative to its folder."""

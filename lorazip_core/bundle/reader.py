@@ -85,6 +85,10 @@ class Bundle:
         """The shard that holds the cores of an adapter in a cluster."""
         return self._shards[self.index(adapter)]
 
+    def origin(self, file: str) -> str:
+        """The digest of a file of the bundle, or of that which it is the rest of: what is in it was in that one."""
+        return self._files[file].origin
+
     def modules(self, adapter: AdapterEntry) -> list[ModuleEntry]:
         """The modules that an adapter has."""
         return [self.manifest.modules[index] for index in self.manifest.module_sets[adapter.module_set]]

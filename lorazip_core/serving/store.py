@@ -73,7 +73,9 @@ class AdapterStore:
         adapters = bundle.manifest.adapters
         entries = {module.name: module for module in bundle.manifest.modules}
         self._sizes = [Size(entries[module].d_out, entries[module].d_in) for module in self._modules]
-        self._clusters = bundle.manifest.clusters
+        self._based: dict[int, set[str]] = {}
+        """By cluster, the modules that its bases are of."""
+        self._bases = [bundle.origin(cluster.basis) for cluster in bundle.manifest.clusters]
         of_kind: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in adapters:
             of_kind[_kind(bundle, adapter)].append(adapter)
@@ -237,6 +239,7 @@ class AdapterStore:
             had = sorted({module for each in sets for module in manifest.module_sets[each]})
             of_cluster = [manifest.modules[each] for each in had]
             bases[number] = {module.name: stored_shared(bundle, cluster, module) for module in of_cluster}
+        self._based |= {number: set(of_cluster) for number, of_cluster in bases.items()}
         table = CoreTable(self.layers, bases, len(members) + spare, diagonal=diagonal, device=device, dtype=dtype)
         for number, cluster in clusters.items():
             for shard in cluster.shards:
@@ -252,11 +255,13 @@ class AdapterStore:
         return table
 
     def _cluster(self, bundle: Bundle, adapter: AdapterEntry, table: CoreTable) -> int:
-        """The group of a cluster that is held, with the very same bases."""
+        """The group of a cluster that is held, with the very same bases, or more modules of them."""
         assert adapter.cluster is not None
-        wanted = bundle.shard(adapter).basis_sha256
+        wanted = bundle.origin(bundle.manifest.clusters[adapter.cluster].basis)
         for cluster, number in table.clusters.items():
-            if any(shard.basis_sha256 == wanted for shard in self._clusters[cluster].shards):
+            if self._bases[cluster] == wanted and self._based[cluster] >= {
+                each.name for each in bundle.modules(adapter)
+            }:
                 return number
         raise LocalError(f"adapter {adapter.name} is on bases that are not held", "start the server with this bundle")
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import LorazipError
 from ..bundle.reader import Bundle
+from .servable import check_adapters, entry
 from .source import Source, settings, source_of
 
 
@@ -35,6 +36,8 @@ class Admission:
         self._ids: dict[int, Identity] = {}
         self._added: set[int] = set()
         """The ids among them that the engine was told of."""
+        self._leaving: set[int] = set()
+        """The ids among them whose adapters the engine holds as long as requests use them, and no longer."""
 
     @property
     def names(self) -> list[str]:
@@ -62,14 +65,15 @@ class Admission:
         request.lora_path = str(identity.source)
 
     def find(self, name: str, path: str) -> Source:
-        """The bundle at ``path``, which has an adapter of this ``name``."""
+        """The bundle at ``path``, which has an adapter of this ``name`` that can be served."""
         try:
             source = source_of(path, self.source)
-            names = names_of(source.open())
+            bundle = source.open()
+            if name not in names_of(bundle):
+                raise ValueError(f"there is no adapter {name} in {source.bundle}")
+            check_adapters(bundle, [entry(bundle, name)])
         except (LorazipError, OSError) as error:
             raise ValueError(f"adapter {name}: {error}") from error
-        if name not in names:
-            raise ValueError(f"there is no adapter {name} in {source.bundle}")
         return source
 
     def adding(self, request: Any) -> None:
@@ -89,11 +93,19 @@ class Admission:
             self._removed.discard(identity.name)
 
     def removing(self, adapter_id: int) -> None:
-        """From now on no request with this id is admitted."""
-        identity = self._ids.pop(adapter_id, None)
+        """From now on no request with this id is admitted; it stands for no other adapter until `gone`."""
         self._added.discard(adapter_id)
-        if identity and identity.source == self.source and identity not in self._ids.values():
+        if (identity := self._ids.get(adapter_id)) is None:
+            return
+        self._leaving.add(adapter_id)
+        others = (own for other, own in self._ids.items() if other not in self._leaving)
+        if identity.source == self.source and identity not in others:
             self._removed.add(identity.name)
+
+    def gone(self, adapter_id: int) -> None:
+        """The engine holds no adapter with this id any more."""
+        self._ids.pop(adapter_id, None)
+        self._leaving.discard(adapter_id)
 
     def _identity(self, request: Any) -> Identity:
         refuse_in_place(request)
@@ -103,6 +115,8 @@ class Admission:
             raise ValueError(f"adapter {request.lora_name}: {error}") from error
 
     def _known(self, adapter_id: int, identity: Identity) -> bool:
+        if adapter_id in self._leaving:
+            raise ValueError(f"lora_int_id {adapter_id} is that of an adapter that is being removed")
         known = self._ids.get(adapter_id)
         if known not in (None, identity):
             raise ValueError(f"lora_int_id {adapter_id} of adapter {identity.name} is that of adapter {known.name}")
@@ -115,7 +129,7 @@ class Admission:
         """
         name = request.lora_name
         for adapter_id, identity in self._ids.items():
-            if identity.name == name and adapter_id not in fine:
+            if identity.name == name and adapter_id not in fine and adapter_id not in self._leaving:
                 raise ValueError(f"adapter {name} has lora_int_id {adapter_id} already, not {request.lora_int_id}")
 
 

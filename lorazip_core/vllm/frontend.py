@@ -19,7 +19,7 @@ from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import Counter
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
+from vllm.entrypoints.openai.models.serving import ErrorResponse, OpenAIServingModels, create_error_response
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -112,11 +112,15 @@ def _removing(stock: Callable[..., bool]) -> Callable[..., bool]:
 
     @wraps(stock)
     def remove(self: Any, lora_id: int) -> bool:
-        if (known := admission(self.input_processor)) is not None:
+        known = admission(self.input_processor)
+        if known is not None:
             if _used(self, lora_id):
                 raise ValueError(f"the adapter with lora_int_id {lora_id} is in use")
             known.removing(lora_id)
-        return stock(self, lora_id)
+        done = stock(self, lora_id)
+        if known is not None:
+            known.gone(lora_id)
+        return done
 
     return remove
 
@@ -124,17 +128,19 @@ def _removing(stock: Callable[..., bool]) -> Callable[..., bool]:
 def _removing_async(stock: Method) -> Method:
     """Waits for the requests that use the adapter; it is removed, too, if nobody waits for that any more."""
 
-    async def when_unused(self: Any, lora_id: int) -> Any:
+    async def when_unused(self: Any, lora_id: int, known: Admission) -> Any:
         while _used(self, lora_id):
             await asyncio.sleep(_WAIT)
-        return await stock(self, lora_id)
+        done = await stock(self, lora_id)
+        known.gone(lora_id)
+        return done
 
     @wraps(stock)
     async def remove(self: Any, lora_id: int) -> Any:
         if (known := admission(self.input_processor)) is None:
             return await stock(self, lora_id)
         known.removing(lora_id)
-        return await asyncio.shield(_kept(when_unused(self, lora_id)))
+        return await asyncio.shield(_kept(when_unused(self, lora_id, known)))
 
     return remove
 
@@ -192,10 +198,13 @@ def _loading(stock: Method) -> Method:
             return _refused(f"adapter {name} is served already: unload it first")
         try:
             refuse_in_place(request)
-            request.lora_path = str(known.find(name, request.lora_path))
+            # Reading a manifest takes a while, in which others are answered.
+            request.lora_path = str(await asyncio.to_thread(known.find, name, request.lora_path))
         except ValueError as error:
             return _refused(str(error))
-        return await stock(self, request, *arguments, **options)
+        answer = await stock(self, request, *arguments, **options)
+        failed = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
+        return _refused(answer.error.message) if failed else answer  # the engine has no room, or the file is damaged
 
     return load
 

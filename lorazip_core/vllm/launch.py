@@ -24,6 +24,7 @@ SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 _MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has for any device
 _KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
 _PLUGINS = "VLLM_PLUGINS"
+_CONFIG = "config.json"
 
 
 class Launch(NamedTuple):
@@ -76,7 +77,7 @@ def plan(
     if given.max_lora_rank is None:
         words += ["--max-lora-rank", str(RANKS[0])]
     settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
-    words += ["--additional-config", json.dumps(_joined(given.additional_config, settings))]
+    words += ["--additional-config", json.dumps(_joined(_merged(given.additional_config), settings))]
     return Launch([*words, *rest], _variables(environment), notes)
 
 
@@ -97,8 +98,8 @@ def _parse(more: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(f"{words[0]!r} is no option of vLLM", "it gets what follows --")
     if nested := next((word for word in words if word.startswith("--additional-config.")), None):
         raise UsageError(f"{nested}: lorazip joins its settings with yours", "give --additional-config as one object")
-    parser = _Options(add_help=False)
-    parser.add_argument("--additional-config", type=_object, default={}, metavar="JSON")
+    parser = _Options(add_help=False)  # abbreviations are options to vLLM, too
+    parser.add_argument("--additional-config", type=_object, action="append", default=[], metavar="JSON")
     parser.add_argument("--no-enable-lora", action="store_true")
     parser.add_argument("--model")
     for name in _KEPT:
@@ -128,6 +129,11 @@ def _object(text: str) -> dict[str, Any]:
     return found
 
 
+def _merged(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several objects, what the last one says of each key, as vLLM's own options have it."""
+    return {key: value for each in objects for key, value in each.items()}
+
+
 def _joined(theirs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     if theirs.get(KEY, settings) != settings:
         raise UsageError(f"--additional-config has other settings at {KEY!r}", "leave them to lorazip")
@@ -136,7 +142,7 @@ def _joined(theirs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 def _batch(adapters: int, sequences: str | None) -> int:
     """How many different adapters a batch may have: no more than sequences, no more than there are."""
-    return min(adapters, int(sequences) if sequences and sequences.isdecimal() else _MOST_SEQUENCES)
+    return min(adapters, int(sequences) if sequences and sequences.isdecimal() and int(sequences) else _MOST_SEQUENCES)
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -147,13 +153,22 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_model(manifest: Manifest, model: str) -> list[str]:
-    """A note if the model has another name than the bundle's. Raises UsageError if its weights have other shapes."""
-    if not Path(model).is_dir():
+    """A note if it is not known whether the model is the bundle's. Raises UsageError if it is none, or another one."""
+    path = Path(model)
+    if not path.is_dir():
+        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UsageError(f"{model} is no directory of a model, and no name on the Hub", "name another «model»")
         if manifest.base_model is None or manifest.base_model.casefold() == model.casefold():
             return []
         return [f"the adapters are of {manifest.base_model}; whether {model} is the same model is not known"]
+    if not (path / _CONFIG).is_file():
+        raise UsageError(f"{model} is no model: it has no {_CONFIG}", "name another «model»")
     from .base_weights import mismatch, read_weights  # loads PyTorch, which takes seconds
 
-    if found := mismatch(read_weights(Path(model)), manifest.modules):
+    weights = read_weights(path)
+    if found := mismatch(weights, manifest.modules):
         raise UsageError(f"{model} is not the base model of these adapters: {found}", "name another «model»")
+    if not any(f"{module.name}.weight" in weights for module in manifest.modules):
+        why = "it has no safetensors files" if not weights else "it has other names"
+        return [f"whether {model} is the base model of these adapters is not known: {why}"]
     return []

@@ -14,10 +14,26 @@ TAKES: frozenset[Takes] = frozenset({"linear"})
 _HINT = "make a bundle without them"
 
 
+_HEAD = "lm_head"
+
+
 def check_adapters(bundle: Bundle, adapters: Sequence[AdapterEntry] | None = None) -> None:
     """Raise Unsupported, with the reasons, if some of ``adapters``, or of all, cannot be served exactly."""
     chosen = bundle.manifest.adapters if adapters is None else adapters
-    refuse(chosen, unservable(bundle, TAKES, chosen), hint=_HINT)
+    refuse(chosen, _of_other_layers(bundle, chosen) | unservable(bundle, TAKES, chosen), hint=_HINT)
+
+
+def _of_other_layers(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> dict[str, str]:
+    """The adapters with modules that are linear layers, but none of vLLM's."""
+    found = {}
+    for adapter in adapters:
+        for module in bundle.modules(adapter):
+            parts = module.name.split(".")
+            if parts[-1] == _HEAD:
+                found[adapter.name] = f"{module.name} is the head of the model, which is not served"
+            elif "experts" in parts:
+                found[adapter.name] = f"{module.name} is of an expert, which is not served"
+    return found
 
 
 def entry(bundle: Bundle, name: str) -> AdapterEntry:

@@ -5,11 +5,13 @@ The digest of the manifest is part of it, so that vLLM's prefix cache takes no a
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import LocalError
+from ..bundle.contradictions import refuse_contradictions
 from ..bundle.reader import Bundle
 
 KEY = "lorazip"
@@ -59,7 +61,7 @@ def settings(additional_config: Any) -> Settings | None:
     if (wanted := found.get("manifest_sha256", digest)) != digest:
         raise LocalError(f"{path} has the manifest {digest}, not {wanted}")
     spare = found.get("spare", 0)
-    if not isinstance(spare, int) or spare < 0:
+    if not isinstance(spare, int) or isinstance(spare, bool) or spare < 0:
         raise LocalError(f'additional_config: "spare" of "{KEY}" is {spare!r}, not a number of adapters')
     return Settings(Source(path.absolute(), digest[:_DIGITS]), spare)
 
@@ -74,6 +76,8 @@ def source_of(path: str, default: Source) -> Source:
         found = Source(Path(path).absolute(), opened(Path(path)).digest[:_DIGITS])
     else:
         digest, _, folder = rest.partition(":")
+        if folder and not re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digest):
+            raise LocalError(f"{path}: {digest!r} is no digest of a bundle", "give the path of its folder")
         found = Source(Path(folder), digest) if folder else default
     return default if found.digest == default.digest else found
 
@@ -86,4 +90,6 @@ def opened(path: Path) -> Bundle:
 
 @lru_cache(maxsize=4)
 def _opened(path: Path, _: object) -> Bundle:
-    return Bundle(path)
+    bundle = Bundle(path)
+    refuse_contradictions(path, bundle.manifest)
+    return bundle

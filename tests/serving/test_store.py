@@ -19,6 +19,7 @@ from lorazip_core.base.errors import BundleDamaged, LocalError
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.stored import stored_unpacked
+from lorazip_core.maintain.remove import remove
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.resident import NONE, Resident
 from lorazip_core.serving.store import AdapterStore
@@ -281,6 +282,29 @@ def test_other_bases_are_refused(bundle: Bundle, resident: Resident, tmp_path: P
         found.double(), expected(theirs, store.layers[1], x[0], [theirs.rows["za"]], x[1]), rtol=1e-5, atol=1e-5
     )
     check(store, resident, held)
+
+
+def test_bases_that_are_a_rest_of_those_held_are_those(bundle: Bundle, resident: Resident, tmp_path: Path) -> None:
+    """After `lorazip remove`: bases without the modules that no adapter has any more, with other digests."""
+    remove(bundle.path, ["a"], tmp_path / "rest")
+    rest = Bundle(tmp_path / "rest")
+    [joint] = [cluster for cluster in rest.manifest.clusters if cluster.method == "joint"]
+    assert rest.origin(joint.basis) != next(file.sha256 for file in rest.manifest.files if file.path == joint.basis)
+    store = store_of(bundle, spare=2)
+    held = {number: name for name, number in store.numbers.items()}
+    for name in ("b/c", "d"):
+        held[store.add(rest, entry(rest, name))] = name
+    check(store, resident, held)
+
+
+def test_fewer_modules_of_bases_do_not_do(bundle: Bundle, tmp_path: Path) -> None:
+    """What an adapter is on a module that is not held would be lost without a word."""
+    remove(bundle.path, ["a"], tmp_path / "rest")
+    store = store_of(Bundle(tmp_path / "rest"), spare=1)
+    store.add(bundle, entry(bundle, "b/c"))
+    store = store_of(Bundle(tmp_path / "rest"), spare=1)
+    with pytest.raises(LocalError, match=r"on bases that are not held|none of those that are served"):
+        store.add(bundle, entry(bundle, "a"))
 
 
 def test_where_all_share_bases_others_are_held_if_room_is_asked_for(

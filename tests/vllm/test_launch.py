@@ -142,6 +142,12 @@ class TestCommand:
             launch(bundle, *more)
         assert line in str(raised.value)
 
+    def test_of_several_objects_all_keys_are_kept(self, bundle: Path) -> None:
+        words = [word for each in ({"a": 1, "b": 1}, {"b": 2}) for word in ("--additional-config", json.dumps(each))]
+        found = settings(launch(bundle, *words))
+        assert {key: found[key] for key in "ab"} == {"a": 1, "b": 2}
+        assert "lorazip" in found
+
     def test_another_vllm_is_refused(self, bundle: Path) -> None:
         with pytest.raises(LocalError):
             launch(bundle, version="0.23.0")
@@ -180,16 +186,31 @@ class TestChecks:
             case "narrower":
                 weight = weight[:, 1:].contiguous()
         save_file({name: weight}, tmp_path / "model-00001-of-00001.safetensors")
+        (tmp_path / "config.json").write_text("{}")
         if fits:
-            assert launch(bundle, model=str(tmp_path)).notes == []
+            notes = launch(bundle, model=str(tmp_path)).notes
+            assert [note.rpartition(": ")[2] for note in notes] == (
+                ["it has other names"] if change == "absent" else []
+            )
         else:
             with pytest.raises(UsageError, match=f"not the base model of these adapters: {module.name} is"):
                 launch(bundle, model=str(tmp_path))
 
     def test_what_is_no_safetensors_file_is_named(self, bundle: Path, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        assert launch(bundle, model=str(tmp_path)).notes[0].endswith("is not known: it has no safetensors files")
         (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
         with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
             launch(bundle, model=str(tmp_path))
+
+    @pytest.mark.parametrize("model", ["./nothing", "/nowhere/model", "~/model", "a/b/c"])
+    def test_what_is_no_directory_and_no_name_is_refused(self, bundle: Path, model: str) -> None:
+        with pytest.raises(UsageError, match="is no directory of a model, and no name on the Hub"):
+            launch(bundle, model=model)
+
+    def test_a_directory_without_a_model_is_refused(self, bundle: Path) -> None:
+        with pytest.raises(UsageError, match=r"is no model: it has no config\.json"):
+            launch(bundle, model=str(bundle))
 
     def test_adapters_that_vllm_cannot_serve_are_named(self, tmp_path: Path) -> None:
         kinds = make_bundle(tmp_path)
