@@ -66,16 +66,16 @@ def test_texts_of_a_mixed_stream(
     export(path, tmp_path / "exported", dtype="f32")
     base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     base.generation_config.eos_token_id = None
-    without = 0
-    for (prompt, name, _), found in zip(requests, mixed, strict=True):
-        ids = torch.tensor([prompt])
-        without += base.generate(input_ids=ids, **GREEDY)[0, len(prompt) :].tolist() == found
-        alone: Any = PeftModel.from_pretrained(base, tmp_path / "exported" / str(name)).eval()
+    for number, (prompt, name, _) in enumerate(requests):
+        ids, found = torch.tensor([prompt]), mixed[number]
+        if number % 5 == 0:  # else this would be no proof
+            assert base.generate(input_ids=ids, **GREEDY)[0, len(prompt) :].tolist() != found
+        folder = tmp_path / "exported" / str(name)
+        alone: Any = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True).eval()
         expected = alone.generate(input_ids=ids, **GREEDY)[0, len(prompt) :].tolist()
         base = alone.unload()
         assert tokenizer.decode(found) == tokenizer.decode(expected), name
-    assert without < len(requests) / 4  # else this would be no proof
     say(
-        f"{scheme}: {len(requests)} texts of {NEW} tokens, {without} of them those of the base model; "
-        f"{served - begin:.0f} s with the start, one by one {time.monotonic() - served:.0f} s"
+        f"{scheme}: {len(requests)} texts of {NEW} tokens; {served - begin:.0f} s with the start, "
+        f"one by one {time.monotonic() - served:.0f} s"
     )

@@ -68,7 +68,8 @@ def test_every_adapter_is_there_by_its_name(server: Server) -> None:
 
 def test_another_is_not(server: Server) -> None:
     status, line = server.fails("/v1/completions", {"model": "other", "prompt": "a"})
-    assert (status, line) == (404, "The model `other` does not exist.")
+    assert status == 404
+    assert line.startswith("The model `other` does not exist.")
 
 
 def test_it_ends_as_vllm_does(server: Server) -> None:
