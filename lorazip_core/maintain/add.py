@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +128,7 @@ def add(
         company=_company(bundle.manifest),
     )
     names = Names.below(root)
+    collection = _by_name(collection, names)
     if not options.replace:
         collection = _without_known(collection, names, bundle.manifest, skip_bad=options.skip_bad)
     for note in notes(collection):
@@ -157,6 +159,15 @@ def add(
 def _company(manifest: Manifest) -> Company:
     modules = {entry.name: entry.module for entry in manifest.modules}
     return Company("the bundle", manifest.base_model, modules)
+
+
+def _by_name(collection: Collection, names: Names) -> Collection:
+    """The adapters in the order of their names in the bundle, as files of several and shards have them.
+
+    It is another one than that of their names below the directory: "-x" comes before ".", but "dir" before "dir/-x".
+    """
+    adapters = sorted(collection.adapters, key=lambda adapter: names.of(adapter.name).encode())
+    return replace(collection, adapters=tuple(adapters))
 
 
 def _without_known(collection: Collection, names: Names, manifest: Manifest, *, skip_bad: bool) -> Collection:
