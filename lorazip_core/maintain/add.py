@@ -31,6 +31,7 @@ from ..compress.pieces import Pieces
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.scan import scan_for
 from .addition import Addition
+from .carry import Staying
 from .manner import check_limit, individual_options
 
 _SILENT = Silent()
@@ -136,7 +137,9 @@ def add(
     alone = individual_options(bundle.manifest, options.max_error, options.device)
     task = Task.of(alone.chosen, alone.kept_rank or 1, 1, len(collection.adapters))
     if output is not None:
-        check_space(output, bundle_bytes(collection, alone.chosen, alone.kept_rank, [], alone.dtype))
+        joining = bundle_bytes(collection, alone.chosen, alone.kept_rank, [], alone.dtype)
+        staying = Staying.without(bundle, {names.of(adapter.name) for adapter in collection.adapters})
+        check_space(output, joining + staying.written_bytes(output))
     with working_within(device, collection, task, Bounds()) as within, stop_unmasked():
         scan = scan_for(collection, within, skip_bad=options.skip_bad, device=device, progress=progress)
         addition = Addition(bundle, scan, names, alone, options.max_error, device, within.budget, progress)
