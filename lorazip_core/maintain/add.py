@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct
 from ..adapter.collection import Collection, Company, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import find_device
+from ..base.device import CPU, find_device
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
@@ -30,6 +30,7 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..compress.pieces import Pieces
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.scan import scan_for
+from ..serving.resident import Resident
 from .addition import Addition
 from .carry import Staying
 from .manner import check_limit, individual_options
@@ -150,13 +151,25 @@ def add(
             writer = BundleWriter(building.path)
             manifest = addition.write(writer, Pieces(building.work("add")))
             size = writer.finish(manifest)
-    report = _report(addition, output, manifest, size, started)
-    budget = manifest.parameters.budget
-    if budget is not UNSET and manifest.parameters.objective is UNSET and size > budget:
-        progress.note(
-            f"it takes {megabytes(size)} now, more than the «budget» of {megabytes(budget)} that it was made for"
-        )
-    return report
+            above = _above_budget(manifest, size, building.path)
+    if above:
+        progress.note(above)
+    return _report(addition, output, manifest, size, started)
+
+
+def _above_budget(manifest: Manifest, size: int, path: Path) -> str | None:
+    """That the bundle at ``path``, of so many bytes, takes more than it was made for, in words; None if it does not.
+
+    What a device holds of it is found out by reading it: nothing does that for a bundle that has no budget for it.
+    """
+    budget, where = manifest.parameters.budget, ""
+    if budget is UNSET:
+        return None
+    if manifest.parameters.objective == "resident":
+        size, where = Resident.of(Bundle(path), CPU).nbytes, " on a device"
+    if size <= budget:
+        return None
+    return f"it takes {megabytes(size)}{where} now, more than the «budget» of {megabytes(budget)} that it was made for"
 
 
 def _company(manifest: Manifest) -> Company:

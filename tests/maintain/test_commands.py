@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from testing import random_adapters as ra
 from testing import schemas
+from testing.broken import edit_manifest
 
 from lorazip_cli.main import main
 from lorazip_core.base import filesystem
@@ -155,6 +156,18 @@ def test_a_bundle_that_outgrows_its_budget_says_so(
     for each in told(capsys, "info", tmp_path / "2")["adapters"]:
         if each["added"]:
             assert 0.9 * mean < each["squared_error"] <= mean
+
+
+def test_a_budget_of_what_a_device_holds_is_compared_with_that(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("compress", root / "old", "-o", tmp_path / "1", "--objective", "resident", "--budget", "80kB")
+    run("add", tmp_path / "1", root / "new", "-o", tmp_path / "2")
+    held = told(capsys, "info", tmp_path / "2", "--resident")["resident"]["bytes"]
+    for short in (1, 0):
+        edit_manifest(tmp_path / "1", lambda m, budget=held - short: m["parameters"].update(budget=budget))
+        assert main(["add", str(tmp_path / "1"), str(root / "new"), "-o", str(tmp_path / "2"), "--force"]) == 0
+        assert ("on a device now, more than the --budget of" in capsys.readouterr().err) == bool(short)
 
 
 Usage = namedtuple("Usage", "total used free")
