@@ -187,9 +187,12 @@ class TestChecks:
                 launch(bundle, model=str(tmp_path))
 
     def test_what_is_no_safetensors_file_is_named(self, bundle: Path, tmp_path: Path) -> None:
-        (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-        with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
-            launch(bundle, model=str(tmp_path))
+        path = tmp_path / "model.safetensors"
+        for make in (lambda: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), path.mkdir):
+            path.unlink(missing_ok=True)
+            make()
+            with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
+                launch(bundle, model=str(tmp_path))
 
     def test_adapters_that_vllm_cannot_serve_are_named(self, tmp_path: Path) -> None:
         kinds = make_bundle(tmp_path)
