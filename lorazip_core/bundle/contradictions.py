@@ -1,7 +1,7 @@
 """What in a manifest contradicts itself, though every index and path points at something.
 
-`verify` names all of it beside other damage; `info` and `export` refuse a bundle for it before they use anything. No
-tensor is read, and torch is not needed.
+`verify` names all of it beside other damage; `info`, `export`, `add`, `remove`, `serve` and `attach` refuse a bundle
+for it before they use anything. No tensor is read, and torch is not needed.
 """
 
 from __future__ import annotations
