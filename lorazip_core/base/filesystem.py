@@ -74,11 +74,34 @@ def _umask() -> int:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to ``source``, or a copy where the file system does not link; without an fsync."""
     try:
-        os.link(source, target)
+        with _naming_if_full(target):
+            os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
             raise
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the bytes of a file; without an fsync."""
+    with _naming_if_full(target):
         shutil.copyfile(source, target)
+
+
+@contextmanager
+def _naming_if_full(target: Path) -> Iterator[None]:
+    """Put ``target`` into an OSError of the block that there is no space for it: of two files the first is named."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
+        raise
+
+
+def on_one_file_system(folder: Path, target: Path) -> bool:
+    """Whether ``target`` is going to be built on the file system of ``folder``: elsewhere `link_or_copy` copies."""
+    return folder.stat().st_dev == nearest_existing(Path(os.path.realpath(target)).parent).stat().st_dev
 
 
 def tree(root: Path, without: Collection[str] = ()) -> Iterator[str]:

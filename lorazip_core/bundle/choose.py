@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ def matching(manifest: Manifest, bundle: Path, wanted: Collection[str]) -> list[
 
     Raises UsageError for what none is called or matches.
     """
+    refuse_text(wanted)
     known = dict.fromkeys(adapter.name for adapter in manifest.adapters)
     chosen: set[str] = set()
     for name in wanted:
@@ -36,8 +37,14 @@ def matching(manifest: Manifest, bundle: Path, wanted: Collection[str]) -> list[
     return [name for name in known if name in chosen]
 
 
-def unknown(name: str, known: Collection[str], where: str) -> UsageError:
-    """That there is no adapter of this name among those ``known``, and which are named nearly so."""
+def refuse_text(names: Iterable[str | None]) -> None:
+    """Raise UsageError for one name in place of several: its letters would be taken for names."""
+    if isinstance(names, str):
+        raise UsageError(f"{names!r} is one name, not a list of names", f"write [{names!r}]")
+
+
+def unknown(name: str, known: Collection[str], where: str, lister: str = "'lorazip info'") -> UsageError:
+    """That there is no adapter of this name among those ``known``, and which are named nearly so, or who lists them."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "'lorazip info' lists them"
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"{lister} lists them"
     return UsageError(f"{where} has no adapter {name!r}", hint)

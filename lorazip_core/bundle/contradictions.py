@@ -1,7 +1,7 @@
 """What in a manifest contradicts itself, though every index and path points at something.
 
-`verify` names all of it beside other damage; `info` and `export` refuse a bundle for it before they use anything. No
-tensor is read, and torch is not needed.
+`verify` names all of it beside other damage; `info`, `export`, `add`, `remove`, `serve` and `attach` refuse a bundle
+for it before they use anything. No tensor is read, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from msgspec import UNSET
@@ -84,6 +85,9 @@ def _of_features(manifest: Manifest) -> Iterator[str]:
 def _of_adapters(manifest: Manifest) -> Iterator[str]:
     if not manifest.adapters:
         yield "it has no adapters"
+    for before, after in pairwise(adapter.name for adapter in manifest.adapters):
+        if before.encode() > after.encode():
+            yield f"adapter {after!r} comes after {before!r}: names have to ascend"
     names = [{manifest.modules[index].name for index in indices} for indices in manifest.module_sets]
     for adapter in manifest.adapters:
         called = f"adapter {adapter.name!r}"

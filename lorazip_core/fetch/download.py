@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from ..adapter.lock import LockedAdapter, LockedFile
 from ..adapter.reader import open_adapter
 from ..base.errors import AdapterError, LocalError
-from ..base.filesystem import fsync, link_or_copy, nearest_existing
+from ..base.filesystem import copy, fsync, link_or_copy, nearest_existing
 from ..base.progress import Transfer
 from ..base.text import megabytes
 from .hub import Hub, Received
@@ -81,7 +81,7 @@ def _local_file(
     """A copy, not a link: a training that writes its files anew would change what the lock has promised."""
     if not source.is_file():
         raise NotAsLocked(requested.label, f"{source} is not there", "«update» takes what is there now")
-    shutil.copyfile(source, target)
+    copy(source, target)
     fsync(target)
     identified = file.identify(target)
     if identified is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from msgspec import UNSET, Struct
 from ..adapter.collection import Collection, Company, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import find_device
+from ..base.device import CPU, find_device
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
@@ -29,7 +30,9 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..compress.pieces import Pieces
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.scan import scan_for
+from ..serving.resident import Resident
 from .addition import Addition
+from .carry import Staying
 from .manner import check_limit, individual_options
 
 _SILENT = Silent()
@@ -127,6 +130,7 @@ def add(
         company=_company(bundle.manifest),
     )
     names = Names.below(root)
+    collection = _by_name(collection, names)
     if not options.replace:
         collection = _without_known(collection, names, bundle.manifest, skip_bad=options.skip_bad)
     for note in notes(collection):
@@ -134,7 +138,9 @@ def add(
     alone = individual_options(bundle.manifest, options.max_error, options.device)
     task = Task.of(alone.chosen, alone.kept_rank or 1, 1, len(collection.adapters))
     if output is not None:
-        check_space(output, bundle_bytes(collection, alone.chosen, alone.kept_rank, [], alone.dtype))
+        joining = bundle_bytes(collection, alone.chosen, alone.kept_rank, [], alone.dtype)
+        staying = Staying.without(bundle, {names.of(adapter.name) for adapter in collection.adapters})
+        check_space(output, joining + staying.written_bytes(output))
     with working_within(device, collection, task, Bounds()) as within, stop_unmasked():
         scan = scan_for(collection, within, skip_bad=options.skip_bad, device=device, progress=progress)
         addition = Addition(bundle, scan, names, alone, options.max_error, device, within.budget, progress)
@@ -145,18 +151,39 @@ def add(
             writer = BundleWriter(building.path)
             manifest = addition.write(writer, Pieces(building.work("add")))
             size = writer.finish(manifest)
-    report = _report(addition, output, manifest, size, started)
-    budget = manifest.parameters.budget
-    if budget is not UNSET and manifest.parameters.objective is UNSET and size > budget:
-        progress.note(
-            f"it takes {megabytes(size)} now, more than the «budget» of {megabytes(budget)} that it was made for"
-        )
-    return report
+            above = _above_budget(manifest, size, building.path)
+    if above:
+        progress.note(above)
+    return _report(addition, output, manifest, size, started)
+
+
+def _above_budget(manifest: Manifest, size: int, path: Path) -> str | None:
+    """That the bundle at ``path``, of so many bytes, takes more than it was made for, in words; None if it does not.
+
+    What a device holds of it is found out by reading it: nothing does that for a bundle that has no budget for it.
+    """
+    budget, where = manifest.parameters.budget, ""
+    if budget is UNSET:
+        return None
+    if manifest.parameters.objective == "resident":
+        size, where = Resident.of(Bundle(path), CPU).nbytes, " on a device"
+    if size <= budget:
+        return None
+    return f"it takes {megabytes(size)}{where} now, more than the «budget» of {megabytes(budget)} that it was made for"
 
 
 def _company(manifest: Manifest) -> Company:
     modules = {entry.name: entry.module for entry in manifest.modules}
     return Company("the bundle", manifest.base_model, modules)
+
+
+def _by_name(collection: Collection, names: Names) -> Collection:
+    """The adapters in the order of their names in the bundle, as files of several and shards have them.
+
+    It is another one than that of their names below the directory: "-x" comes before ".", but "dir" before "dir/-x".
+    """
+    adapters = sorted(collection.adapters, key=lambda adapter: names.of(adapter.name).encode())
+    return replace(collection, adapters=tuple(adapters))
 
 
 def _without_known(collection: Collection, names: Names, manifest: Manifest, *, skip_bad: bool) -> Collection:

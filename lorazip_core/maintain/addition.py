@@ -48,9 +48,7 @@ class Addition:
     @cached_property
     def staying(self) -> Staying:
         """Those of the bundle whose names nobody takes."""
-        taken = set(self.called)
-        adapters = self.bundle.manifest.adapters
-        return Staying(self.bundle, [index for index, each in enumerate(adapters) if each.name not in taken])
+        return Staying.without(self.bundle, set(self.called))
 
     @cached_property
     def projection(self) -> Projection:

@@ -12,10 +12,12 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from ..base.errors import BundleDamaged
+from ..base.filesystem import on_one_file_system
 from ..base.progress import Progress
 from ..base.threads import in_order
 from ..bundle.manifest import FileEntry, ShardEntry
@@ -32,6 +34,12 @@ class Staying:
 
     bundle: Bundle
     indices: Sequence[int]
+
+    @classmethod
+    def without(cls, bundle: Bundle, gone: Collection[str]) -> Staying:
+        """All of a bundle but those of the names ``gone``."""
+        adapters = bundle.manifest.adapters
+        return cls(bundle, [index for index, adapter in enumerate(adapters) if adapter.name not in gone])
 
     @cached_property
     def clusters(self) -> list[int]:
@@ -80,6 +88,11 @@ class Staying:
     def dropped(self) -> list[str]:
         """The paths of files of which nothing is left."""
         return [entry.path for entry in self.bundle.manifest.files if entry.path not in self._used]
+
+    def written_bytes(self, output: Path) -> int:
+        """About the bytes that taking them over to ``output`` takes: of parts of files, and of files to be copied."""
+        written = self.cut if on_one_file_system(self.bundle.path, output) else self._used
+        return sum(entry.size_bytes for entry in self.bundle.manifest.files if entry.path in written)
 
     @cached_property
     def _there(self) -> frozenset[int]:

@@ -75,12 +75,12 @@ def remove(
     refuse_contradictions(path, bundle.manifest)
     gone = set(matching(bundle.manifest, path, names))
     everyone = bundle.manifest.adapters
-    staying = Staying(bundle, [index for index, adapter in enumerate(everyone) if adapter.name not in gone])
+    staying = Staying.without(bundle, gone)
     if not staying.indices:
         raise UsageError(f"{path}: these are all of its adapters", "a bundle has at least one: remove the directory")
     size, refit = None, []
     if output is not None:
-        check_space(output, sum(entry.size_bytes for entry in bundle.manifest.files if entry.path in staying.cut))
+        check_space(output, staying.written_bytes(output))
         with (
             one_thread(),
             atomic_directory(output, force=force, not_ours=not_of_bundle) as building,

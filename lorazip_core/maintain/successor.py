@@ -33,6 +33,7 @@ class Joining(NamedTuple):
     """
 
     entries: Sequence[AdapterEntry] = ()
+    """In the order of their names, as their files have them."""
     modules: Mapping[str, ModuleEntry] = {}
     """All that any of them has, by name."""
     modules_of: Mapping[str, Sequence[str]] = {}

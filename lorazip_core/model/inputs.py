@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .fitting import shape_of
+from .hooks import input_of
 
 
 def linear_modules(model: Any) -> list[str]:
@@ -75,10 +76,11 @@ def summing(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, Sums
 def watched(model: nn.Module, modules: Sequence[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``seen`` with a module's name and its input x [..., d_in] whenever one of ``modules`` is run."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, given: seen(name, given[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, given, named: seen(name, input_of(name, given, named))
 
     with ExitStack() as stack:
         for name in modules:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook(name)).remove)
+            handle = model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
         yield

@@ -1,4 +1,4 @@
-"""Put a bundle on a loaded Transformers model, so that it serves all adapters at once: `attach`.
+"""Put a bundle on a loaded Transformers model, so that it serves all adapters at once: `attach`, and `detach`.
 
 Transformers need not be there: any model will do whose target modules are Linear, Conv1D or Embedding layers of the
 names that the bundle has, and have the sequences of a batch in the first dimension of their inputs.
@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..base.device import find_device
 from ..base.errors import UsageError
 from ..bundle.choose import choose
+from ..bundle.contradictions import refuse_contradictions
 from ..bundle.manifest import AdapterEntry
 from ..bundle.reader import Bundle
 from ..model.fitting import misfit
 from .resident import Resident
 from .servable import Takes, base_weights, refuse, unservable
-from .served import Served
+from .served import Served, attached_to
 
 TAKES: frozenset[Takes] = frozenset({"linear", "embedding"})
 """The kinds of modules that are served."""
@@ -33,14 +35,17 @@ def attach(
     device: torch.device | str | None = None,
     only: Collection[str] | None = None,
 ) -> Served:
-    """Have ``model`` serve the adapters of a bundle until `Served.detach`; for inference.
+    """Have ``model`` serve the adapters of a bundle until `Served.detach`, or `detach` of the model; for inference.
 
-    They are held on ``device``, by default that of the first of the model's parameters; ``only`` some adapters, by
-    their names or patterns of these. Raises UsageError for a model that is not the one that the adapters are for, that
-    is compiled or that has a bundle already, and for a name that is none; Unsupported, with the reasons, if an adapter
-    cannot be served exactly; BundleDamaged for a damaged bundle.
+    They are held on ``device`` ("auto", "cpu", "cuda" or "cuda:N"), by default that of the first of the model's
+    parameters; ``only`` some adapters, by a list of their names or patterns of these. Raises UsageError for a model
+    that is not the one that the adapters are for, that is compiled or that has a bundle already, and for a name that
+    is none; LocalError for a device that is not there; Unsupported, with the reasons, if an adapter cannot be served
+    exactly; BundleDamaged for a damaged bundle.
     """
+    where = None if device is None else find_device(str(device))
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
+    refuse_contradictions(bundle.path, bundle.manifest)
     if only is not None and not only:
         raise UsageError("only=[] leaves no adapter to serve")
     _refuse_compiled(model)
@@ -50,8 +55,14 @@ def attach(
     if reason := misfit(model, modules.values()):
         raise UsageError(f"{bundle.path} does not fit this model: {reason}")
     refuse(adapters, _of_other_weights(model, bundle, adapters) | _of_experts(bundle, adapters))
-    where = next(model.parameters()).device if device is None else torch.device(device)
+    where = where or next(model.parameters()).device
     return Served(model, Resident.of(bundle, where, adapters), where)
+
+
+def detach(model: nn.Module) -> None:
+    """Leave ``model`` as it was before a bundle was attached to it, whoever has the `Served` of it, if anyone."""
+    for served in attached_to(model):
+        served.detach()
 
 
 def _refuse_compiled(model: nn.Module) -> None:

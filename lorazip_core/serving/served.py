@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Literal
-from weakref import WeakSet
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import UsageError
-from ..bundle.choose import unknown
+from ..bundle.choose import refuse_text, unknown
+from ..model.hooks import input_of
 from .resident import NONE, Batch, Resident
 
 NO_ADAPTER: Literal["__base__"] = "__base__"
@@ -26,9 +27,19 @@ NO_ADAPTER: Literal["__base__"] = "__base__"
 _TOKENS = 64  # of every sequence, that an embedding looks up at a time: each is as long as the vocabulary then
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features")  # of generate(), one of which has the sequences
 
+
+class _Rows(NamedTuple):
+    """The rows of a block."""
+
+    sequences: int
+    batch: Batch | None
+    """None for nothing but the base model."""
+
+
 # Of this thread or task: what one of them asks of a model must not be answered with the adapters of another.
-_batches: ContextVar[Mapping[Served, Batch | None]] = ContextVar("batches", default=MappingProxyType({}))
-_hooked: WeakSet[nn.Module] = WeakSet()
+_rows: ContextVar[Mapping[Served, _Rows]] = ContextVar("rows", default=MappingProxyType({}))
+# By layer. Its hooks keep what is attached to it, which keeps the layer: a reference from here would for ever.
+_attached: WeakKeyDictionary[nn.Module, ref[Served]] = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -40,22 +51,31 @@ def _refuse_compiling() -> None:
     raise UsageError("a model that a bundle is attached to cannot be compiled")
 
 
+def attached_to(model: nn.Module) -> list[Served]:
+    """What is attached to ``model``, or to models that are part of it."""
+    found = [_attached[layer]() for layer in model.modules() if layer in _attached]
+    return [served for served in dict.fromkeys(found) if served is not None]
+
+
 class Served:
     """A model to which a bundle is attached, see `attach`. As a context manager it detaches at the end."""
 
     def __init__(self, model: nn.Module, resident: Resident, device: torch.device) -> None:
         """``resident`` is on ``device`` and its modules fit ``model``. Raises UsageError if one of these has hooks."""
         layers = {name: model.get_submodule(name) for name in resident.modules}
-        if any(layer in _hooked for layer in layers.values()):
-            raise UsageError("a bundle is attached to this model already", "detach() that one first")
+        if any(layer in _attached for layer in layers.values()):
+            raise UsageError(
+                "a bundle is attached to this model already",
+                "detach it first: lorazip_core.serving.attach.detach(model)",
+            )
         self.model: Any = model
         self._resident = resident
         self._device = device
         self._handles = []
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
+            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
         self._layers = list(layers.values())
-        _hooked.update(self._layers)
+        _attached.update(dict.fromkeys(self._layers, ref(self)))
 
     @property
     def names(self) -> list[str]:
@@ -77,14 +97,15 @@ class Served:
         """
         if not self._handles:
             raise UsageError("the bundle is detached from this model")
-        token = _batches.set({**_batches.get(), self: self._batch(names)})
+        token = _rows.set({**_rows.get(), self: self._read(names)})
         try:
             yield
         finally:
-            _batches.reset(token)
+            _rows.reset(token)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None], **options: Any) -> Any:
         """``model.generate`` with one adapter for each of its inputs, as in `rows`."""
+        refuse_text(adapter_names)
         given = next((options[name] for name in _INPUTS if options.get(name) is not None), *args[:1] or (None,))
         if given is not None and len(given) != len(adapter_names):
             raise UsageError(f"{len(adapter_names)} adapter names for {len(given)} inputs")
@@ -95,7 +116,8 @@ class Served:
         """Leave the model as it was before."""
         for handle in self._handles:
             handle.remove()
-        _hooked.difference_update(self._layers)
+        for layer in self._layers:
+            del _attached[layer]
         self._handles, self._layers = [], []
 
     def __enter__(self) -> Served:
@@ -104,35 +126,37 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _batch(self, names: Sequence[str | None]) -> Batch | None:
-        """None for nothing but the base model."""
+    def _read(self, names: Sequence[str | None]) -> _Rows:
+        refuse_text(names)
         rows = [self._row(name) for name in names]
         if not rows:
             raise UsageError("no rows: name an adapter, or None, for each sequence")
         if all(row == NONE for row in rows):
-            return None
-        return self._resident.batch(torch.tensor(rows, device=self._device))
+            return _Rows(len(rows), None)
+        return _Rows(len(rows), self._resident.batch(torch.tensor(rows, device=self._device)))
 
     def _row(self, name: str | None) -> int:
         if name is None or name == NO_ADAPTER:
             return NONE
         if name not in self._resident.rows:
-            raise unknown(name, self._resident.rows, "what is served")
+            raise unknown(name, self._resident.rows, "what is served", "Served.names")
         return self._resident.rows[name]
 
     def _hook(self, name: str) -> Any:
-        def hook(layer: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        def hook(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor | None:
             if torch.compiler.is_compiling():
                 _refuse_compiling()
-            batch = _batches.get().get(self)
-            if batch is None:
+            rows = _rows.get().get(self)
+            if rows is None:
                 return None
-            x = given[0]
-            if x.shape[0] % len(batch.rows):
+            x, batch = input_of(name, given, named), rows.batch
+            if x.shape[0] % rows.sequences:
                 raise UsageError(
-                    f"{name}: a batch of {x.shape[0]} is no multiple of the {len(batch.rows)} rows",
+                    f"{name}: a batch of {x.shape[0]} is no multiple of the {rows.sequences} rows",
                     "name an adapter, or None, for each sequence",
                 )
+            if batch is None:
+                return None
             with torch.autocast(self._device.type, enabled=False):  # which would round what is summed in float32
                 if isinstance(layer, nn.Embedding):
                     # Some models (Gemma's) multiply what they look up, and so the update.

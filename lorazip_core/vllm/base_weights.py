@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.errors import UsageError
+from ..base.filesystem import naming
 from ..base.safetensors_header import TORCH_DTYPES, HeaderTensor, parse_header, read_header
 from ..bundle.manifest import ModuleEntry
 
@@ -24,11 +25,15 @@ def read_weights(model: Path) -> dict[str, HeaderTensor]:
     for path in sorted(model.glob("*.safetensors")):
         if path.name.startswith("consolidated"):  # the same weights once more, as Mistral publishes them
             continue
+        not_one = UsageError(f"{path} is no safetensors file", "name another «model»")
+        if not path.is_file():
+            raise not_one
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found |= parse_header(read_header(descriptor))
+            with naming(path):
+                found |= parse_header(read_header(descriptor))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UsageError(f"{path} is no safetensors file", "name another «model»") from None
+            raise not_one from None
         finally:
             os.close(descriptor)
     return found

@@ -685,6 +685,18 @@ class TestLocalResources:
         monkeypatch.setattr(download, "link_or_copy", link)
         assert good("org:ann") == 0
 
+    def test_the_disk_is_full_where_a_local_adapter_is_copied(
+        self, good: Fetching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(source: Path, target: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+        write_collection(tmp_path / "local", plain(1))
+        monkeypatch.setattr(shutil, "copyfile", full)
+        assert good(str(tmp_path / "local")) == 8
+        (line,) = good.errors
+        assert str(good.directory) in line
+
     def test_another_run_at_work(self, good: Fetching) -> None:
         with workspace.Workspace(good.directory):
             assert good("ann/a") == 8

@@ -278,6 +278,18 @@ def test_one_adapter_is_called_as_its_folder_is(root: Path, tmp_path: Path) -> N
         add(tmp_path / "new", tmp_path / "acme", tmp_path / "newer", AddOptions())
 
 
+@pytest.mark.parametrize("method", ["coded", "joint", "svd"])
+def test_names_ascend_where_a_folder_and_one_below_it_are_called_otherwise(
+    root: Path, method: str, tmp_path: Path
+) -> None:
+    """Below the folder "-x" comes before ".", which is the folder itself."""
+    ra.write_collection(tmp_path / "all", (*OLD, ra.Recipe("x", 2, group=0), ra.Recipe("x/-x", 3, group=1)))
+    report = add(root / method, tmp_path / "all" / "x", tmp_path / "new", AddOptions(max_error=1))
+    assert list(added(report)) == ["x", "x/-x"]
+    assert list(entries(tmp_path / "new")) == [*(recipe.name for recipe in OLD), "x", "x/-x"]
+    assert verify(tmp_path / "new", against=tmp_path / "all").findings == []
+
+
 def test_values_that_the_dtype_cannot_hold_are_kept_as_they_are(tmp_path: Path) -> None:
     ra.write_collection(tmp_path / "old", OLD)
     compress(tmp_path / "old", tmp_path / "bundle", CompressOptions(method="joint", rank=8, dtype="f16"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import jsonschema
 import pytest
 from testing import random_adapters as ra
 from testing import schemas
+from testing.broken import edit_manifest
 
 from lorazip_cli.main import main
+from lorazip_core.base import filesystem
 from lorazip_core.sample import sample_path
 
 NAMES = sorted(folder.name for folder in sample_path().iterdir() if folder.is_dir())
@@ -151,3 +156,70 @@ def test_a_bundle_that_outgrows_its_budget_says_so(
     for each in told(capsys, "info", tmp_path / "2")["adapters"]:
         if each["added"]:
             assert 0.9 * mean < each["squared_error"] <= mean
+
+
+def test_a_budget_of_what_a_device_holds_is_compared_with_that(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("compress", root / "old", "-o", tmp_path / "1", "--objective", "resident", "--budget", "80kB")
+    run("add", tmp_path / "1", root / "new", "-o", tmp_path / "2")
+    held = told(capsys, "info", tmp_path / "2", "--resident")["resident"]["bytes"]
+    for short in (1, 0):
+        edit_manifest(tmp_path / "1", lambda m, budget=held - short: m["parameters"].update(budget=budget))
+        assert main(["add", str(tmp_path / "1"), str(root / "new"), "-o", str(tmp_path / "2"), "--force"]) == 0
+        assert ("on a device now, more than the --budget of" in capsys.readouterr().err) == bool(short)
+
+
+Usage = namedtuple("Usage", "total used free")
+VERBS = {
+    "add": lambda root: ["add", root / "joint", root / "new"],
+    "remove": lambda root: ["remove", root / "joint", OLD[0]],
+}
+
+
+@pytest.fixture(params=VERBS)
+def verb(request: pytest.FixtureRequest, root: Path) -> list[object]:
+    return VERBS[request.param](root)
+
+
+def refuse_to_link(source: Path, target: Path) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+
+
+def test_space_for_what_has_to_be_copied_is_wanted_before_the_work(
+    root: Path, verb: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The basis alone takes more than all that is written where files are linked."""
+    [basis] = (root / "joint" / "bases").iterdir()
+    monkeypatch.setattr(filesystem.shutil, "disk_usage", lambda path: Usage(10**9, 0, basis.stat().st_size))
+    run(*verb, "-o", tmp_path / "linked")
+    monkeypatch.setattr(os, "link", refuse_to_link)
+    monkeypatch.setattr("lorazip_core.maintain.carry.on_one_file_system", lambda folder, target: False)
+    capsys.readouterr()
+    assert main([*map(str, verb), "-o", str(tmp_path / "copied")]) == 8
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: about " in error
+    assert "(free some space, or choose another -o)" in error
+    assert "taking over" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["linked"]
+
+
+def test_a_disk_that_is_full_all_the_same_is_named(
+    verb: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    for function in ("link", "copyfile"):
+        monkeypatch.setattr(os if function == "link" else shutil, function, full)
+        assert main([*map(str, verb), "-o", str(tmp_path / "out"), "-q"]) == 8
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"lorazip: error: {tmp_path}/.out.partial/")
+        assert line.endswith("No space left on device (free some space, or choose another -o)")
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(os, "link", refuse_to_link)
+
+
+def test_file_systems(tmp_path: Path) -> None:
+    assert filesystem.on_one_file_system(tmp_path, tmp_path / "not" / "there")
+    assert not filesystem.on_one_file_system(tmp_path, Path("/proc/there"))

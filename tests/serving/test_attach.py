@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
+from testing.broken import edit_manifest
 from testing.peft_fixtures import edit_weights, load_adapter, quiet, save_adapter
 from testing.random_bundle import Sketch, make_bundle
 from testing.tiny_models import gpt2, llama
 from torch import Tensor, nn
 
 from lorazip_core.adapter.module import Module
-from lorazip_core.base.errors import Unsupported, UsageError
+from lorazip_core.base.errors import BundleDamaged, LocalError, Unsupported, UsageError
 from lorazip_core.bundle.decoder import decode
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.compress.run import compress
 from lorazip_core.export.exporter import export
 from lorazip_core.model.hooks import applied, on_device
+from lorazip_core.model.inputs import summing
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.schemes.registry import SCHEMES
-from lorazip_core.serving.attach import attach
+from lorazip_core.serving.attach import attach, detach
 from lorazip_core.serving.served import _TOKENS, NO_ADAPTER, Served
 
 MODULES = [
@@ -325,7 +330,11 @@ def test_some_adapters_only(case: Case) -> None:
         with pytest.raises(UsageError, match="what is served has no adapter 'd'"), served.rows(["d"]):
             pass
     torch.testing.assert_close(found[1], logits(case.alone("coded/b"), ids)[1], rtol=2e-4, atol=2e-4)
-    for only, message in (([], "leaves no adapter"), (["svdd"], "no adapter 'svdd' .did you mean 'svd'")):
+    for only, message in (
+        ([], "leaves no adapter"),
+        ("svd", r"'svd' is one name, .* .write \['svd'\]"),
+        (["svdd"], "no adapter 'svdd' .did you mean 'svd'"),
+    ):
         with pytest.raises(UsageError, match=message):
             attach(case.model(), case.bundle, only=only)
 
@@ -333,20 +342,112 @@ def test_some_adapters_only(case: Case) -> None:
 def test_wrong_rows(served: Served) -> None:
     with pytest.raises(UsageError, match=r"no adapter 'codes/a' \(did you mean 'coded/a'"), served.rows(["codes/a"]):
         pass
+    with pytest.raises(UsageError, match=r"'qqq' \(Served.names lists them\)"), served.rows(["qqq"]):
+        pass
     with pytest.raises(UsageError, match="no rows"), served.rows([]):
         pass
+    with pytest.raises(UsageError, match=r"'d' is one name, not a list of names \(write \['d'\]\)"), served.rows("d"):
+        pass
+    with pytest.raises(UsageError, match="'svd' is one name"):
+        served.generate(tokens(3), adapter_names="svd", **GREEDY)
     with pytest.raises(UsageError, match="2 adapter names for 3 inputs"):
         served.generate(tokens(3), adapter_names=["svd", "d"], **GREEDY)
     for inputs in ({"inputs": tokens(4)}, padded(4)):
         with pytest.raises(UsageError, match="2 adapter names for 4 inputs"):
             served.generate(**inputs, adapter_names=["svd", "d"], **GREEDY)
-    with pytest.raises(UsageError, match="a batch of 3 is no multiple of the 2 rows"), served.rows(["svd", "d"]):
-        logits(served.model, tokens(3))
+    for names in (["svd", "d"], [None, NO_ADAPTER]):
+        with pytest.raises(UsageError, match="a batch of 3 is no multiple of the 2 rows"), served.rows(names):
+            logits(served.model, tokens(3))
 
 
 def test_a_model_has_one_bundle(case: Case, served: Served) -> None:
     with pytest.raises(UsageError, match="attached to this model already"):
         attach(served.model, case.bundle)
+
+
+def test_a_model_is_detached_by_whoever_has_it(case: Case) -> None:
+    """Also as a part of another one, and when nothing but its hooks has what `attach` returned."""
+    model, ids = case.model(), tokens(1)
+    detach(model)  # from which nothing is to be detached
+    attach(model, case.bundle)
+    gc.collect()
+    with pytest.raises(UsageError, match=r"attached to this model already .detach it first: .*detach\(model\)"):
+        attach(model, case.bundle)
+    detach(nn.ModuleDict({"within": model}))
+    assert not any(module._forward_hooks for module in model.modules())
+    with attach(model, case.bundle) as served, served.rows(["d"]):
+        assert not torch.equal(logits(model, ids), logits(case.model(), ids))
+        detach(model)
+        assert torch.equal(logits(model, ids), logits(case.model(), ids))
+
+
+def test_a_model_that_is_dropped_is_not_kept(case: Case) -> None:
+    served = attach(case.model(), case.bundle)
+    of_model, of_served = ref(served.model), ref(served)
+    del served
+    gc.collect()
+    assert of_model() is of_served() is None
+
+
+def test_a_device_that_is_not_there(case: Case) -> None:
+    count = torch.cuda.device_count()
+    for device in (f"cuda:{count}", torch.device("cuda", count)):
+        with pytest.raises(LocalError, match=f"cuda:{count}: not there"):
+            attach(case.model(), case.bundle, device=device)
+    with pytest.raises(UsageError, match="choose auto, cpu, cuda"):
+        attach(case.model(), case.bundle, device="gpu")
+
+
+def test_a_manifest_that_contradicts_itself(case: Case, tmp_path: Path) -> None:
+    shutil.copytree(case.bundle, tmp_path / "bundle")
+    edit_manifest(tmp_path / "bundle", lambda m: m["requires"]["export"].remove("embedding"))
+    with pytest.raises(BundleDamaged, match="contradicts itself: the kind embedding is in use"):
+        attach(case.model(), tmp_path / "bundle")
+
+
+class Lenient(nn.Linear):
+    def forward(self, input: Tensor, more: int = 0) -> Tensor:
+        return super().forward(input)
+
+
+class Calling(nn.Module):
+    """A model that calls its layers with the names of their arguments, or without."""
+
+    def __init__(self, *, by_name: bool, **more: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.layer, self.by_name, self.more = nn.Embedding(16, 8), Lenient(8, 8), by_name, more
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(input=ids) if self.by_name else self.table(ids)
+        y: Tensor = self.layer(input=x, **self.more) if self.by_name else self.layer(x)
+        return y
+
+
+def test_layers_that_are_called_with_names(tmp_path: Path) -> None:
+    """Wherever an update is applied, and inputs are looked at."""
+    modules = [Module("layer", "linear", 8, 8), Module("table", "embedding", 8, 16)]
+    bundle = Bundle(make_bundle(tmp_path, sketches=[Sketch("a", "svd", [0, 1], 2)], modules=modules))
+    [entry] = bundle.manifest.adapters
+    updates = {module.name: decode(bundle, entry, module) for module in bundle.modules(entry)}
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    found = []
+    with torch.no_grad():
+        for by_name in (False, True):
+            model = Calling(by_name=by_name)
+            with attach(model, bundle) as served, served.rows(["a", None]):
+                found.append([model(ids)])
+            with applied(model, on_device(updates, torch.device("cpu"), torch.float32)):
+                found[-1].append(model(ids))
+            with summing(model, ["layer"]) as sums:
+                found[-1].append(model(ids))
+            found[-1].append(sums["layer"].total)
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], found[0][2])
+    model = Calling(by_name=True, more=1)
+    message = "layer was called with input, more: its input has to be the first argument"
+    with attach(model, bundle) as served, served.rows(["a"]), pytest.raises(UsageError, match=message):
+        model(ids)
 
 
 def test_another_model(case: Case, clustered: Case, tmp_path: Path) -> None:

@@ -387,6 +387,7 @@ MANIFESTS = [
     Broken("a module set twice", manifest(lambda m: m["module_sets"].append(m["module_sets"][0])), {"contradiction"}),
     Broken("a module listed twice", manifest(lambda m: m["modules"].append(m["modules"][0])), {"contradiction"}),
     Broken("no adapters", no_adapters, {"contradiction", "unlisted-file"}),
+    Broken("names that do not ascend", manifest(lambda m: m["adapters"][2].update(name="a/z")), {"contradiction"}),
     Broken("an adapter without a name", manifest(lambda m: m["adapters"][0].update(name="")), {"contradiction"}),
     Broken("a name that leads outside", manifest(lambda m: m["adapters"][0].update(name="../a")), {"contradiction"}),
     Broken(

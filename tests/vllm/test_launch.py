@@ -199,9 +199,12 @@ class TestChecks:
     def test_what_is_no_safetensors_file_is_named(self, bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
         assert launch(bundle, model=str(tmp_path)).notes[0].endswith("is not known: it has no safetensors files")
-        (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-        with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
-            launch(bundle, model=str(tmp_path))
+        path = tmp_path / "model.safetensors"
+        for make in (lambda: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), path.mkdir):
+            path.unlink(missing_ok=True)
+            make()
+            with pytest.raises(UsageError, match=r"model\.safetensors is no safetensors file"):
+                launch(bundle, model=str(tmp_path))
 
     @pytest.mark.parametrize("model", ["./nothing", "/nowhere/model", "~/model", "a/b/c"])
     def test_what_is_no_directory_and_no_name_is_refused(self, bundle: Path, model: str) -> None:

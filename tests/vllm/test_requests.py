@@ -57,8 +57,8 @@ def steps(living: LivingLlama) -> list[tuple[list[Any], Any]]:
         # No room, and what does not fit.
         (["add", "new1", 8, second], "LocalError: no room for adapter new1"),
         (["add", "alien", 8, others], "LocalError: module layers.0.q_proj [24, 20] of adapter alien is none"),
-        (["add", "more", 8, others], "Unsupported: 1 of 1 adapters cannot be served exactly"),
-        (["add", "loner", 8, third], "LocalError: no room was made for adapters like loner, of scheme coded"),
+        (["add", "more", 8, others], "ValueError: adapter more: 1 of 1 adapters cannot be served exactly"),
+        (["add", "loner", 8, third], "LocalError: no room for adapter loner"),
         # Removed; an id is free again for another one.
         (["remove", 5], True),
         (["ask", ["new0", 5, second]], f"ValueError: adapter new0 of {second} was not added"),
