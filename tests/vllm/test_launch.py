@@ -75,6 +75,13 @@ class TestVersions:
         with pytest.raises(LocalError, match="vLLM is not installed"):
             versions.installed()
 
+    def test_vllm_has_to_find_the_plugin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A checkout that was not installed again since it has one: vLLM would serve without it."""
+        monkeypatch.setattr(versions, "version", lambda name: "0.32.0")
+        monkeypatch.setattr(versions, "entry_points", lambda group: [])
+        with pytest.raises(LocalError, match=r"find lorazip's plugin here \(install lorazip again"):
+            versions.installed()
+
 
 class TestCommand:
     def test_its_words(self, bundle: Path) -> None:
