@@ -320,9 +320,9 @@ def test_some_adapters_are_compared_and_no_others(root: Path) -> None:
 
 def test_an_adapter_alone_has_the_name_that_the_bundle_has(root: Path) -> None:
     """That of its folder, where it was added; a dot, where the bundle was made from there."""
-    folder = root / "originals" / "d"
-    assert verify(root / "bundle", against=folder, adapters=["d"]).findings == []
-    edit_manifest(root / "bundle", lambda fields: fields["adapters"][2].update(name="."))
+    folder = root / "originals" / "a"
+    assert verify(root / "bundle", against=folder, adapters=["a"]).findings == []
+    edit_manifest(root / "bundle", lambda fields: fields["adapters"][0].update(name="."))
     report = verify(root / "bundle", against=folder, adapters=["."])
     assert kinds(report) == set()
 
