@@ -27,6 +27,7 @@ from .options import (
     NewBundle,
     Quiet,
     SkipBad,
+    require_output,
     squared_error,
 )
 from .progress import progress
@@ -63,8 +64,7 @@ def add(
     quiet: Quiet = False,
 ) -> int:
     """Add adapters to a bundle; all else stays as it is."""
-    if output is None and not dry_run:
-        raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    require_output(output, dry_run=dry_run)
     check_bundle_path(bundle)
     check_adapters_path(directory)
     refuse_contradictions(bundle, read_manifest(bundle, ("read",)))

@@ -35,6 +35,7 @@ from .options import (
     Weights,
     check_rank,
     one_of,
+    require_output,
     size,
     squared_error,
 )
@@ -136,8 +137,7 @@ def compress(
 ) -> int:
     """Compress LoRA adapters of one base model into a bundle."""
     number_or_file = parse_clusters(clusters)
-    if output is None and not dry_run:
-        raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    require_output(output, dry_run=dry_run)
     from lorazip_core.planning.options import CompressOptions
 
     options = CompressOptions(

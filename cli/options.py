@@ -95,6 +95,12 @@ def clusters(value: str) -> int | Literal["auto"] | Path:
     return Path(value)
 
 
+def require_output(output: Path | None, *, dry_run: bool) -> None:
+    """Raise BadParameter if nothing says where a command is to write, and it is to write something."""
+    if output is None and not dry_run:
+        raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+
+
 def not_negative(value: float | None) -> float | None:
     """A limit that has no upper bound."""
     if value is not None and not 0 <= value < float("inf"):

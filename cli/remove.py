@@ -14,7 +14,7 @@ from lorazip_core.bundle.output_path import check_output_path
 
 from . import console
 from .early import check_new
-from .options import Bundle, DryRun, Force, Json, NewBundle, Quiet
+from .options import Bundle, DryRun, Force, Json, NewBundle, Quiet, require_output
 from .progress import progress
 from .table import count, megabytes
 from .wording import report_in_options
@@ -33,8 +33,7 @@ def remove(
     quiet: Quiet = False,
 ) -> int:
     """Remove adapters from a bundle; the rest stays as it is."""
-    if output is None and not dry_run:
-        raise typer.BadParameter("it is needed, except with --dry-run", param_hint="'-o' / '--output'")
+    require_output(output, dry_run=dry_run)
     check_bundle_path(bundle)
     manifest = read_manifest(bundle, ("read",))
     refuse_contradictions(bundle, manifest)

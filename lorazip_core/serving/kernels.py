@@ -36,7 +36,7 @@ _FIELDS = tl.constexpr(FIELDS)
 
 @triton.jit
 def _tile(batch, KIND: tl.constexpr):
-    """How many tiles there are; of this program's: its tokens, their adapters, how many these are, and their group."""
+    """Of the tile of this program: where its tokens are, and their adapters; how many these are, and their group."""
     head = batch + _HEAD * KIND
     own = batch + tl.load(head + 1) + _FIELDS * tl.program_id(0)
     first = tl.load(own)

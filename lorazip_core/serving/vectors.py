@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..schemes.fixed_width import ODD, forms_of, pack_all
+from ..schemes.fixed_width import forms_of, pack_all
+from ..schemes.fixed_width import unpack as unpack_codes
 
 FLOATS = {torch.bfloat16: 32, torch.float16: 33, torch.float32: 34}
 """The form of a vector of such elements."""
 ALIGNED = 4
-_BITS = 15
 
 Bytes = NDArray[np.uint8]
 
@@ -65,11 +65,8 @@ def unpack(data: Tensor, at: int, form: int, length: int) -> Tensor:
     for dtype, known in FLOATS.items():
         if form == known:
             return data[at : at + length * dtype.itemsize].view(dtype).float()
-    bits = form & _BITS
-    bit = torch.arange(length, device=data.device) * bits
-    low = data[at + (bit >> 3)].int() | data[at + (bit >> 3) + 1].int() << 8
-    fields = low >> (bit & 7) & (1 << bits) - 1
-    return (2 * fields - (1 << bits) + 1 if form & ODD else fields - (1 << bits - 1)).float()
+    only = torch.zeros(1, dtype=torch.int32, device=data.device)
+    return unpack_codes(data[at:], only, only + form, length)[0].float()
 
 
 def _packed(rows: Tensor, forms: Bytes) -> Iterator[tuple[NDArray[np.int64], Bytes]]:
