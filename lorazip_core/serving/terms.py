@@ -28,7 +28,7 @@ from .vectors import pack
 Modules = Mapping[int, Terms]
 """The modules that an adapter has, by number."""
 
-_MARGIN = 16  # bytes after the last vector: a code is read from two bytes
+_MARGIN = 16  # bytes after the last vector: codes are read from whole words
 _SPARE = 1.5  # how much larger an adapter may be, that comes later, than those that are there are on average
 _TYPICAL_TERMS, _TYPICAL_BITS = 4, 4  # of a module, and of an element, where none are there
 _MOST_TERMS = 16  # of one module, if none that is there has more

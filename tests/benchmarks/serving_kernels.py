@@ -5,7 +5,7 @@
 Bundles are of q, k and v of a model (`serving.py make` makes such). A step calls the operators of all layers for so
 many tokens, each of another adapter at random, or for prompts of 160 tokens; beside it the same number of products
 with the weights of q, k and v. Before anything is timed, kernels are held against the plain operators on the CPU. With
---cuts other ways to cut the work are tried, see `kernels.Shape`.
+--cuts other ways to cut the work of each kernel are tried, see `kernels.Cuts`.
 """
 
 from __future__ import annotations
@@ -24,41 +24,38 @@ from torch import Tensor
 
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.serving import kernels
-from lorazip_core.serving.kernels import Shape
+from lorazip_core.serving.kernels import Cuts, Expand, Shrink
 from lorazip_core.serving.layers import Layer, Slice
 from lorazip_core.serving.store import AdapterStore
+from lorazip_core.serving.tiles import FEW
 
 GPU = torch.device("cuda")
 PROMPT = 160
 REPEATS = 20
-CUTS = {
-    "TERMS_OF_FEW": [
-        Shape(splits, columns, out, warps, terms)
-        for splits, columns, out, warps, terms in [
-            (4, 512, 256, 4, 2),
-            (4, 512, 256, 4, 1),
-            (4, 512, 256, 2, 1),
-            (4, 1024, 256, 4, 1),
-            (2, 1024, 512, 4, 1),
-            (8, 256, 256, 2, 2),
-            (4, 512, 512, 4, 1),
-            (4, 256, 128, 1, 1),
-            (4, 512, 512, 8, 1),
-        ]
-    ],
-    "TERMS_OF_MANY": [
-        Shape(splits, columns, out, warps, 16)
-        for splits, columns, out, warps in [(1, 64, 128, 4), (1, 64, 64, 4), (1, 32, 64, 4), (2, 64, 128, 8)]
-    ],
-    "BASES_OF_FEW": [
-        Shape(splits, columns, out, warps)
-        for splits, columns, out, warps in [(4, 128, 128, 4), (8, 64, 128, 2), (8, 128, 64, 4), (2, 128, 128, 4)]
-    ],
-    "BASES_OF_MANY": [
-        Shape(splits, columns, out, warps)
-        for splits, columns, out, warps in [(1, 64, 64, 4), (1, 128, 256, 4), (1, 64, 128, 4), (2, 64, 128, 4)]
-    ],
+CUTS: dict[str, tuple[list[Shrink], list[Expand]]] = {
+    "TERMS_OF_FEW": (
+        [
+            *(Shrink(8, 512, warps, groups=groups) for warps in (1, 2) for groups in (4, 8)),
+            *(Shrink(4, 1024, warps, groups=8) for warps in (1, 2, 4)),
+            *(Shrink(2, 2048, warps, groups=8) for warps in (2, 4)),
+            Shrink(16, 256, 1, groups=8),
+        ],
+        [Expand(columns, warps) for columns in (256, 512, 1024) for warps in (1, 2)],
+    ),
+    "TERMS_OF_MANY": (
+        [Shrink(splits, columns, 4, terms=16) for splits in (2, 4, 8) for columns in (64, 128)],
+        [Expand(columns, warps) for columns in (32, 64, 128) for warps in (2, 4)],
+    ),
+    "BASES_OF_FEW": (
+        [Shrink(splits, columns, warps) for splits in (8, 16) for columns in (64, 128) for warps in (1, 2)],
+        [Expand(columns, warps) for columns in (64, 128, 256) for warps in (1, 2)],
+    ),
+    "BASES_OF_MANY": (
+        [Shrink(splits, columns, 4) for splits in (1, 2) for columns in (64, 128)],
+        [Expand(columns, warps) for columns in (64, 128, 256) for warps in (4, 8)],
+    ),
 }
+"""Other ways to cut the work of the first kernel and of the second one."""
 
 
 def layers_of(bundle: Bundle) -> list[Layer]:
@@ -156,9 +153,9 @@ def products(layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
 
 
 @contextmanager
-def cut(name: str, shape: Shape) -> Iterator[None]:
+def cut(name: str, cuts: Cuts) -> Iterator[None]:
     before = getattr(kernels, name)
-    setattr(kernels, name, shape)
+    setattr(kernels, name, cuts)
     try:
         yield
     finally:
@@ -170,7 +167,7 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     store = AdapterStore(bundle, layers_of(bundle), device=GPU, dtype=torch.bfloat16)
     kind = "TERMS" if store.kinds == ["terms"] else "BASES"
     print(f"{path.name}: {len(store.numbers):,} adapters, {store.nbytes / 1e6:,.1f} MB, {store.kinds}", flush=True)
-    for tokens, each in ((40, 1), (640, PROMPT)):
+    for tokens, each in ((40, 1), (FEW + 8, PROMPT)):
         print(f"  kernels are off by {furthest(bundle, store, tokens, each):.1e} at {tokens} tokens", flush=True)
     loads = [*((tokens, 1) for tokens in options.tokens), *((tokens, PROMPT) for tokens in options.prompts)]
     for tokens, each in loads:
@@ -180,11 +177,22 @@ def measure(path: Path, options: argparse.Namespace) -> None:
         told = f"adapters {added:.3f} ms ({parts}), weights {base:.3f} ms: {added / base:.2f}"
         print(f"  {tokens:,} tokens: {told}", flush=True)
     if options.cuts:
-        for name in (f"{kind}_OF_FEW", f"{kind}_OF_MANY"):
-            for shape in CUTS[name]:
-                with cut(name, shape):
-                    taken = [milliseconds(Step(store, *load, 0).adapters) for load in loads]
-                print(f"  {name} {tuple(shape)}: {' '.join(f'{each:.3f}' for each in taken)} ms", flush=True)
+        few, many = [load for load in loads if load[0] <= FEW], [load for load in loads if load[0] > FEW]
+        try_cuts(store, f"{kind}_OF_FEW", few)
+        try_cuts(store, f"{kind}_OF_MANY", many)
+
+
+def try_cuts(store: AdapterStore, name: str, loads: Sequence[tuple[int, int]]) -> None:
+    """Print how long a kernel takes for all loads, cut as it is and in other ways."""
+    steps = [Step(store, *load, 0) for load in loads]
+    usual: Cuts = getattr(kernels, name)
+    of_first = [usual, *(usual._replace(shrink=shrink) for shrink in CUTS[name][0])]
+    of_second = [usual, *(usual._replace(expand=expand) for expand in CUTS[name][1])]
+    for which, tried in ((0, of_first), (1, of_second)):
+        for cuts in tried:
+            with cut(name, cuts):
+                taken = [sorted(kernel_times(step.adapters), reverse=True)[which] for step in steps]
+            print(f"  {name} {cuts[which]}: {' '.join(f'{each:.3f}' for _, each in taken)} ms", flush=True)
 
 
 def _counts(text: str) -> list[int]:

@@ -103,8 +103,10 @@ def test_no_tokens(interpreter: Executor, bundles: dict[str, Path]) -> None:
     check(interpreter, Case(bundles["all"], 1, torch.float32, tokens=0, padding=4))
 
 
-def check_compiled(compiler: Executor, case: Case) -> None:
-    assert set(compiler.submit(compiled, case).result()) == set(KERNELS)
+def check_compiled(compiler: Executor, case: Case) -> set[tuple[str, str]]:
+    found = compiler.submit(compiled, case).result()
+    assert {name for name, _ in found} == set(KERNELS)
+    return found
 
 
 @pytest.mark.parametrize("tokens", [2, MANY])
@@ -120,3 +122,13 @@ def test_they_compile_where_numbers_are_1(
 ) -> None:
     """Those are constants to the compiler, and have no ``to``, say, which the interpreter gives them."""
     check_compiled(compiler, Case(bundles["one"], layer, torch.bfloat16, tokens))
+
+
+@pytest.mark.parametrize(("tokens", "others"), [(16, (1, 2, 17)), (MANY + 14, (MANY, MANY + 1))])
+def test_an_engine_compiles_nothing_while_it_answers(
+    compiler: Executor, bundles: dict[str, Path], tokens: int, others: tuple[int, ...]
+) -> None:
+    """What is compiled for some number of tokens, when an engine warms up, is right for all."""
+    cases = [Case(bundles["all"], 1, torch.bfloat16, number) for number in (tokens, *others)]
+    first, *rest = [check_compiled(compiler, case) for case in cases]
+    assert all(each == first for each in rest)

@@ -87,8 +87,9 @@ def by_kernels(case: Case) -> Any:
     return found.float().numpy()
 
 
-def compiled(case: Case) -> list[str]:
-    """The kernels that the case needs, compiled for a Hopper GPU, which need not be there. Nothing is computed."""
+def compiled(case: Case) -> set[tuple[str, str]]:
+    """The kernels that the case needs, compiled for a Hopper GPU, which need not be there: each by its name and by what
+    was compiled. Nothing is computed."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -114,12 +115,13 @@ def compiled(case: Case) -> list[str]:
 
         def __getitem__(self, grid: Any) -> Any:
             def launch(*arguments: Any, **constants: Any) -> None:
-                assert "cubin" in self.kernel.warmup(*arguments, grid=grid, **constants).asm
-                names.append(self.kernel.__name__)
+                made = self.kernel.warmup(*arguments, grid=grid, **constants)
+                assert "cubin" in made.asm
+                found.add((self.kernel.__name__, made.hash))
 
             return launch
 
-    names: list[str] = []
+    found: set[tuple[str, str]] = set()
     triton.runtime.driver.set_active(Driver())
     originals = {name: getattr(kernels, name) for name in KERNELS}
     try:
@@ -129,4 +131,4 @@ def compiled(case: Case) -> list[str]:
     finally:
         for name, kernel in originals.items():
             setattr(kernels, name, kernel)
-    return names
+    return found
