@@ -13,6 +13,9 @@
 
 vLLM's own LoRA is restricted to the modules that the adapters have, and all adapters are in the main memory before
 anything is measured. All requests arrive at once; prompts are random tokens, and the cache of prefixes is off.
+With --add BUNDLE adapters that only this one has come and go while requests run, after the loads, so often as --changes
+says. `repeat BUNDLE OUT --adapters N` makes a bundle of ever so many adapters.
+
 A row that fails is reported, and the next one is measured. With --json every row is in the file as soon as it is
 measured, and rows that an earlier run with the same settings has left there are in the table, too.
 """
@@ -107,6 +110,7 @@ class Row(NamedTuple):
     engine: dict[str, Any]
     adapters: list[tuple[str, str]]
     preload: bool = False
+    to_add: Sequence[tuple[str, str]] = ()
 
 
 def make(options: argparse.Namespace) -> int:
@@ -122,6 +126,17 @@ def make(options: argparse.Namespace) -> int:
         _run(*LORAZIP, "compress", out / "adapters", "-o", out / name, *more, "--device", options.device, "-q")
         held = _info(out / name)
         _say(f"{name}: {held['bytes_bundle'] / 1e6:,.1f} MB, {_error(held):.4f} lost on average")
+    return 0
+
+
+def repeat(options: argparse.Namespace) -> int:
+    """Write OUT, a bundle with the adapters of BUNDLE again and again."""
+    from repeated_bundle import repeat
+
+    from lorazip_core.bundle.reader import Bundle
+
+    manifest = repeat(Bundle(options.bundle), options.out, options.adapters)
+    _say(f"{len(manifest.adapters):,} adapters")
     return 0
 
 
@@ -167,7 +182,7 @@ def rows(options: argparse.Namespace) -> list[Row]:
         if kind == "base":
             found.append(Row("base", {}, []))
         elif kind == "bundle":
-            found += [_bundle_row(path, held, options.max_num_seqs) for path, held in bundles.items()]
+            found += [_bundle_row(path, held, options.max_num_seqs, options.add) for path, held in bundles.items()]
         elif stock is not None and kind == "one":
             found.append(_stock_row("one", stock._replace(adapters=stock.adapters[:1]), 1))
         elif stock is not None and kind == "stock-seqs":
@@ -198,6 +213,7 @@ def measure(row: Row, options: argparse.Namespace, work: Path, logs: Path) -> tu
     }
     shared = {name: getattr(options, name) for name in ("loads", "requests", "warm_up", "rounds", "seed")}
     what = {"engine": engine, "adapters": row.adapters, "preload": row.preload, "results": str(results), **shared}
+    what |= {"to_add": row.to_add, "changes": options.changes if row.to_add else 0}
     spec.write_text(json.dumps(what))
     failure = _engine(spec, log, options.timeout)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -208,6 +224,9 @@ def measure(row: Row, options: argparse.Namespace, work: Path, logs: Path) -> tu
             measured.append(line)
         else:
             about |= line
+    if changed := about.pop("changed", None):
+        _say(f"{row.name}: {json.dumps(changed)}")
+        about["changed"] = changed
     return [{**about, **line} for line in _medians(measured)], failure
 
 
@@ -249,19 +268,21 @@ def read_stock(folder: Path) -> Stock:
 LORAZIP = (sys.executable, "-m", "lorazip_cli")
 
 
-def _bundle_row(path: Path, held: dict[str, Any], sequences: int) -> Row:
+def _bundle_row(path: Path, held: dict[str, Any], sequences: int, add: Path | None) -> Row:
     from lorazip_core.bundle.reader import Bundle
     from lorazip_core.vllm.source import KEY
 
     names = [adapter["name"] for adapter in held["adapters"]]
-    settings = {"bundle": str(path.resolve()), "manifest_sha256": Bundle(path).digest, "spare": 0}
+    more = [adapter.name for adapter in Bundle(add).manifest.adapters] if add else []
+    to_add = [(name, str(add)) for name in more if name not in set(names)]
+    settings = {"bundle": str(path.resolve()), "manifest_sha256": Bundle(path).digest, "spare": 4 * len(to_add)}
     engine = {
         "enable_lora": True,
         "max_loras": min(len(names), sequences),
         "max_lora_rank": 1,
         "additional_config": {KEY: settings},
     }
-    return Row(f"bundle {path.name}", engine, [(name, f"{KEY}:{name}") for name in names])
+    return Row(f"bundle {path.name}", engine, [(name, f"{KEY}:{name}") for name in names], to_add=to_add)
 
 
 def _stock_row(name: str, stock: Stock, slots: int) -> Row:
@@ -378,7 +399,7 @@ def _kinds(text: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True, metavar="make|run")
+    verbs = parser.add_subparsers(required=True, metavar="make|repeat|run")
 
     verb = verbs.add_parser("make", help="make up adapters, and compress them with both kinds of schemes")
     verb.add_argument("out", type=Path, metavar="OUT")
@@ -387,6 +408,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--times", type=float, default=40, help="how many times smaller OUT/coded is on a device")
     verb.add_argument("--device", default="auto")
     verb.set_defaults(do=make)
+
+    verb = verbs.add_parser("repeat", help="make a bundle of more adapters, which are the same ones under other names")
+    verb.add_argument("bundle", type=Path, metavar="BUNDLE")
+    verb.add_argument("out", type=Path, metavar="OUT")
+    verb.add_argument("--adapters", type=int, default=10_000, metavar="N", help="the least number")
+    verb.set_defaults(do=repeat)
 
     verb = verbs.add_parser("run", help="measure rows, each in an engine of its own")
     base = verb.add_mutually_exclusive_group(required=True)
@@ -404,6 +431,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: vLLM's")
     verb.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE")
     verb.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM")
+    verb.add_argument("--add", type=Path, metavar="BUNDLE", help="whose adapters come and go while requests run")
+    verb.add_argument("--changes", type=int, default=1000, metavar="N", help="how often one of them does")
     verb.add_argument("--timeout", type=float, default=900, metavar="S", help="for one engine")
     verb.add_argument("--json", type=Path, help="keep what is measured here")
     verb.add_argument("--logs", type=Path, metavar="DIR", help="keep what engines say here")

@@ -3,7 +3,8 @@
 The specification is a JSON object: the arguments of `vllm.LLM` (``engine``), ``loads`` of ``prompt`` and ``new``
 tokens, how many ``requests``, ``warm_up`` requests and ``rounds``, ``adapters`` as pairs of a name and a path (each
 request takes one at random; without any all are of the base model), whether to ``preload`` them, a ``seed``, and the
-file for ``results``.
+file for ``results``. ``changes`` are how often one of the adapters ``to_add``, as such pairs, comes or goes while
+requests run.
 
 Every line of that file is what was measured, written as soon as it is.
 """
@@ -11,7 +12,9 @@ Every line of that file is what was measured, written as soon as it is.
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +25,10 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 FIRST_TOKEN = 10  # ids below are often special
+RUNNING, SHORT = 128, {"prompt": 16, "new": 16}
+"""How many requests there are while adapters come and go, and what they are: an adapter stays until those are done."""
+ROUND = 10**6
+"""An id is that of one load of an adapter, and of no other."""
 
 
 class Batch(NamedTuple):
@@ -61,6 +68,58 @@ def generate(llm: LLM, of: Batch) -> dict[str, Any]:
     }
 
 
+def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict[str, Any]:
+    """Load and unload adapters in turn while there are always requests, some of them for these; how long that takes."""
+    engine = llm.llm_engine
+    parameters = SamplingParams(max_tokens=of.new, ignore_eos=True, temperature=0, detokenize=False)
+    taken: dict[str, list[float]] = {"load": [], "unload": []}
+    there: list[LoRARequest] = []
+    memory, asked, answered = gpu_memory(), 0, 0
+    started = time.perf_counter()
+    for number in range(changes):
+        while engine.get_num_unfinished_requests() < RUNNING:
+            choice = there if there and asked % 4 == 0 else of.adapters
+            adapter = choice[asked % len(choice)] if choice else None
+            engine.add_request(str(asked), of.prompts[asked % len(of.prompts)], parameters, lora_request=adapter)
+            asked += 1
+        answered += sum(output.finished for output in engine.step())
+        begun = time.perf_counter()
+        if len(there) < len(to_add):
+            new = to_add[number % len(to_add)]
+            adapter = LoRARequest(new.lora_name, new.lora_int_id + (1 + number) * ROUND, new.lora_path)
+            engine.add_lora(adapter)
+            there.append(adapter)
+            taken["load"].append(time.perf_counter() - begun)
+        else:
+            engine.remove_lora(there.pop(0).lora_int_id)
+            taken["unload"].append(time.perf_counter() - begun)
+    seconds = time.perf_counter() - started
+    while engine.has_unfinished_requests():
+        answered += sum(output.finished for output in engine.step())
+    for adapter in there:
+        engine.remove_lora(adapter.lora_int_id)
+    return {
+        "changes": changes,
+        "requests": answered,
+        "seconds": seconds,
+        "gpu_bytes_more": gpu_memory() - memory,
+        **{f"{what}_p50": sorted(each)[len(each) // 2] for what, each in taken.items() if each},
+        **{f"{what}_most": max(each) for what, each in taken.items() if each},
+    }
+
+
+def gpu_memory() -> int:
+    """Bytes in use of the GPU, or of both; 0 without one."""
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    used = [int(line) * 2**20 for line in found.split()]
+    return sum(used[int(number)] for number in shown.split(",")) if shown else sum(used)
+
+
 def main(path: str) -> int:
     spec = json.loads(Path(path).read_text())
 
@@ -90,6 +149,10 @@ def main(path: str) -> int:
         for _ in range(spec["rounds"]):
             measured = generate(llm, batch(load, spec["requests"], adapters, vocabulary, seeds[1]))
             write(load=load["name"], **measured)
+    if spec["changes"]:
+        to_add = [LoRARequest(name, number, path) for number, (name, path) in enumerate(spec["to_add"], 1)]
+        running = batch(SHORT, spec["requests"], adapters, vocabulary, spec["seed"])
+        write(changed=change(llm, running, to_add, spec["changes"]))
     return 0
 
 

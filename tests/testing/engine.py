@@ -53,7 +53,7 @@ def run(folder: Path, script: Path, spec: dict[str, Any]) -> Any:
         env=os.environ
         | {
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])]),
             "VLLM_CACHE_ROOT": str(folder / "cache"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },

@@ -121,3 +121,12 @@ def test_from_a_bundle_by_a_compiled_model(
 ) -> None:
     asked, requests = _of_bundle(case, engine)
     assert answers(tmp_path, asked | {"enforce_eager": False}, requests)["as it is"] == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_from_a_bundle_by_two_gpus(
+    case: ServedLlama, engine: dict[str, Any], expected: list[list[int]], tmp_path: Path
+) -> None:
+    asked, requests = _of_bundle(case, engine)
+    two = asked | {"tensor_parallel_size": 2, "enforce_eager": False}
+    assert answers(tmp_path, two, requests)["as it is"] == expected
