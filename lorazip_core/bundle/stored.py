@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,22 +37,21 @@ def stored(bundle: Bundle, adapter: AdapterEntry, module: ModuleEntry) -> dict[s
     return tensors
 
 
-def stored_unpacked(
-    bundle: Bundle, adapter: AdapterEntry, unpacked: Unpacked
-) -> Iterator[tuple[ModuleEntry, dict[str, Tensor]]]:
-    """All modules of an adapter out of a file of several, each with what `stored` returns; raises as that.
+def check_unpacked(bundle: Bundle, unpacked: Mapping[int, Unpacked]) -> None:
+    """Raise as `stored` for the adapters of a file of several, ``unpacked`` from it by their indices.
 
     Modules that are alike are checked once.
     """
     alike: set[object] = set()
-    all_finite = all(finite(joined.flat) for joined in unpacked.joined.values())
-    for module, *tensors in zip(bundle.modules(adapter), *unpacked.joined.values(), strict=True):
-        own = dict(zip(unpacked.joined, tensors, strict=True))
-        key = module.d_out, module.d_in, *(tensor.shape for tensor in tensors)
-        if key not in alike or not all_finite:
-            _check_individual(bundle, adapter, module, own)
-            alike.add(key)
-        yield module, own
+    for index, joined in ((index, each.joined) for index, each in unpacked.items()):
+        adapter = bundle.manifest.adapters[index]
+        shapes = np.concatenate([each.shapes for each in joined.values()], 1).tolist()
+        all_finite = all(finite(each.flat) for each in joined.values())
+        for place, (module, shape) in enumerate(zip(bundle.modules(adapter), shapes, strict=True)):
+            key = adapter.rank, module.d_out, module.d_in, *shape
+            if key not in alike or not all_finite:
+                _check_individual(bundle, adapter, module, {suffix: each[place] for suffix, each in joined.items()})
+                alike.add(key)
 
 
 def stored_shared(bundle: Bundle, cluster: ClusterEntry, module: ModuleEntry) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from .factors import apply_rows, rows_of
 from .scheme import (
     Counting,
     Encoding,
+    JoinedTerms,
     ModuleGroup,
     Objective,
     PackedScheme,
@@ -88,6 +89,13 @@ class Coded(PackedScheme, SteppedScheme):
         from ..maths.quantise import unpacked_scale
 
         return Terms(own["u"], own["v"], unpacked_scale(own["scale"], torch.float32))
+
+    def joined_terms(self, own: Mapping[str, Joined]) -> JoinedTerms:
+        import torch
+
+        from ..maths.quantise import unpacked_scale
+
+        return JoinedTerms(own["u"], own["v"], unpacked_scale(own["scale"].flat, torch.float32))
 
     def resident(self, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Components as `coded_resident` lays them out."""

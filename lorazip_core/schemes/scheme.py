@@ -298,6 +298,15 @@ class Terms(NamedTuple):
     """[k] in float32."""
 
 
+class JoinedTerms(NamedTuple):
+    """`Terms` of several modules, one after another."""
+
+    u: Joined
+    v: Joined
+    scale: Tensor
+    """[terms] in float32."""
+
+
 class IndividualScheme(Scheme):
     """Every adapter on its own."""
 
@@ -356,6 +365,10 @@ class PackedScheme(IndividualScheme):
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[dict[str, Joined]]:
         """What `pack` was given, for updates of these sizes. Raises ValueError if the tensors are not such ones."""
+
+    @abstractmethod
+    def joined_terms(self, own: Mapping[str, Joined]) -> JoinedTerms:
+        """`terms` of all modules of an adapter."""
 
     @abstractmethod
     def typical_bytes(self, size: Size) -> int:

@@ -7,7 +7,7 @@ operators need, and `calls` are the operators of a layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -23,14 +23,14 @@ from ..base.stopping import check_stop
 from ..base.threads import in_order
 from ..bundle.manifest import AdapterEntry, ModuleEntry
 from ..bundle.reader import Bundle
-from ..bundle.stored import stored, stored_shared, stored_stacked, stored_unpacked
+from ..bundle.stored import check_unpacked, stored, stored_shared, stored_stacked
 from ..schemes.bases import BasesScheme
 from ..schemes.registry import packed_scheme
 from ..schemes.scheme import IndividualScheme, Size
 from . import operators as operators  # which defines them
 from .cores import CoreTable
 from .layers import Layer
-from .terms import PackedTerms, TermsTable, pack_terms
+from .terms import AdapterTerms, PackedTerms, TermsTable, pack_terms
 from .tiles import Grouped, batch, most_ints
 
 NONE = -1
@@ -126,7 +126,7 @@ class AdapterStore:
             raise LocalError(f"no room for adapter {adapter.name}", "remove others, or start the server with more room")
         table = self._tables[self.kinds.index(kind)]
         if isinstance(table, TermsTable):
-            place = table.add(self._terms(bundle, adapter, _stored(bundle, adapter)))
+            place = table.add(self._packed(bundle, [adapter])[0])
             group = place
         else:
             group = self._cluster(bundle, adapter, table)
@@ -198,23 +198,29 @@ class AdapterStore:
 
     def _packed(self, bundle: Bundle, adapters: list[AdapterEntry]) -> list[PackedTerms]:
         """Adapters of one file."""
-        if packed_scheme(adapters[0].scheme) is None:
-            return [self._terms(bundle, adapter, _stored(bundle, adapter)) for adapter in adapters]
-        unpacked = bundle.unpacked_in(str(adapters[0].individual))
-        return [
-            self._terms(bundle, adapter, stored_unpacked(bundle, adapter, unpacked[bundle.index(adapter)]))
+        check_stop()
+        scheme = packed_scheme(adapters[0].scheme)
+        if scheme is None:
+            return pack_terms([self._terms(bundle, adapter) for adapter in adapters])
+        of_file = bundle.unpacked_in(str(adapters[0].individual))
+        unpacked = {index: of_file[index] for index in map(bundle.index, adapters)}
+        check_unpacked(bundle, unpacked)
+        numbers = [
+            np.array([self._modules.get(module.name, NONE) for module in bundle.modules(adapter)], np.int64)
             for adapter in adapters
         ]
+        terms = [scheme.joined_terms(each.joined) for each in unpacked.values()]
+        return pack_terms([AdapterTerms.of_joined(*each) for each in zip(numbers, terms, strict=True)])
 
-    def _terms(
-        self, bundle: Bundle, adapter: AdapterEntry, modules: Iterable[tuple[ModuleEntry, dict[str, Tensor]]]
-    ) -> PackedTerms:
-        check_stop()
+    def _terms(self, bundle: Bundle, adapter: AdapterEntry) -> AdapterTerms:
         scheme = bundle.scheme(adapter)
         assert isinstance(scheme, IndividualScheme)
-        return pack_terms(
-            {self._modules[module.name]: scheme.terms(own) for module, own in modules if module.name in self._modules}
-        )
+        modules = {}
+        for module, own in _stored(bundle, adapter):
+            check_stop()
+            if (number := self._modules.get(module.name)) is not None:
+                modules[number] = scheme.terms(own)
+        return AdapterTerms.of_modules(modules)
 
     def _core_table(
         self,

@@ -18,7 +18,7 @@ from testing.random_bundle import MODULES, SKETCHES, Sketch, make_bundle
 from lorazip_core.base.errors import BundleDamaged, LocalError
 from lorazip_core.bundle.manifest import AdapterEntry
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.bundle.stored import stored_unpacked
+from lorazip_core.bundle.stored import check_unpacked
 from lorazip_core.maintain.remove import remove
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.resident import NONE, Resident
@@ -106,6 +106,13 @@ def test_a_batch_of_many_tokens(bundle: Bundle, resident: Resident) -> None:
     x, y = inputs(store.layers[1], len(rows), torch.float32)
     found = computed(store, 1, x, numbers, y)
     torch.testing.assert_close(found.double(), expected(resident, store.layers[1], x, rows, y), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [[0], [1], [0, 2]])
+def test_layers_that_have_some_of_the_modules(bundle: Bundle, resident: Resident, places: list[int]) -> None:
+    some = [layers()[place] for place in places]
+    store = AdapterStore(bundle, some, device=CPU, dtype=torch.float32)
+    check(store, resident, {number: name for name, number in store.numbers.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -337,11 +344,9 @@ def test_modules_that_are_alike_are_checked_once_and_others_too(tmp_path: Path) 
     sketch = Sketch("za", "coded", [0, 1, 2, 3], 3, dropped=[0, 1])
     bundle = Bundle(make_bundle(tmp_path, sketches=[sketch]))
     [adapter] = bundle.manifest.adapters
-    found = dict(zip(MODULES, stored_unpacked(bundle, adapter, bundle.unpacked(adapter)), strict=True))
-    for module, (entry, own) in found.items():
-        assert entry.name == module.name
-        assert {suffix: tensor.tolist() for suffix, tensor in own.items()} == {
-            suffix: tensor.tolist() for suffix, tensor in bundle.own(adapter, module.name).items()
-        }
+    unpacked = bundle.unpacked_in(str(adapter.individual))
+    check_unpacked(bundle, unpacked)
+    manifest = msgspec.structs.replace(bundle.manifest, adapters=[msgspec.structs.replace(adapter, rank=2)])
+    bundle.manifest = manifest
     with pytest.raises(BundleDamaged, match=r"q_proj.u is \[3, 24\], not \[0..2, 24\]"):
-        list(stored_unpacked(bundle, msgspec.structs.replace(adapter, rank=2), bundle.unpacked(adapter)))
+        check_unpacked(bundle, unpacked)

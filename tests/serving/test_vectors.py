@@ -36,17 +36,14 @@ def rows_of(vectors: list[Tensor]) -> list[Tensor]:
 
 
 @settings(deadline=None)
-@given(matrices())
-def test_round_trip(vectors: list[Tensor]) -> None:
-    packed = pack(vectors)
-    data = torch.cat([torch.from_numpy(packed.data), torch.full((1,), 255, dtype=torch.uint8)])
-    found = [
-        unpack(data, at, form, len(row))
-        for at, form, row in zip(packed.at.tolist(), packed.forms.tolist(), rows_of(vectors), strict=True)
-    ]
-    for row, own in zip(rows_of(vectors), found, strict=True):
-        assert own.dtype == torch.float32
-        assert torch.equal(own, row.float())
+@given(st.lists(matrices(), max_size=4))
+def test_round_trip(owners: list[list[Tensor]]) -> None:
+    for packed, vectors in zip(pack(owners), owners, strict=True):
+        data = torch.cat([torch.from_numpy(packed.data), torch.full((1,), 255, dtype=torch.uint8)])
+        for at, form, row in zip(packed.at.tolist(), packed.forms.tolist(), rows_of(vectors), strict=True):
+            found = unpack(data, at, form, len(row))
+            assert found.dtype == torch.float32
+            assert torch.equal(found, row.float())
 
 
 def sizes(packed: Packed, vectors: list[Tensor]) -> list[int]:
@@ -58,16 +55,16 @@ def sizes(packed: Packed, vectors: list[Tensor]) -> list[int]:
 
 
 @settings(deadline=None)
-@given(matrices())
-def test_they_lie_side_by_side_and_aligned(vectors: list[Tensor]) -> None:
-    packed = pack(vectors)
-    assert packed.data.dtype == packed.forms.dtype == np.uint8
-    assert not (packed.at % ALIGNED).any()
-    end = 0
-    for at, size in sorted(zip(packed.at.tolist(), sizes(packed, vectors), strict=True)):
-        assert at == end
-        end = at + -(-size // ALIGNED) * ALIGNED
-    assert len(packed.data) == end
+@given(st.lists(matrices(), max_size=4))
+def test_those_of_an_owner_lie_side_by_side_and_aligned(owners: list[list[Tensor]]) -> None:
+    for packed, vectors in zip(pack(owners), owners, strict=True):
+        assert packed.data.dtype == packed.forms.dtype == np.uint8
+        assert not (packed.at % ALIGNED).any()
+        end = 0
+        for at, size in sorted(zip(packed.at.tolist(), sizes(packed, vectors), strict=True)):
+            assert at == end
+            end = at + -(-size // ALIGNED) * ALIGNED
+        assert len(packed.data) == end
 
 
 @pytest.mark.parametrize(
@@ -84,12 +81,12 @@ def test_they_lie_side_by_side_and_aligned(vectors: list[Tensor]) -> None:
     ],
 )
 def test_the_form_of_a_vector(values: Tensor, form: int) -> None:
-    assert pack([values]).forms.tolist() == [form]
+    assert pack([[values]])[0].forms.tolist() == [form]
 
 
 def test_more_than_are_packed_together() -> None:
     codes = torch.randint(-3, 3, (200, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    packed = pack([codes[:150].mT.contiguous().mT, codes[150:]])  # strides are no matter
+    [packed] = pack([[codes[:150].mT.contiguous().mT, codes[150:]]])  # strides are no matter
     data = torch.from_numpy(np.append(packed.data, np.uint8(0)))
     found = [unpack(data, at, form, 9) for at, form in zip(packed.at.tolist(), packed.forms.tolist(), strict=True)]
     assert torch.equal(torch.stack(found), codes.float())
