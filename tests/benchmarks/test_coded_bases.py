@@ -92,9 +92,10 @@ def test_errors_of_eight_bits_are_nearly_those_of_the_bundle(bundle: Path, colle
     claimed = [adapter.squared_error for adapter in Bundle(bundle).manifest.adapters]
     points = {point.setting.partition(", ")[2]: point for point in coded_bases.points(bundle, collection, "it")}
     eight, four = points["8 and 8 bits"], points["4 and 4 bits"]
-    assert eight.mean == pytest.approx(sum(claimed) / len(claimed), abs=5e-3)
-    assert eight.worst == pytest.approx(max(claimed), abs=5e-3)
-    assert eight.mean < four.mean
+    # How collinear the bases are, and so how much their rounding costs, differs a little from processor to processor.
+    assert eight.mean == pytest.approx(sum(claimed) / len(claimed), rel=0.1)
+    assert eight.worst == pytest.approx(max(claimed), rel=0.1)
+    assert four.mean > 1.2 * eight.mean
     assert eight.bytes > four.bytes
     steps = [points[f"step {step:g}"] for step in (0.125, 0.25, 0.5, 1.0, 2.0)]
     assert [point.mean for point in steps] == sorted(point.mean for point in steps)
