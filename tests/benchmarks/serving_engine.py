@@ -69,33 +69,48 @@ def generate(llm: LLM, of: Batch) -> dict[str, Any]:
 
 
 def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict[str, Any]:
-    """Load and unload adapters in turn while there are always requests, some of them for these; how long that takes."""
+    """Load and unload adapters in turn while there are always requests, some of them for these; how long that takes.
+
+    One is unloaded when its requests are done, which the engine insists on.
+    """
     engine = llm.llm_engine
     parameters = SamplingParams(max_tokens=of.new, ignore_eos=True, temperature=0, detokenize=False)
     taken: dict[str, list[float]] = {"load": [], "unload": []}
     there: list[LoRARequest] = []
+    running: dict[str, int] = {}
     memory, asked, answered = gpu_memory(), 0, 0
+
+    def step() -> None:
+        nonlocal answered
+        for output in engine.step():
+            if output.finished:
+                answered += 1
+                del running[output.request_id]
+
     started = time.perf_counter()
-    for number in range(changes):
-        while engine.get_num_unfinished_requests() < RUNNING:
-            choice = there if there and asked % 4 == 0 else of.adapters
+    while sum(map(len, taken.values())) < changes:
+        while len(running) < RUNNING:
+            young = there[1:][-2:]
+            choice = young if young and asked % 4 == 0 else of.adapters
             adapter = choice[asked % len(choice)] if choice else None
-            engine.add_request(str(asked), of.prompts[asked % len(of.prompts)], parameters, lora_request=adapter)
+            given = str(asked)
+            engine.add_request(given, of.prompts[asked % len(of.prompts)], parameters, lora_request=adapter)
+            running[given] = adapter.lora_int_id if adapter else 0
             asked += 1
-        answered += sum(output.finished for output in engine.step())
+        step()
         begun = time.perf_counter()
         if len(there) < len(to_add):
-            new = to_add[number % len(to_add)]
-            adapter = LoRARequest(new.lora_name, new.lora_int_id + (1 + number) * ROUND, new.lora_path)
+            new = to_add[len(taken["load"]) % len(to_add)]
+            adapter = LoRARequest(new.lora_name, new.lora_int_id + (1 + len(taken["load"])) * ROUND, new.lora_path)
             engine.add_lora(adapter)
             there.append(adapter)
             taken["load"].append(time.perf_counter() - begun)
-        else:
+        elif there[0].lora_int_id not in running.values():
             engine.remove_lora(there.pop(0).lora_int_id)
             taken["unload"].append(time.perf_counter() - begun)
     seconds = time.perf_counter() - started
     while engine.has_unfinished_requests():
-        answered += sum(output.finished for output in engine.step())
+        step()
     for adapter in there:
         engine.remove_lora(adapter.lora_int_id)
     return {
