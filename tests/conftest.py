@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,9 @@ from testing.hub import HubServer
 
 import lorazip_core.fetch.options
 from lorazip_core.fetch.options import FetchOptions, RetryPolicy
+
+# As the Makefile has it: on small matrices, threads wait for each other more than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

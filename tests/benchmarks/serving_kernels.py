@@ -209,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no GPU", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)  # what plain operators multiply is small
     for bundle in options.bundles:
         measure(bundle, options)
     return 0
