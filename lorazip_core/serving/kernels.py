@@ -265,7 +265,7 @@ def _shrink_bases(
         product = total * tl.load(entries, mask=used[:, None], other=0).to(tl.float32)
     else:
         product = tl.zeros([TILE, RANK], tl.float32)
-        for k in tl.static_range(RANK):
+        for k in tl.range(RANK, loop_unroll_factor=16):
             amount = tl.sum(tl.where(r[None, :] == k, total, 0.0), 1)
             row = own_core + (adapter[:, None] * RANK + k) * RANK + r[None, :]
             product += amount[:, None] * tl.load(row, mask=used[:, None], other=0).to(tl.float32)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing import random_bundle
 from testing.device_tables import expected
 from testing.random_bundle import Sketch, make_bundle
 from testing.triton_process import KERNELS, Case, by_kernels, compiled, triton_process
@@ -45,7 +46,11 @@ UNEVEN = [
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("kernels")
     one = [Sketch("a", "joint", [0, 1, 2, 3], 3), Sketch("g", "original", [0, 1, 2, 3], 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_bundle, "JOINT_RANK", 18)
+        make_bundle(root / "wide")
     return {
+        "wide": root / "wide" / "bundle",
         "all": make_bundle(root / "all"),
         "uneven": make_bundle(root / "uneven", dtype="f16", sketches=UNEVEN),
         "one": make_bundle(root / "one", sketches=one),
@@ -96,6 +101,13 @@ def test_tensor_parallel_ranks(
     interpreter: Executor, bundles: dict[str, Path], split: tuple[int, int, bool], tokens: int
 ) -> None:
     check(interpreter, Case(bundles["all"], 1, torch.float32, tokens, split=split))
+
+
+@pytest.mark.parametrize("tokens", [23, MANY])
+def test_bases_of_more_than_sixteen_columns(interpreter: Executor, bundles: dict[str, Path], tokens: int) -> None:
+    case = Case(bundles["wide"], 1, torch.float32, tokens, schemes=("diag", "joint"))
+    assert {call.tensors[0].shape[-1] for call in case.store().calls(1) if call.operator == "add_cores"} == {16, 32}
+    check(interpreter, case)
 
 
 def test_no_tokens(interpreter: Executor, bundles: dict[str, Path]) -> None:
