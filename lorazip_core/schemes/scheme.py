@@ -366,9 +366,15 @@ class PackedScheme(IndividualScheme):
     def unpack(self, tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[Size]]) -> list[dict[str, Joined]]:
         """What `pack` was given, for updates of these sizes. Raises ValueError if the tensors are not such ones."""
 
-    @abstractmethod
     def joined_terms(self, own: Mapping[str, Joined]) -> JoinedTerms:
-        """`terms` of all modules of an adapter."""
+        """`terms` of all modules of an adapter, of which there is one at least."""
+        import torch
+
+        from .joined import Joined
+
+        modules = [self.terms(dict(zip(own, tensors, strict=True))) for tensors in zip(*own.values(), strict=True)]
+        u, v = (Joined.of([getattr(terms, side) for terms in modules]) for side in ("u", "v"))
+        return JoinedTerms(u, v, torch.cat([terms.scale for terms in modules]))
 
     @abstractmethod
     def typical_bytes(self, size: Size) -> int:

@@ -19,7 +19,7 @@ from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModules
 from lorazip_core.schemes.joined import Joined
-from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
+from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, PackedScheme, Size, Target
 from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
@@ -115,6 +115,20 @@ def test_the_scheme_packs_adapters_of_one_module_of_none_and_of_mixed_sizes() ->
             for suffix, tensor in zip(Coded.own, tensors, strict=True):
                 assert found[suffix][place].equal(tensor)
                 assert found[suffix][place].dtype == tensor.dtype
+
+
+def test_terms_of_all_modules_are_those_of_each() -> None:
+    for own in sample():
+        joined = dict(zip(Coded.own, map(Joined.of, zip(*map(tensors_of, own), strict=True)), strict=True))
+        found, each = Coded().joined_terms(joined), PackedScheme.joined_terms(Coded(), joined)
+        for one, other in ((found.u, each.u), (found.v, each.v)):
+            assert torch.equal(one.flat, other.flat)
+            assert one.shapes.tolist() == other.shapes.tolist()
+        assert torch.equal(found.scale, each.scale)
+
+
+def tensors_of(module: CodedModule) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in module]
 
 
 def test_nothing_at_all() -> None:
