@@ -17,6 +17,7 @@ WITH_A_BUNDLE = (
         for name in ("load_lora_adapter", "resolve_lora", "show_available_models", "unload_lora_adapter")
     ),
     "vllm.entrypoints.openai.models.serving:create_error_response",
+    "vllm.exceptions:VLLMNotFoundError",
     "vllm.lora.request:LoRARequest",
     "vllm.lora.resolver:LoRAResolver",
     *(
