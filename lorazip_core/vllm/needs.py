@@ -20,6 +20,7 @@ WITH_A_BUNDLE = (
     "vllm.exceptions:VLLMNotFoundError",
     "vllm.lora.request:LoRARequest",
     "vllm.lora.resolver:LoRAResolver",
+    "vllm.model_executor.layers.attention.mla_attention:MLAAttention",
     *(
         f"vllm.model_executor.layers.linear:{name}"
         for name in ("ColumnParallelLinear", "LinearBase", "QKVParallelLinear", "ReplicatedLinear", "RowParallelLinear")
