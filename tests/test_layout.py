@@ -288,7 +288,7 @@ COMMAND = re.compile(r"'lorazip [^']*'")  # in quotes, to be typed as it is
 OPTION = re.compile(r"(?<![\w-])--[a-z]| -o\b")
 # The pages are about a run of a command, and so have its options.
 SPEAKS_OF_PARAMETERS = sorted(name for name in MODULES if name and not name.startswith("report"))
-OPTIONS_OF_OTHERS = {"vllm.launch"}  # another program's, which it starts
+OPTIONS_OF_OTHERS = {"vllm.launch", "vllm.options", "vllm.options_file"}  # another program's, which it starts
 
 
 @pytest.mark.parametrize("name", sorted(set(SPEAKS_OF_PARAMETERS) - OPTIONS_OF_OTHERS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import UsageError
 from .manifest import AdapterEntry, Manifest
+from .near import NearNames, did_you_mean
 
 if TYPE_CHECKING:  # it loads safetensors
     from .reader import Bundle
@@ -45,6 +45,6 @@ def refuse_text(names: Iterable[str | None]) -> None:
 
 def unknown(name: str, known: Collection[str], where: str, lister: str = "'lorazip info'") -> UsageError:
     """That there is no adapter of this name among those ``known``, and which are named nearly so, or who lists them."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"{lister} lists them"
+    near = NearNames(known).find(name, 3, 0.5)
+    hint = did_you_mean(near) if near else f"{lister} lists them"
     return UsageError(f"{where} has no adapter {name!r}", hint)

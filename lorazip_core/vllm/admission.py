@@ -8,14 +8,16 @@ may have no room for them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..base.errors import LorazipError
+from ..bundle.near import NearNames, did_you_mean
 from ..bundle.reader import Bundle
 from .servable import check_adapters, entry
 from .source import Source, settings, source_of
+
+_RATIO = 0.75  # of difflib: a letter of four may be wrong; what is less alike is another name
 
 
 class Identity(NamedTuple):
@@ -30,7 +32,8 @@ class Admission:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._names = names_of(source.open())
+        self._bundle = source.open()
+        self._names = names_of(self._bundle)
         self._removed: set[str] = set()
         """Adapters of the first bundle that are held no more."""
         self._ids: dict[int, Identity] = {}
@@ -38,6 +41,8 @@ class Admission:
         """The ids among them that the engine was told of."""
         self._leaving: set[int] = set()
         """The ids among them whose adapters the engine holds as long as requests use them, and no longer."""
+        self._near: NearNames | None = None
+        """Of all that is held; None if that has changed since."""
 
     @property
     def names(self) -> list[str]:
@@ -48,6 +53,13 @@ class Admission:
         """Whether an adapter of this name is held that is of the first bundle."""
         return name in self._names and name not in self._removed
 
+    def hint(self, name: str) -> str:
+        """`` (did you mean 'NAME'?)``, where an adapter that is held is called nearly so; else nothing."""
+        if self._near is None:
+            added = (self._ids[adapter_id] for adapter_id in self._added)
+            self._near = NearNames([*self.names, *(name for name, source in added if source != self.source)])
+        return _hint(self._near, name)
+
     def admit(self, request: Any) -> None:
         """Check the adapter of a request, whose ``lora_path`` becomes that of its `Source`."""
         identity = self._identity(request)
@@ -56,8 +68,7 @@ class Admission:
             if source != self.source:
                 raise ValueError(f"adapter {name} of {source.bundle} was not added to the engine: use add_lora")
             if name not in self._names:
-                alike = "".join(f": is it {other}?" for other in get_close_matches(name, self._names, 1))
-                raise ValueError(f"there is no adapter {name} in {source.bundle}{alike}")
+                raise _no_adapter(name, self._bundle)
             if name in self._removed:
                 raise ValueError(f"adapter {name} was removed from the engine")
             self._refuse_second_id(request, ())
@@ -70,7 +81,7 @@ class Admission:
             source = source_of(path, self.source)
             bundle = source.open()
             if name not in names_of(bundle):
-                raise ValueError(f"there is no adapter {name} in {source.bundle}")
+                raise _no_adapter(name, bundle)
             check_adapters(bundle, [entry(bundle, name)])
         except (LorazipError, OSError) as error:
             raise ValueError(f"adapter {name}: {error}") from error
@@ -89,12 +100,14 @@ class Admission:
         identity = self._identity(request)
         self._ids[request.lora_int_id] = identity
         self._added.add(request.lora_int_id)
+        self._near = None
         if identity.source == self.source:
             self._removed.discard(identity.name)
 
     def removing(self, adapter_id: int) -> None:
         """From now on no request with this id is admitted; it stands for no other adapter until `gone`."""
         self._added.discard(adapter_id)
+        self._near = None
         if (identity := self._ids.get(adapter_id)) is None:
             return
         self._leaving.add(adapter_id)
@@ -154,3 +167,17 @@ def admission(input_processor: Any) -> Admission | None:
 def names_of(bundle: Bundle) -> dict[str, None]:
     """The names of all adapters, in order."""
     return dict.fromkeys(adapter.name for adapter in bundle.manifest.adapters)
+
+
+@lru_cache(maxsize=4)
+def _near_names(bundle: Bundle) -> NearNames:
+    return NearNames(names_of(bundle))
+
+
+def _no_adapter(name: str, bundle: Bundle) -> ValueError:
+    return ValueError(f"there is no adapter {name} in {bundle.path}{_hint(_near_names(bundle), name)}")
+
+
+def _hint(names: NearNames, wrong: str) -> str:
+    near = names.find(wrong, 1, _RATIO)
+    return f" ({did_you_mean(near)})" if near else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import LocalError
+from .forbidden import forbidden_in
 from .needs import WITH_A_BUNDLE, missing
 from .servable import check_adapters
 from .source import KEY, opened, settings
@@ -42,6 +43,8 @@ def _prepared(vllm_config: Any) -> dict[str, Any]:
     assert found is not None
     if vllm_config.lora_config is None:
         raise LocalError(f"{found.source.bundle} cannot be served without LoRA", "start the engine with enable_lora")
+    if (forbidden := forbidden_in(vllm_config)) is not None:
+        raise LocalError(f"{found.source.bundle} cannot be served with {forbidden.field}: {forbidden.why}")
     if lacking := missing(WITH_A_BUNDLE):
         raise LocalError(f"this vLLM has no {', '.join(lacking)}", "install another release of it")
     bundle = found.source.open()

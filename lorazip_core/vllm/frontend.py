@@ -20,6 +20,7 @@ from typing import Any
 
 from prometheus_client import Counter
 from vllm.entrypoints.openai.models.serving import ErrorResponse, OpenAIServingModels, create_error_response
+from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -175,13 +176,20 @@ def _listing(stock: Method) -> Method:
 
 
 def _resolving(stock: Method) -> Method:
-    """What the engine was told of is noted even if the request is aborted meanwhile."""
+    """What the engine was told of is noted even if the request is aborted meanwhile.
+
+    Raises VLLMNotFoundError, a 404, for a name that is nearly one of an adapter: of what is returned for one that is
+    not there, vLLM takes no message.
+    """
 
     @wraps(stock)
     async def resolve(self: Any, lora_name: str) -> Any:
-        if _admission(self) is None:
+        if (known := _admission(self)) is None:
             return await stock(self, lora_name)
-        return await asyncio.shield(_kept(stock(self, lora_name)))
+        found = await asyncio.shield(_kept(stock(self, lora_name)))
+        if _is_missing(found) and (hint := known.hint(lora_name)):
+            raise VLLMNotFoundError(f"The model `{lora_name}` does not exist{hint}")
+        return found
 
     return resolve
 
@@ -223,6 +231,9 @@ def _unloading(stock: Method) -> Method:
         answer = await stock(self, request)
         if adapter is not None and self.lora_requests.get(name) is not adapter:
             await self.engine_client.remove_lora(adapter.lora_int_id)
+        if _is_missing(answer) and (hint := known.hint(name)):
+            line = f"The lora adapter '{name}' cannot be found{hint}"
+            return create_error_response(message=line, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
         return answer
 
     return unload
@@ -234,6 +245,10 @@ def _admission(models: Any) -> Admission | None:
     if known is not None and not any(isinstance(each, BundleResolver) for each in models.lora_resolvers):
         models.lora_resolvers.append(BundleResolver(known))
     return known
+
+
+def _is_missing(answer: Any) -> bool:
+    return isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND
 
 
 def _refused(message: str) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ..base.errors import UsageError
 from ..bundle.contradictions import refuse_contradictions
@@ -16,13 +15,13 @@ from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle
 from ..export.vllm import RANKS
 from . import versions
+from .options import ADDITIONAL, Ours, understand
 from .servable import check_adapters
 from .source import KEY
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 """`vllm serve` is the same server; of the CPU package it does not start, as it looks for metadata of another name."""
 _MOST_SEQUENCES = 1024  # the largest default of --max-num-seqs that vLLM has for any device
-_KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs")  # read, and passed on
 _PLUGINS = "VLLM_PLUGINS"
 _CONFIG = "config.json"
 
@@ -63,7 +62,8 @@ def plan(
     versions.check(version)
     bundle = Bundle(path)
     refuse_contradictions(path, bundle.manifest)
-    given, rest = _parse(more)
+    settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
+    given = understand(more, Ours(model, settings))
     check_adapters(bundle)
     notes = _check_model(bundle.manifest, model)
     words = [sys.executable, *SERVER, "--model", model]
@@ -76,68 +76,8 @@ def plan(
         words += ["--max-loras", str(most)]
     if given.max_lora_rank is None:
         words += ["--max-lora-rank", str(RANKS[0])]
-    settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
-    words += ["--additional-config", json.dumps(_joined(_merged(given.additional_config), settings))]
-    return Launch([*words, *rest], _variables(environment), notes)
-
-
-class _Options(argparse.ArgumentParser):
-    """Those options of vLLM that concern lorazip, among others that it does not know."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"options of vLLM: {message}")
-
-
-def _parse(more: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What the options of vLLM have to do with lorazip's, and all words but ``additional_config``, for vLLM.
-
-    Raises UsageError for what contradicts lorazip.
-    """
-    words = [_dashed(word) for word in more]
-    if words and not words[0].startswith("-"):
-        raise UsageError(f"{words[0]!r} is no option of vLLM", "it gets what follows --")
-    if nested := next((word for word in words if word.startswith("--additional-config.")), None):
-        raise UsageError(f"{nested}: lorazip joins its settings with yours", "give --additional-config as one object")
-    parser = _Options(add_help=False)  # abbreviations are options to vLLM, too
-    parser.add_argument("--additional-config", type=_object, action="append", default=[], metavar="JSON")
-    parser.add_argument("--no-enable-lora", action="store_true")
-    parser.add_argument("--model")
-    for name in _KEPT:
-        parser.add_argument(name)
-    given, rest = parser.parse_known_args(words)
-    if given.no_enable_lora:
-        raise UsageError("--no-enable-lora: without LoRA vLLM serves no adapter")
-    if given.model is not None:
-        raise UsageError(f"two base models, and the second is {given.model}", "give one, as «model»")
-    kept = [(name, getattr(given, name.removeprefix("--").replace("-", "_"))) for name in _KEPT]
-    return given, [*rest, *(word for name, value in kept if value is not None for word in (name, value))]
-
-
-def _dashed(word: str) -> str:
-    """An option as vLLM reads it: underscores in its name are dashes."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return found
-
-
-def _merged(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of several objects, what the last one says of each key, as vLLM's own options have it."""
-    return {key: value for each in objects for key, value in each.items()}
-
-
-def _joined(theirs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    if theirs.get(KEY, settings) != settings:
-        raise UsageError(f"--additional-config has other settings at {KEY!r}", "leave them to lorazip")
-    return {**theirs, KEY: settings}
+    words += [ADDITIONAL, json.dumps(given.additional_config | {KEY: settings})]
+    return Launch([*words, *given.words], _variables(environment), notes)
 
 
 def _batch(adapters: int, sequences: str | None) -> int:

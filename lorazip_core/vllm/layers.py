@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -35,6 +36,7 @@ def layers_of(model: Any, modules: Iterable[ModuleEntry]) -> list[Layer]:
     """
     wanted = {_renamed(model, module.name): module for module in modules}
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    absorbed = {id(module.kv_b_proj) for module in model.modules() if isinstance(module, MLAAttention)}
     found: list[Layer] = []
     seen: set[str] = set()
     for name, module in model.named_modules():
@@ -44,6 +46,11 @@ def layers_of(model: Any, modules: Iterable[ModuleEntry]) -> list[Layer]:
         parts = [f"{parent}.{part}" if parent else part for part in packed.get(last, [last])]
         if not any(part in wanted for part in parts):
             continue
+        if id(module) in absorbed:
+            raise LocalError(
+                f"layer {name} of the model is multiplied into others by multi-head latent attention, "
+                "so that no adapter can be put on it"
+            )
         starts, widths, sizes = _rows(module, len(parts), name)
         taken = _columns(module)
         slices, column = [], 0

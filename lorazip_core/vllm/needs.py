@@ -17,8 +17,10 @@ WITH_A_BUNDLE = (
         for name in ("load_lora_adapter", "resolve_lora", "show_available_models", "unload_lora_adapter")
     ),
     "vllm.entrypoints.openai.models.serving:create_error_response",
+    "vllm.exceptions:VLLMNotFoundError",
     "vllm.lora.request:LoRARequest",
     "vllm.lora.resolver:LoRAResolver",
+    "vllm.model_executor.layers.attention.mla_attention:MLAAttention",
     *(
         f"vllm.model_executor.layers.linear:{name}"
         for name in ("ColumnParallelLinear", "LinearBase", "QKVParallelLinear", "ReplicatedLinear", "RowParallelLinear")

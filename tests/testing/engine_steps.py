@@ -36,6 +36,10 @@ class Steps:
     def remove(self, adapter_id: int) -> bool:
         return self.llm.llm_engine.remove_lora(adapter_id)
 
+    def reload(self, model: str) -> None:
+        """Have the weights of another model in place of those of the base model."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+
     def held(self) -> list[int]:
         """How many adapters the worker holds and knows ids of, how many are free, and ids in the front end."""
         [manager] = self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager)

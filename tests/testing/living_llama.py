@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,21 +53,23 @@ class LivingLlama:
             (newer / was.name).rename(newer / now.name)
         add(self.first, newer, self.third, AddOptions())
         self.others = make_bundle(root / "others", sketches=OTHERS, modules=OTHER_MODULES)
-        self.tokens = {bundle: self._tokens(bundle) for bundle in (self.first, self.second, self.third)}
+        self.tokens = {bundle: tokens(model(), bundle) for bundle in (self.first, self.second, self.third)}
 
-    def _tokens(self, path: Path) -> dict[str | None, list[list[int]]]:
-        names = [None, *(adapter.name for adapter in Bundle(path).manifest.adapters)]
-        rows = [(name, prompt) for name in names for prompt in PROMPTS]
-        with attach(model(), path) as served:
-            ids = torch.tensor([prompt for _, prompt in rows])
-            found = served.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                adapter_names=[name for name, _ in rows],
-                max_new_tokens=8,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        answers = found[:, len(PROMPTS[0]) :].tolist()
-        each = len(PROMPTS)
-        return {name: answers[each * place : each * (place + 1)] for place, name in enumerate(names)}
+
+def tokens(base: Any, path: Path) -> dict[str | None, list[list[int]]]:
+    """What the adapters of a bundle answer, and none, on a model, to each of `PROMPTS`."""
+    names = [None, *(adapter.name for adapter in Bundle(path).manifest.adapters)]
+    rows = [(name, prompt) for name in names for prompt in PROMPTS]
+    with attach(base, path) as served:
+        ids = torch.tensor([prompt for _, prompt in rows])
+        found = served.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            adapter_names=[name for name, _ in rows],
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    answers = found[:, len(PROMPTS[0]) :].tolist()
+    each = len(PROMPTS)
+    return {name: answers[each * place : each * (place + 1)] for place, name in enumerate(names)}

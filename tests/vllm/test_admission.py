@@ -29,6 +29,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of one adapter, by another name."""
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(sample_path() / ONE, root / "adapters" / "customer-7")
+    compress(root / "adapters", root / "bundle", CompressOptions())
+    return root / "bundle"
+
+
 @pytest.fixture
 def known(bundle: Path) -> Admission:
     found = settings({"lorazip": {"bundle": str(bundle)}})
@@ -69,6 +78,45 @@ class TestIdsOfWhatLeaves:
         known.removing(3)
         known.gone(3)
         known.admit(request(ONE, 3))
+
+
+class TestNamesThatAreNearlyThere:
+    def test_of_a_request_the_bundle_has_the_likest(self, known: Admission, bundle: Path) -> None:
+        line = f"^there is no adapter fv_capitalise in {bundle} \\(did you mean 'fv_capitalize'\\?\\)$"
+        with pytest.raises(ValueError, match=line):
+            known.admit(request("fv_capitalise", 7))
+        with pytest.raises(ValueError, match=f"^there is no adapter other in {bundle}$"):
+            known.admit(request("other", 7))
+
+    def test_it_is_told_without_the_bundle(self, bundle: Path, tmp_path: Path) -> None:
+        """Which may have been moved since; what is no ValueError would be taken for a fault of the engine."""
+        moved = shutil.copytree(bundle, tmp_path / "bundle")
+        found = settings({"lorazip": {"bundle": str(moved)}})
+        assert found is not None
+        known = Admission(found.source)
+        moved.rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="did you mean 'fv_capitalize'"):
+            known.admit(request("fv_capitalise", 7))
+
+    def test_of_one_to_be_added_its_bundle_has_it(self, known: Admission, other: Path) -> None:
+        with pytest.raises(ValueError, match=rf"no adapter customr-7 in {other} \(did you mean 'customer-7'\?\)$"):
+            known.adding(request("customr-7", 7, str(other)))
+
+    def test_of_a_server_what_is_held_just_now(self, known: Admission, other: Path) -> None:
+        hint = " (did you mean 'customer-7'?)"
+        assert known.hint("fv_capitalise") == " (did you mean 'fv_capitalize'?)"
+        assert known.hint("customr-7") == known.hint("other") == ""
+        added = request("customer-7", 7, str(other))
+        known.adding(added)
+        assert known.hint("customr-7") == ""
+        known.added(added)
+        assert known.hint("customr-7") == hint
+        known.removing(7)
+        assert known.hint("customr-7") == ""
+        known.gone(7)
+        known.admit(request(ONE, 8))
+        known.removing(8)
+        assert ONE not in known.hint("fv_capitalise")
 
 
 class TestSources:

@@ -141,7 +141,17 @@ class TestCommand:
             (["--additional-config"], "expected one argument"),
             (["--additional-config.x", "1"], "give --additional-config as one object"),
             (["--additional-config", '{"lorazip": {}}'], "has other settings at 'lorazip'"),
+            (["--additional.x", "1"], "give --additional-config as one object"),
             (["other"], "'other' is no option of vLLM"),
+            (["--enable-sleep-mode"], "--enable-sleep-mode: vLLM may discard what is held of a bundle"),
+            (["--enable_cumem_allocator"], "--enable-cumem-allocator: vLLM may discard what is held of a bundle"),
+            (["--enable-elastic-ep"], "--enable-elastic-ep: an engine that comes later would lack adapters"),
+            (["--pipeline-parallel-size=2"], "--pipeline-parallel-size: each stage would have some of the"),
+            (["-pp", "2"], "--pipeline-parallel-size: each stage would have some of the"),
+            (["--api-server-count", "4"], "--api-server-count: adapters come and go in one process"),
+            (["-asc", "2"], "--api-server-count: adapters come and go in one process"),
+            (["--config", "a.yaml", "--config=b.yaml"], "two files of options, a.yaml and b.yaml (vLLM reads one)"),
+            (["--config"], "expected one argument"),
         ],
     )
     def test_what_contradicts_is_refused(self, bundle: Path, more: list[str], line: str) -> None:
@@ -155,9 +165,113 @@ class TestCommand:
         assert {key: found[key] for key in "ab"} == {"a": 1, "b": 2}
         assert "lorazip" in found
 
+    def test_what_is_as_it_has_to_be_is_passed_on(self, bundle: Path) -> None:
+        plain = launch(bundle).command
+        assert launch(bundle, "--model", BASE).command == plain
+        assert launch(bundle, "-pp", "1").command == [*plain, "--pipeline-parallel-size", "1"]
+        assert launch(bundle, "--api_server_count=1").command == [*plain, "--api-server-count", "1"]
+
     def test_another_vllm_is_refused(self, bundle: Path) -> None:
         with pytest.raises(LocalError):
             launch(bundle, version="0.23.0")
+
+
+class TestFile:
+    """Of options, that vLLM reads, too."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        return tmp_path / "vllm.yaml"
+
+    @pytest.mark.parametrize(
+        ("text", "more", "most", "rank"),
+        [
+            ("max-model-len: 512\nhost: ::1", (), "16", "1"),
+            ("max_num_seqs: 8", (), "8", "1"),
+            ("max-num-seqs: 8", ("--max-num-seqs", "12"), "12", "1"),
+            ("max-loras: 4", (), None, "1"),
+            ("max-loras: 4", ("--max-loras", "5"), "5", "1"),
+            ("max_lora_rank: 64", (), "16", None),
+            ("enable-lora: true\npipeline-parallel-size: 1\nenable_sleep_mode: false", (), "16", "1"),
+        ],
+    )
+    def test_what_it_says_is_not_said_again(
+        self, bundle: Path, file: Path, text: str, more: tuple[str, ...], most: str | None, rank: str | None
+    ) -> None:
+        """vLLM would take what the command says."""
+        file.write_text(f"model: {BASE}\n{text}\n")
+        made = launch(bundle, "--config", str(file), *more)
+        for name, value in (("--max-loras", most), ("--max-lora-rank", rank)):
+            assert (option(made, name) if value else None) == value
+            assert made.command.count(name) == (value is not None)
+        assert option(made, "--config") == str(file)
+
+    def test_vllm_reads_it_only_as_two_words(self, bundle: Path, file: Path) -> None:
+        file.write_text("seed: 1")
+        assert option(launch(bundle, f"--config={file}"), "--config") == str(file)
+
+    def test_its_settings_are_joined_with_others(self, bundle: Path, file: Path) -> None:
+        """vLLM would take those of the command alone."""
+        plain = settings(launch(bundle))
+        file.write_text("additional-config: {a: 1, b: {c: [2]}}")
+        words = ("--config", str(file), "--additional-config", '{"a": 3}')
+        assert settings(launch(bundle, *words)) == {"a": 3, "b": {"c": [2]}, **plain}
+        file.write_text("""additional_config: '{"a": 1}'""")
+        assert settings(launch(bundle, "--config", str(file))) == {"a": 1, **plain}
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("seed: 1\nenable-lora: false", "{}, enable-lora: --no-enable-lora: without LoRA vLLM serves no adapter"),
+            ("enable_lora: no", "{}, enable_lora: --no-enable-lora: without LoRA vLLM serves no adapter"),
+            ("no-enable-lora: true", "{}, no-enable-lora: --no-enable-lora: without LoRA vLLM serves no adapter"),
+            ("model: other", "{}, model: two base models, and the second is other (give one, as «model»)"),
+            ("max-loras: [1, 2]\nmodel: [a, b]", "{}, model: two base models, and the second is a (give"),
+            ("max-loras: true", "{}, max-loras: options of vLLM: argument --max-loras: expected one argument"),
+            ("max-lora: 1", "{}, max-lora: options of vLLM: ambiguous option: --max-lora could match"),
+            (
+                "additional-config: [1]",
+                "{}, additional-config: options of vLLM: argument --additional-config: '1' is no",
+            ),
+            ("additional-config.x: 1", "{}, additional-config.x: --additional-config.x: lorazip joins its settings"),
+            ("additional-config: {lorazip: {}}", "{}, additional-config: --additional-config has other settings at"),
+            ("additional-config: {a: 2020-01-01}", "{}: additional-config has values that are not JSON's, as dates"),
+            ("enable_sleep_mode: true", "{}, enable_sleep_mode: --enable-sleep-mode: vLLM may discard what is held"),
+            ("pipeline-parallel-size: 2", "{}, pipeline-parallel-size: --pipeline-parallel-size: each stage would"),
+            ("api-server-count: 2", "{}, api-server-count: --api-server-count: adapters come and go in one process"),
+            ("config: other.yaml", "{}, config: vLLM reads no second file"),
+            ("seed: 1\na: [", "{}, line 2: this is no YAML"),
+            ("a: !!python/name:os.system", "{}, line 1: this is no YAML"),
+            ("a: \0", "{}: this is no YAML"),
+            ("[" * 10_000, "{}: this is no YAML"),
+            ("", "{} has no options of vLLM, lines like 'max-model-len: 4096'"),
+            ("- a", "{} has no options of vLLM, lines like"),
+            ("1: 2", "{}: 1 is no option of vLLM"),
+        ],
+    )
+    def test_what_contradicts_is_refused(self, bundle: Path, file: Path, text: str, line: str) -> None:
+        file.write_text(text)
+        with pytest.raises(UsageError) as raised:
+            launch(bundle, "--config", str(file))
+        assert str(raised.value).startswith(line.format(file))
+        assert "\n" not in str(raised.value)
+
+    def test_what_is_no_text_is_refused(self, bundle: Path, file: Path) -> None:
+        file.write_bytes(b"a: \xff\xfe")
+        with pytest.raises(UsageError, match=r"vllm\.yaml: this is no YAML"):
+            launch(bundle, "--config", str(file))
+
+    def test_it_has_to_be_there_and_is_called_yaml(self, bundle: Path, tmp_path: Path) -> None:
+        (tmp_path / "folder.yml").mkdir()
+        (tmp_path / "vllm.json").write_text("{}")
+        for name, line in (
+            ("none.yaml", "none.yaml: there is no such file"),
+            ("folder.yml", "folder.yml: there is no such file"),
+            ("vllm.json", "vllm.json: vLLM reads files that are called .yaml or .yml, and no other"),
+        ):
+            with pytest.raises(UsageError) as raised:
+                launch(bundle, "--config", str(tmp_path / name))
+            assert str(raised.value) == f"--config {tmp_path}/{line}"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from testing.random_bundle import Clusters, Sketch, make_bundle
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
 from lorazip_core.adapter.module import Module
 from lorazip_core.base.errors import LocalError
@@ -194,3 +195,16 @@ def test_modules_that_do_not_fit(module: Module, size: int, line: str | None) ->
         else:
             with pytest.raises(LocalError, match=line):
                 layers_of(model, [entry])
+
+
+def test_a_layer_whose_weight_attention_multiplies_into_others_is_refused() -> None:
+    """Only when a prompt is read is it called: tokens after that would be those of no adapter."""
+    entry = ModuleEntry(name="x.column", kind="linear", d_out=48, d_in=WIDTH, kernel=[])
+    with rank_of(0, 1):
+        model = engine_model()
+        assert len(layers_of(model, [entry])) == 1
+        model.x.attention = MLAAttention.__new__(MLAAttention)
+        nn.Module.__init__(model.x.attention)
+        model.x.attention.kv_b_proj = model.x.column
+        with pytest.raises(LocalError, match=r"layer x\.column of the model is multiplied into others"):
+            layers_of(model, [entry])

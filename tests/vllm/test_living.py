@@ -116,6 +116,34 @@ def test_a_new_one_comes_and_goes(server: Server, living: LivingLlama, ask: Any)
     assert server.fails(UNLOAD, {"lora_name": "new0"})[0] == 404
 
 
+def test_who_is_nearly_right_is_told_so(server: Server, living: LivingLlama) -> None:
+    """Of what is served at that time, loaded or there from the start."""
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+
+    def asked(name: str) -> set[str]:
+        found = [server.fails(COMPLETE, {"model": name, "prompt": [9]})]
+        found.append(server.fails("/v1/chat/completions", {"model": name} | chat))
+        assert {status for status, _ in found} == {404}
+        return {line for _, line in found}
+
+    def unloaded(name: str) -> tuple[int, str]:
+        return server.fails(UNLOAD, {"lora_name": name})
+
+    assert asked("odl2") == {"The model `odl2` does not exist (did you mean 'old2'?)"}
+    assert unloaded("odl2") == (404, "The lora adapter 'odl2' cannot be found (did you mean 'old2'?)")
+    for load in (False, True):
+        if load:
+            server.load("new0", living.second)
+        hint = " (did you mean 'new0'?)" if load else ""
+        assert unloaded("neww0") == (404, f"The lora adapter 'neww0' cannot be found{hint or '.'}")
+        assert all(line.startswith(f"The model `neww0` does not exist{hint or '.'}") for line in asked("neww0"))
+    server.unload("new0")
+    assert all("did you mean" not in line for line in asked("neww0"))
+    ask_of = {"lora_name": "newr0", "lora_path": str(living.second)}
+    assert "there is no adapter newr0 in " in server.fails(LOAD, ask_of)[1]
+    assert server.fails(LOAD, ask_of)[1].endswith("(did you mean 'new0'?)")
+
+
 def test_another_one_of_the_same_name_is_another_one(server: Server, living: LivingLlama, ask: Any) -> None:
     """What is cached of a prompt is that of the adapter which it was computed with."""
 

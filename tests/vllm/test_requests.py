@@ -29,7 +29,7 @@ def steps(living: LivingLlama) -> list[tuple[list[Any], Any]]:
 
     return [
         # One that is not there, alone and beside one that is.
-        (["ask", ["old9", 1, OURS]], f"ValueError: there is no adapter old9 in {living.first}: is it old"),
+        (["ask", ["old9", 1, OURS]], f"ValueError: there is no adapter old9 in {living.first} (did you mean 'old4'?)"),
         (["ask", ["old0", 1, OURS], ["other", 2, OURS]], "ValueError: there is no adapter other in "),
         (["ask", None, ["old0", 1, OURS]], [of(None), of("old0")]),
         # Ids.
@@ -40,7 +40,7 @@ def steps(living: LivingLlama) -> list[tuple[list[Any], Any]]:
         # Another bundle.
         (["ask", ["new0", 5, "/nowhere"]], "ValueError: adapter new0: "),
         (["ask", ["new0", 5, second]], f"ValueError: adapter new0 of {second} was not added to the engine: use add_"),
-        (["add", "new9", 5, second], f"ValueError: there is no adapter new9 in {second}"),
+        (["add", "new9", 5, second], f"ValueError: there is no adapter new9 in {second} (did you mean 'new3'?)"),
         (["add", "new0", 1, second], "ValueError: lora_int_id 1 of adapter new0 is that of adapter old0"),
         (["add", "new0", 5, second], True),
         (["add", "new0", 5, second], False),

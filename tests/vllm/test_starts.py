@@ -16,6 +16,8 @@ from testing.living_llama import PROMPTS, LivingLlama
 from testing.random_bundle import Sketch, make_bundle
 
 from lorazip_core.adapter.module import Module
+from lorazip_core.base.errors import LocalError
+from lorazip_core.vllm.forbidden import FORBIDDEN, Forbidden
 from lorazip_core.vllm.needs import REBOUND, WITH_A_BUNDLE, missing
 
 SCRIPT = Path(testing.engine_starts.__file__)
@@ -45,6 +47,7 @@ def test_what_makes_no_sense(living: LivingLlama, tmp_path: Path) -> None:
         (of(living.first, spar=3), 'LocalError: additional_config: "lorazip" knows no spar'),
         (of(living.first, manifest_sha256="0"), f"LocalError: {living.first} has the manifest "),
         (of(living.first) | {"enable_lora": False}, f"LocalError: {living.first} cannot be served without LoRA (start"),
+        (of(living.first) | {"pipeline_parallel_size": 2}, "served with pipeline_parallel_size: each stage would have"),
         (of(living.others), "Unsupported: 1 of 2 adapters cannot be served exactly ('more': it has weights besides"),
         (of(kinds), "'e': embed is an embedding, which is not served; …) (make a bundle without them)"),
         (of(elsewhere), "1 of 1 modules of the bundle are no linear layers of the model: model.layers.9.x: is it its"),
@@ -52,6 +55,42 @@ def test_what_makes_no_sense(living: LivingLlama, tmp_path: Path) -> None:
     ]
     for (_, line), found in zip(cases, start(living, tmp_path, [engine for engine, _ in cases]), strict=True):
         assert line in str(found)
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN, ids=[each.field for each in FORBIDDEN])
+def test_what_would_lose_adapters_is_refused(living: LivingLlama, forbidden: Forbidden) -> None:
+    """Of any platform: on a CPU some cannot be had at all."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    asked = of(living.first)
+    plain = {name: value for name, value in asked.items() if name != "additional_config"}
+    config = EngineArgs(model=str(living.model), max_model_len=128, **plain).create_engine_config()
+    part = getattr(config, forbidden.part)
+    assert getattr(part, forbidden.field) <= forbidden.most
+    config.additional_config = asked["additional_config"]
+    setattr(part, forbidden.field, forbidden.most + 1)
+    with pytest.raises(LocalError) as raised:
+        config.__post_init__()
+    line = f"{living.first} cannot be served with {forbidden.field}: {forbidden.why}"
+    assert str(raised.value) == line
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_an_engine_that_may_sleep_serves_no_bundle(
+    living: LivingLlama, monkeypatch: pytest.MonkeyPatch, serving: bool
+) -> None:
+    """As on a GPU, where it can be asked for. Other engines may sleep."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
+    asked = of(living.first) if serving else STOCK
+    engine = EngineArgs(model=str(living.model), max_model_len=128, enable_sleep_mode=True, **asked)
+    if serving:
+        with pytest.raises(LocalError, match="cannot be served with enable_sleep_mode: vLLM may discard what is held"):
+            engine.create_engine_config()
+    else:
+        assert engine.create_engine_config().model_config.enable_sleep_mode
 
 
 STOCK = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
