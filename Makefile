@@ -1,6 +1,9 @@
 # Everything runs from a virtual environment of its own, .venv. Only Python >= 3.11 and make have to be there.
 PYTHON ?= python3
 ARGS ?=
+# A release of vLLM for `make test-vllm`, in place of the pinned one; each has an environment of its own.
+VLLM ?=
+VLLM_ENV := .venv-vllm$(VLLM:%=-%)
 # The matrices of the sample and of the tests are small: on them, threads wait for each other more than they work.
 export OMP_NUM_THREADS ?= 1
 
@@ -19,8 +22,8 @@ test: .venv/dev  ## Run the quick tests (ARGS="-k verify" for some of them)
 test-all: .venv/dev  ## Run all tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not acceptance and not network" $(ARGS)
 
-test-vllm: .venv-vllm/run  ## Run the tests in vLLM and of kernels, for which an environment of 3.2 GB is made
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile -m "not acceptance and not network" tests/vllm tests/serving/test_kernels.py $(ARGS)
+test-vllm: $(VLLM_ENV)/run  ## Run the tests in vLLM and of kernels, in an environment of 3.2 GB (VLLM=0.30.0 for another release)
+	HF_HUB_OFFLINE=1 $(VLLM_ENV)/bin/python -m pytest -n 2 --dist loadfile -m "not acceptance and not network" tests/vllm tests/serving/test_kernels.py $(ARGS)
 
 lint: .venv/dev  ## Check style and formatting
 	.venv/bin/python -m ruff check .
@@ -30,7 +33,7 @@ types: .venv/dev  ## Check the types
 	.venv/bin/python -m mypy
 
 clean:  ## Remove the virtual environment and all that was built or cached
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm* build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers are younger than what they were made from, so that a second call installs nothing.
@@ -42,8 +45,8 @@ clean:  ## Remove the virtual environment and all that was built or cached
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
-.venv-vllm/run: pyproject.toml constraints-vllm.txt .ci/vllm-env
-	PYTHON=$(PYTHON) .ci/vllm-env .venv-vllm
+$(VLLM_ENV)/run: pyproject.toml constraints-vllm.txt .ci/vllm-env
+	PYTHON=$(PYTHON) .ci/vllm-env $(VLLM_ENV) $(VLLM)
 	@touch $@
 
 .venv/dev: .venv/run

@@ -116,3 +116,15 @@ def test_the_vllm_of_the_tests_is_pinned_and_supported() -> None:
     [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
     (first, minor), (last, end) = versions.FIRST, versions.LAST
     assert extra == f"vllm>={first}.{minor},<{last}.{end + 1}"
+
+
+@pytest.mark.parametrize(
+    ("release", "environment"), [([], ".venv-vllm"), (["VLLM=0.30.0"], ".venv-vllm-0.30.0")], ids=["pinned", "another"]
+)
+def test_each_release_of_vllm_has_an_environment_of_its_own(release: list[str], environment: str) -> None:
+    command = ["make", "--dry-run", "--always-make", "test-vllm", *release]
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VLLM")}
+    result = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+    [made] = [line.split() for line in result.stdout.splitlines() if ".ci/vllm-env" in line]
+    assert made[made.index(".ci/vllm-env") + 1 :] == [environment, *(each.partition("=")[2] for each in release)]
+    assert f" {environment}/bin/python -m pytest" in result.stdout

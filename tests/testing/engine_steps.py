@@ -23,15 +23,15 @@ class Steps:
         self.prompt: list[int] = spec["prompt"]
 
     def ask(self, *adapters: list[Any]) -> list[list[int]]:
-        """The tokens of several requests, each with the arguments of a LoRARequest, or none."""
+        """The tokens of several requests, each with the arguments of `_adapter`, or none."""
         parameters = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": self.prompt} for _ in adapters]
-        requests = [LoRARequest(*each) if each else None for each in adapters]
+        requests = [_adapter(*each) if each else None for each in adapters]
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=requests)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def add(self, *adapter: Any) -> bool:
-        return self.llm.llm_engine.add_lora(LoRARequest(*adapter))
+        return self.llm.llm_engine.add_lora(_adapter(*adapter))
 
     def remove(self, adapter_id: int) -> bool:
         return self.llm.llm_engine.remove_lora(adapter_id)
@@ -50,6 +50,11 @@ class Steps:
         """Forget requests that were taken in before an error."""
         states = self.llm.llm_engine.output_processor.request_states
         self.llm.llm_engine.abort_request(list(states), internal=True)
+
+
+def _adapter(name: str, adapter_id: int, path: str, in_place: bool = False) -> LoRARequest:
+    """Its later fields have other places in other releases."""
+    return LoRARequest(name, adapter_id, path, load_inplace=in_place)
 
 
 def main(path: str) -> None:

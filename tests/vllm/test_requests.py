@@ -36,7 +36,7 @@ def steps(living: LivingLlama) -> list[tuple[list[Any], Any]]:
         (["ask", ["old1", 1, OURS]], "ValueError: lora_int_id 1 of adapter old1 is that of adapter old0"),
         (["ask", ["old0", 2, OURS]], "ValueError: adapter old0 has lora_int_id 1 already, not 2"),
         (["ask", ["old0", 1, str(living.first)], ["old1", 2, OURS]], [of("old0"), of("old1")]),
-        (["ask", ["old0", 1, OURS, None, True]], "ValueError: adapter old0: load_inplace would change"),
+        (["ask", ["old0", 1, OURS, True]], "ValueError: adapter old0: load_inplace would change"),
         # Another bundle.
         (["ask", ["new0", 5, "/nowhere"]], "ValueError: adapter new0: "),
         (["ask", ["new0", 5, second]], f"ValueError: adapter new0 of {second} was not added to the engine: use add_"),
