@@ -43,8 +43,8 @@ def check_unpacked(bundle: Bundle, unpacked: Mapping[int, Unpacked]) -> None:
     Modules that are alike are checked once.
     """
     alike: set[object] = set()
-    for index, joined in ((index, each.joined) for index, each in unpacked.items()):
-        adapter = bundle.manifest.adapters[index]
+    for index, each_unpacked in unpacked.items():
+        adapter, joined = bundle.manifest.adapters[index], each_unpacked.joined
         shapes = np.concatenate([each.shapes for each in joined.values()], 1).tolist()
         all_finite = all(finite(each.flat) for each in joined.values())
         for place, (module, shape) in enumerate(zip(bundle.modules(adapter), shapes, strict=True)):

@@ -24,7 +24,6 @@ from .scheme import (
     SteppedScheme,
     Target,
     TensorSpec,
-    Terms,
     working_dtype,
 )
 
@@ -82,13 +81,6 @@ class Coded(PackedScheme, SteppedScheme):
         if not u.shape[-2]:
             return u.new_zeros(*u.shape[:-2], u.shape[-1], 1), v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
         return (u * unpacked_scale(tensors["scale"], dtype)[..., None]).mT, v
-
-    def terms(self, own: Mapping[str, Tensor]) -> Terms:
-        import torch
-
-        from ..maths.quantise import unpacked_scale
-
-        return Terms(own["u"], own["v"], unpacked_scale(own["scale"], torch.float32))
 
     def joined_terms(self, own: Mapping[str, Joined]) -> JoinedTerms:
         import torch

@@ -7,10 +7,10 @@ not read.
 
 The grid is made for the most tiles that so many tokens can have, so that a captured CUDA graph is right for any batch
 of its size; programs without a tile end at once. Tokens beyond the batch, with which graphs are padded, are in no tile.
-What differs from batch to batch is nothing that kernels are compiled for: all are compiled when an engine warms up.
+What differs from batch to batch is nothing that kernels are compiled for, but whether it is of few tokens or of many.
 
 A batch of few tokens, as in decoding, is made of tokens that hardly share adapters: each is a tile where adapters share
-nothing, and a program has one term at a time. In one of many, tiles are wide and tensor cores multiply.
+nothing, and a program has one term at a time. In one of many, tiles are wide and tensor cores multiply with V and v̂.
 """
 
 from __future__ import annotations
@@ -327,7 +327,10 @@ class Expand(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """How both kernels cut their work, which changes no result but by the order of sums; see docs/benchmarks.md."""
+    """How both kernels cut their work, which changes no result but by the order of sums; see docs/benchmarks.md.
+
+    Of few tokens there is one term at once.
+    """
 
     shrink: Shrink
     expand: Expand
@@ -337,6 +340,10 @@ TERMS_OF_FEW = Cuts(Shrink(8, 512, 1, groups=8), Expand(512, 1))
 TERMS_OF_MANY = Cuts(Shrink(4, 128, 4, terms=16), Expand(64, 2))
 BASES_OF_FEW = Cuts(Shrink(16, 128, 1), Expand(128, 2))
 BASES_OF_MANY = Cuts(Shrink(2, 64, 4), Expand(128, 4))
+_LARGEST_BLOCK, _LEAST_COLUMNS = (
+    2**13,
+    16,
+)  # elements of U that a program has in shared memory, and columns of a product
 
 
 def add_terms(
@@ -400,7 +407,8 @@ def add_cores(
     few = tokens <= FEW
     shrink, expand = BASES_OF_FEW if few else BASES_OF_MANY
     starts = [sum(widths[:number]) for number in range(slices)]
-    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), expand.columns, y.device)
+    wide = min(expand.columns, max(_LEAST_COLUMNS, _LARGEST_BLOCK // rank))
+    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), wide, y.device)
     inner = torch.empty(shrink.splits, slices, tokens, rank, dtype=torch.float32, device=y.device)
     both = {
         "KIND": kind, "TILE": CORES_TILE if few else WIDE, "SPLITS": shrink.splits, "RANK": rank,
@@ -413,8 +421,8 @@ def add_cores(
     )  # fmt: skip
     _expand_bases[tiles, len(blocks)](
         y, inner, batch, u, blocks,
-        tokens, slices, y.stride(0), u.shape[1], COLUMNS=expand.columns,
-        ALIGNED=_aligned(y, columns, widths, expand.columns), num_warps=expand.warps, **both,
+        tokens, slices, y.stride(0), u.shape[1], COLUMNS=wide,
+        ALIGNED=_aligned(y, columns, widths, wide), num_warps=expand.warps, **both,
     )  # fmt: skip
 
 

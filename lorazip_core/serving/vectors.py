@@ -21,7 +21,7 @@ from ..schemes.fixed_width import unpack as unpack_codes
 FLOATS = {torch.bfloat16: 32, torch.float16: 33, torch.float32: 34}
 """The form of a vector of such elements."""
 ALIGNED = 4
-_AT_ONCE = 2**8
+_AT_ONCE = 2**8  # vectors
 
 Bytes = NDArray[np.uint8]
 
@@ -40,10 +40,10 @@ class Packed(NamedTuple):
 def pack(owners: Sequence[Sequence[Tensor]]) -> list[Packed]:
     """For each owner, all rows of its matrices [k, length] of int8, bf16, f16, f32 or f64, which are on the CPU.
 
-    Codes take the fewest bits that hold all of their vector; f64 becomes f32. Many owners at once take less time than
-    one by one.
+    Codes take the fewest bits that hold all of their vector; f64 becomes f32, and so do all floats of an owner that has
+    some of several dtypes. Many owners at once take less time than one by one.
     """
-    matrices = [each.float() if each.dtype == torch.float64 else each for own in owners for each in own]
+    matrices = [each for own in owners for each in _of_one_dtype(own)]
     ends = np.cumsum([0, *map(len, matrices)])
     first = ends[np.cumsum([0, *map(len, owners)])]
     owner = np.repeat(np.arange(len(owners)), np.diff(first))
@@ -51,19 +51,20 @@ def pack(owners: Sequence[Sequence[Tensor]]) -> list[Packed]:
     for number, each in enumerate(matrices):
         alike.setdefault((each.shape[1], each.dtype), []).append(number)
     kind, sizes, forms = owner * 0, owner * 0, np.zeros(len(owner), np.uint8)
-    kinds: list[tuple[Tensor, NDArray[np.int64]]] = []
+    kinds: list[tuple[list[int], NDArray[np.int64]]] = []
     for (length, dtype), numbers in alike.items():
-        rows = torch.cat([matrices[number] for number in numbers])
         places = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
-        forms[places] = _forms(rows.numpy()) if dtype == torch.int8 else FLOATS[dtype]
+        codes = torch.cat([matrices[number] for number in numbers]).numpy() if dtype == torch.int8 else None
+        forms[places] = FLOATS[dtype] if codes is None else _forms(codes)
         size = packed_bytes(forms[places].astype(np.int64), length) if dtype == torch.int8 else length * dtype.itemsize
         sizes[places] = -(-size // ALIGNED) * ALIGNED
         kind[places] = len(kinds)
-        kinds.append((rows, places))
+        kinds.append((numbers, places))
     at, order = owner * 0, np.lexsort((forms, kind, owner))  # where they lie, those of one form side by side
     at[order] = np.cumsum(sizes[order]) - sizes[order]
     data = np.zeros(sizes.sum(), np.uint8)
-    for rows, places in kinds:
+    for numbers, places in kinds:
+        rows = torch.cat([matrices[number] for number in numbers])  # of one kind at a time: they are all there is
         for some, packed in _packed(rows, forms[places]) if len(rows) else ():
             _put(data, at[places[some]], packed)
     begins = np.cumsum(np.append(0, np.bincount(owner, sizes, len(owners)))).astype(np.int64)
@@ -73,8 +74,16 @@ def pack(owners: Sequence[Sequence[Tensor]]) -> list[Packed]:
     ]
 
 
+def _of_one_dtype(own: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Kernels ask once what the floats of an adapter are."""
+    dtypes = {each.dtype for each in own if each.is_floating_point()}
+    for each in own:
+        wider = each.is_floating_point() and (len(dtypes) > 1 or each.dtype == torch.float64)
+        yield each.float() if wider else each
+
+
 def _forms(codes: NDArray[np.int8]) -> Bytes:
-    """As `forms_of`, of rows that are not too many to stay in the cache of a processor."""
+    """As `forms_of`, of not too many rows at once to stay in the cache of a processor."""
     return np.concatenate([forms_of(some) for some in np.split(codes, range(_AT_ONCE, len(codes), _AT_ONCE))])
 
 

@@ -95,6 +95,15 @@ def test_many_tokens(interpreter: Executor, bundles: dict[str, Path], bundle: st
     check(interpreter, Case(bundles[bundle], 1, dtype, MANY, padding=14, schemes=SCHEMES_OF[dtype]))
 
 
+@pytest.mark.parametrize("tokens", [9, MANY])
+@pytest.mark.parametrize("bundle", ["all", "uneven"])
+def test_loops_and_blocks_of_few_columns(
+    interpreter: Executor, bundles: dict[str, Path], bundle: str, tokens: int
+) -> None:
+    """As modules have them that are larger than those of tests."""
+    check(interpreter, Case(bundles[bundle], 1, torch.float32, tokens, padding=2, small=True))
+
+
 @pytest.mark.parametrize("tokens", [23, MANY])
 @pytest.mark.parametrize("split", [(1, 2, False), (3, 4, False), (1, 2, True)])
 def test_tensor_parallel_ranks(

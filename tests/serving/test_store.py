@@ -340,13 +340,15 @@ def test_damage_is_named_like_that_of_tensors_read_one_by_one(broken: Broken, tm
     assert said[0] or not broken.kinds & FATAL
 
 
-def test_modules_that_are_alike_are_checked_once_and_others_too(tmp_path: Path) -> None:
-    sketch = Sketch("za", "coded", [0, 1, 2, 3], 3, dropped=[0, 1])
-    bundle = Bundle(make_bundle(tmp_path, sketches=[sketch]))
-    [adapter] = bundle.manifest.adapters
-    unpacked = bundle.unpacked_in(str(adapter.individual))
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_adapter_of_a_file_is_held_to_its_own_rank(tmp_path: Path, place: int) -> None:
+    """Though modules that are alike are checked once."""
+    sketches = [Sketch(name, "coded", [0, 1, 2, 3], 3, dropped=[0, 1]) for name in ("za", "zb")]
+    bundle = Bundle(make_bundle(tmp_path, sketches=sketches))
+    adapters = list(bundle.manifest.adapters)
+    unpacked = bundle.unpacked_in(str(adapters[0].individual))
     check_unpacked(bundle, unpacked)
-    manifest = msgspec.structs.replace(bundle.manifest, adapters=[msgspec.structs.replace(adapter, rank=2)])
-    bundle.manifest = manifest
+    adapters[place] = msgspec.structs.replace(adapters[place], rank=2)
+    bundle.manifest = msgspec.structs.replace(bundle.manifest, adapters=adapters)
     with pytest.raises(BundleDamaged, match=r"q_proj.u is \[3, 24\], not \[0..2, 24\]"):
         check_unpacked(bundle, unpacked)

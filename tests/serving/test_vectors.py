@@ -84,9 +84,20 @@ def test_the_form_of_a_vector(values: Tensor, form: int) -> None:
     assert pack([[values]])[0].forms.tolist() == [form]
 
 
+def test_floats_of_an_owner_have_one_form() -> None:
+    """As the kernels for many tokens take them to have."""
+    half, single = torch.ones(1, 3, dtype=torch.float16), torch.full((2, 5), 1e-30)
+    mixed, alone = pack([[half, single], [half]])
+    assert mixed.forms.tolist() == [FLOATS[torch.float32]] * 3
+    assert alone.forms.tolist() == [FLOATS[torch.float16]]
+
+
 def test_more_than_are_packed_together() -> None:
-    codes = torch.randint(-3, 3, (200, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    [packed] = pack([[codes[:150].mT.contiguous().mT, codes[150:]]])  # strides are no matter
+    largest = torch.arange(600)[:, None] % 7 + 1
+    codes = (
+        (torch.rand(600, 9, generator=torch.Generator().manual_seed(0)) * 2 * largest - largest).round().to(torch.int8)
+    )
+    [packed] = pack([[codes[:350].mT.contiguous().mT, codes[350:]]])  # strides are no matter
     data = torch.from_numpy(np.append(packed.data, np.uint8(0)))
     found = [unpack(data, at, form, 9) for at, form in zip(packed.at.tolist(), packed.forms.tolist(), strict=True)]
     assert torch.equal(torch.stack(found), codes.float())

@@ -19,6 +19,7 @@ from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.store import NONE, AdapterStore
 from testing.device_tables import computed, inputs, layers
 
+CUTS = "TERMS_OF_FEW", "TERMS_OF_MANY", "BASES_OF_FEW", "BASES_OF_MANY"
 KERNELS = "_shrink_terms", "_expand_terms", "_shrink_bases", "_expand_bases"
 
 
@@ -34,6 +35,8 @@ class Case(NamedTuple):
     """Arguments of `layers`."""
     schemes: tuple[str, ...] = tuple(SCHEMES)
     """Those of the adapters in the batch."""
+    small: bool = False
+    """Work is cut so small that every loop of the kernels runs several times, and every slice has several blocks."""
 
     def store(self) -> AdapterStore:
         rank, ranks, by_rows = self.split
@@ -83,7 +86,17 @@ def by_kernels(case: Case) -> Any:
 
     store = case.store()
     x, y = case.inputs(store)
-    found = computed(store, case.layer, x, case.numbers(store), y, case.padding, operators=kernels)
+    usual = {name: getattr(kernels, name) for name in CUTS}
+    try:
+        if case.small:
+            for name in CUTS:
+                many = {"terms": 16} if name == "TERMS_OF_MANY" else {}
+                shrink = kernels.Shrink(1, 16, 1, groups=2, **many)
+                setattr(kernels, name, kernels.Cuts(shrink, kernels.Expand(16, 1)))
+        found = computed(store, case.layer, x, case.numbers(store), y, case.padding, operators=kernels)
+    finally:
+        for name, cuts in usual.items():
+            setattr(kernels, name, cuts)
     return found.float().numpy()
 
 
