@@ -1,6 +1,6 @@
 """The operators of `operators` as Triton kernels: two launches each, whatever the adapters of the batch are.
 
-The first one reads x for all slices of a layer and writes what is between the two sides, the products with V or v̂, in
+The first one writes what is between the two sides, the products of x with V or v̂, for all slices of a layer and in
 parts: some programs share the columns of x. The second one sums the parts, multiplies with U or û and adds to y.
 There are no atomics, so results are the same in every run, and nothing is filled beforehand: what was not written is
 not read.

@@ -10,10 +10,14 @@ from lorazip_core.bundle.manifest import AdapterEntry, Manifest
 from lorazip_core.bundle.reader import Bundle
 from lorazip_core.bundle.writer import BundleWriter
 
+_AGAIN = "again-"
+
 
 def repeat(bundle: Bundle, out: Path, adapters: int) -> Manifest:
     """Write ``out``, of at least so many ``adapters``, all of them once more in every round."""
     before = bundle.manifest
+    if any(entry.name.startswith(_AGAIN) for entry in before.adapters):
+        raise ValueError(f"{bundle.path}: it has repeated ones already")
     rounds = -(-adapters // len(before.adapters))
     out.mkdir()
     writer = BundleWriter(out)
@@ -56,7 +60,8 @@ def _renamed(entry: AdapterEntry, number: int) -> AdapterEntry:
 
 
 def _name(name: str, number: int) -> str:
-    return f"{name}-{number}" if number else name
+    """Those of a round are in the order of all, as their files have them."""
+    return f"{_AGAIN}{number:04}-{name}" if number else name
 
 
 def _again(path: str, number: int) -> str:

@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
         "loads": options.loads,
         **{name: getattr(options, name) for name in ("requests", "warm_up", "rounds", "seed", "max_num_seqs")},
         **{name: getattr(options, name) for name in ("max_num_batched_tokens", "gpu_memory_utilization", "engine")},
+        **({"add": str(options.add), "changes": options.changes} if options.add else {}),
     }
     done = _earlier(options.json, settings)
     failed = False
@@ -274,7 +275,9 @@ def _bundle_row(path: Path, held: dict[str, Any], sequences: int, add: Path | No
 
     names = [adapter["name"] for adapter in held["adapters"]]
     more = [adapter.name for adapter in Bundle(add).manifest.adapters] if add else []
-    to_add = [(name, str(add)) for name in more if name not in set(names)]
+    to_add = [(name, str(add.resolve())) for name in more if add and name not in set(names)]
+    if add and not to_add:
+        raise SystemExit(f"{add} has no adapter that {path} has not")
     settings = {"bundle": str(path.resolve()), "manifest_sha256": Bundle(path).digest, "spare": 4 * len(to_add)}
     engine = {
         "enable_lora": True,

@@ -12,7 +12,6 @@ Every line of that file is what was measured, written as soon as it is.
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -79,6 +78,7 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
     there: list[LoRARequest] = []
     running: dict[str, int] = {}
     memory, asked, answered = gpu_memory(), 0, 0
+    for_young = 0
 
     def step() -> None:
         nonlocal answered
@@ -91,8 +91,11 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
     while sum(map(len, taken.values())) < changes:
         while len(running) < RUNNING:
             young = there[1:][-2:]
-            choice = young if young and asked % 4 == 0 else of.adapters
-            adapter = choice[asked % len(choice)] if choice else None
+            if young and asked % 4 == 0:
+                adapter = young[for_young % len(young)]
+                for_young += 1
+            else:
+                adapter = of.adapters[asked % len(of.adapters)] if of.adapters else None
             given = str(asked)
             engine.add_request(given, of.prompts[asked % len(of.prompts)], parameters, lora_request=adapter)
             running[given] = adapter.lora_int_id if adapter else 0
@@ -124,15 +127,13 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
 
 
 def gpu_memory() -> int:
-    """Bytes in use of the GPU, or of both; 0 without one."""
+    """Bytes in use of all GPUs, whoever uses them; 0 without any."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    used = [int(line) * 2**20 for line in found.split()]
-    return sum(used[int(number)] for number in shown.split(",")) if shown else sum(used)
+    return sum(int(line) * 2**20 for line in found.split())
 
 
 def main(path: str) -> int:

@@ -188,11 +188,12 @@ def try_cuts(store: AdapterStore, name: str, loads: Sequence[tuple[int, int]]) -
     usual: Cuts = getattr(kernels, name)
     of_first = [usual, *(usual._replace(shrink=shrink) for shrink in CUTS[name][0])]
     of_second = [usual, *(usual._replace(expand=expand) for expand in CUTS[name][1])]
-    for which, tried in ((0, of_first), (1, of_second)):
+    kind = name.partition("_")[0].lower()
+    for which, (kernel, tried) in enumerate(((f"_shrink_{kind}", of_first), (f"_expand_{kind}", of_second))):
         for cuts in tried:
             with cut(name, cuts):
-                taken = [sorted(kernel_times(step.adapters), reverse=True)[which] for step in steps]
-            print(f"  {name} {cuts[which]}: {' '.join(f'{each:.3f}' for _, each in taken)} ms", flush=True)
+                taken = [dict(kernel_times(step.adapters))[kernel] for step in steps]
+            print(f"  {name} {cuts[which]}: {' '.join(f'{each:.3f}' for each in taken)} ms", flush=True)
 
 
 def _counts(text: str) -> list[int]:
