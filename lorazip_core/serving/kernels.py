@@ -340,10 +340,8 @@ TERMS_OF_FEW = Cuts(Shrink(8, 512, 1, groups=8), Expand(512, 1))
 TERMS_OF_MANY = Cuts(Shrink(4, 128, 4, terms=16), Expand(64, 2))
 BASES_OF_FEW = Cuts(Shrink(16, 128, 1), Expand(128, 2))
 BASES_OF_MANY = Cuts(Shrink(2, 64, 4), Expand(128, 4))
-_LARGEST_BLOCK, _LEAST_COLUMNS = (
-    2**13,
-    16,
-)  # elements of U that a program has in shared memory, and columns of a product
+_LARGEST_BLOCK = 2**13  # elements of U that a program has in shared memory
+_LEAST_COLUMNS = 16  # that tensor cores multiply at once
 
 
 def add_terms(
@@ -407,8 +405,8 @@ def add_cores(
     few = tokens <= FEW
     shrink, expand = BASES_OF_FEW if few else BASES_OF_MANY
     starts = [sum(widths[:number]) for number in range(slices)]
-    wide = min(expand.columns, max(_LEAST_COLUMNS, _LARGEST_BLOCK // rank))
-    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), wide, y.device)
+    size = min(expand.columns, max(_LEAST_COLUMNS, _LARGEST_BLOCK // rank))
+    blocks = _blocks(tuple(columns), tuple(widths), tuple(starts), size, y.device)
     inner = torch.empty(shrink.splits, slices, tokens, rank, dtype=torch.float32, device=y.device)
     both = {
         "KIND": kind, "TILE": CORES_TILE if few else WIDE, "SPLITS": shrink.splits, "RANK": rank,
@@ -421,8 +419,8 @@ def add_cores(
     )  # fmt: skip
     _expand_bases[tiles, len(blocks)](
         y, inner, batch, u, blocks,
-        tokens, slices, y.stride(0), u.shape[1], COLUMNS=wide,
-        ALIGNED=_aligned(y, columns, widths, wide), num_warps=expand.warps, **both,
+        tokens, slices, y.stride(0), u.shape[1],
+        COLUMNS=size, ALIGNED=_aligned(y, columns, widths, size), num_warps=expand.warps, **both,
     )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ class TermsTable:
         self.data = torch.zeros(size + _MARGIN, dtype=torch.uint8, device=device)
         self._terms, self._data, self._rows = Spans(terms), Spans(size), Spans(count + spare)
         self._held: dict[int, _Held] = {}
-        self._put(packs.popleft() for _ in range(count))  # none stays in main memory once it is on the device
+        self._put(packs.popleft() for _ in range(count))  # those of a file leave main memory together
 
     def add(self, adapter: PackedTerms) -> int:
         """Put one more adapter into a free row, which is returned. Raises LocalError where it does not fit."""

@@ -54,12 +54,15 @@ def pack(owners: Sequence[Sequence[Tensor]]) -> list[Packed]:
     kinds: list[tuple[list[int], NDArray[np.int64]]] = []
     for (length, dtype), numbers in alike.items():
         places = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
-        codes = torch.cat([matrices[number] for number in numbers]).numpy() if dtype == torch.int8 else None
-        forms[places] = FLOATS[dtype] if codes is None else _forms(codes)
-        size = packed_bytes(forms[places].astype(np.int64), length) if dtype == torch.int8 else length * dtype.itemsize
-        sizes[places] = -(-size // ALIGNED) * ALIGNED
+        if dtype == torch.int8:
+            forms[places] = _forms(torch.cat([matrices[number] for number in numbers]).numpy())
+            sizes[places] = packed_bytes(forms[places].astype(np.int64), length)
+        else:
+            forms[places] = FLOATS[dtype]
+            sizes[places] = length * dtype.itemsize
         kind[places] = len(kinds)
         kinds.append((numbers, places))
+    sizes = -(-sizes // ALIGNED) * ALIGNED
     at, order = owner * 0, np.lexsort((forms, kind, owner))  # where they lie, those of one form side by side
     at[order] = np.cumsum(sizes[order]) - sizes[order]
     data = np.zeros(sizes.sum(), np.uint8)

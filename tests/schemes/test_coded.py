@@ -19,7 +19,7 @@ from lorazip_core.schemes import coded, coded_file, streams
 from lorazip_core.schemes.coded import Coded
 from lorazip_core.schemes.coded_file import Arrays, CodedModules
 from lorazip_core.schemes.joined import Joined
-from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, Size, Target
+from lorazip_core.schemes.scheme import Encoding, ModuleGroup, Objective, PackedScheme, Size, Target
 from lorazip_core.schemes.streams import Buffer, Bytes, Contradiction, deflate, inflate
 from lorazip_core.schemes.svd import Svd
 
@@ -117,15 +117,17 @@ def test_the_scheme_packs_adapters_of_one_module_of_none_and_of_mixed_sizes() ->
                 assert found[suffix][place].dtype == tensor.dtype
 
 
-def test_terms_of_all_modules_are_their_updates() -> None:
+@pytest.mark.parametrize("of", [Coded, PackedScheme])
+def test_terms_of_all_modules_are_their_updates(of: type[PackedScheme]) -> None:
+    """Also as a scheme has them that knows no better way than one module after another."""
     for own in sample():
         modules = [[torch.from_numpy(array) for array in module] for module in own]
         joined = dict(zip(Coded.own, map(Joined.of, zip(*modules, strict=True)), strict=True))
-        found = Coded().joined_terms(joined)
-        scales = found.scale.double().split([len(module[0]) for module in modules])
+        found = of.joined_terms(Coded(), joined)
+        scales = found.scale.double().split(found.u.shapes[:, 0].tolist())
         for u, v, scale, module in zip(found.u, found.v, scales, modules, strict=True):
             b, a = Coded().decode(dict(zip(Coded.own, module, strict=True)), torch.float64)
-            torch.testing.assert_close((u.mT * scale) @ v.double(), b @ a, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close((u.double().mT * scale) @ v.double(), b @ a, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_at_all() -> None:

@@ -55,6 +55,17 @@ class LivingLlama:
         self.others = make_bundle(root / "others", sketches=OTHERS, modules=OTHER_MODULES)
         self.tokens = {bundle: tokens(model(), bundle) for bundle in (self.first, self.second, self.third)}
 
+    def engine(self, **settings: Any) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` for the first bundle, with these ``settings`` of lorazip's."""
+        return {
+            "model": str(self.model),
+            "max_model_len": 128,
+            "enable_lora": True,
+            "max_loras": 8,
+            "max_lora_rank": 1,
+            "additional_config": {"lorazip": {"bundle": str(self.first), **settings}},
+        }
+
 
 def tokens(base: Any, path: Path) -> dict[str | None, list[list[int]]]:
     """What the adapters of a bundle answer, and none, on a model, to each of `PROMPTS`."""

@@ -33,13 +33,6 @@ def test_adapters_are_added_to_other_weights(living: LivingLlama, tmp_path: Path
     first, then = ([of[name][0] for name in names] for of in (living.tokens[living.first], tokens(other, living.first)))
     assert all(one != another for one, another in zip(first, then, strict=True))
     steps = [ask, ["reload", str(folder)], ask, ["reload", str(living.model)], ask]
-    engine = SMALL | {
-        "model": str(living.model),
-        "max_model_len": 128,
-        "enable_lora": True,
-        "max_loras": 8,
-        "max_lora_rank": 1,
-        "additional_config": {"lorazip": {"bundle": str(living.first)}},
-    }
+    engine = SMALL | living.engine()
     found = run(tmp_path, SCRIPT, {"engine": engine, "prompt": PROMPTS[0], "steps": steps})
     assert found == [first, None, then, None, first]

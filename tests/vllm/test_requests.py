@@ -83,14 +83,7 @@ def steps(living: LivingLlama) -> list[tuple[list[Any], Any]]:
 
 def test_one_after_another(living: LivingLlama, tmp_path: Path) -> None:
     expected = steps(living)
-    engine = SMALL | {
-        "model": str(living.model),
-        "max_model_len": 128,
-        "enable_lora": True,
-        "max_loras": 8,
-        "max_lora_rank": 1,
-        "additional_config": {"lorazip": {"bundle": str(living.first), "spare": SPARE}},
-    }
+    engine = SMALL | living.engine(spare=SPARE)
     found = run(tmp_path, SCRIPT, {"engine": engine, "prompt": PROMPTS[0], "steps": [step for step, _ in expected]})
     for (step, wanted), got in zip(expected, found, strict=True):
         if isinstance(wanted, str):
