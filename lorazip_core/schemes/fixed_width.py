@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ODD = 16
 """In a form, beside its bits: all codes are odd."""
 _BITS = 15
-_AT_ONCE = 2**6  # vectors that are packed together: more do not stay in the cache of a processor
+_AT_ONCE = 2**9  # vectors that are packed together: more leave the cache of a processor, fewer have threads wait
 _LENGTHS = np.array([number.bit_length() for number in range(128)], np.uint8)
 
 Numbers = TypeVar("Numbers", int, "Tensor", NDArray[np.int64])

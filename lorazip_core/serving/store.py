@@ -35,6 +35,7 @@ from .tiles import Grouped, batch, most_ints
 
 NONE = -1
 """Instead of a number: no adapter."""
+_PACKERS = 4  # threads: with more, each waits for others so long that loading takes longer
 
 
 class Call(NamedTuple):
@@ -190,7 +191,8 @@ class AdapterStore:
         by_file: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in members:
             by_file[str(adapter.individual)].append(adapter)
-        with closing(in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"))) as files:
+        packed = in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"), workers=_PACKERS)
+        with closing(packed) as files:
             table = TermsTable(chain.from_iterable(files), self._sizes, device, spare)
         for row, adapter in enumerate(chain.from_iterable(by_file.values())):
             self._numbers[adapter.name] = self._enter(len(self._tables), row, row)

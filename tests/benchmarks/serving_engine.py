@@ -12,6 +12,7 @@ Every line of that file is what was measured, written as soon as it is.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -77,8 +79,8 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
     taken: dict[str, list[float]] = {"load": [], "unload": []}
     there: list[LoRARequest] = []
     running: dict[str, int] = {}
-    memory, asked, answered = gpu_memory(), 0, 0
-    for_young = 0
+    asked, answered, for_young = 0, 0, 0
+    memory: tuple[int, int] | None = None
 
     def step() -> None:
         nonlocal answered
@@ -88,7 +90,9 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
                 del running[output.request_id]
 
     started = time.perf_counter()
-    while sum(map(len, taken.values())) < changes:
+    while (done := sum(map(len, taken.values()))) < changes:
+        if memory is None and done >= changes // 10:  # what is read or made once is there
+            memory = gpu_memory(), main_memory()
         while len(running) < RUNNING:
             young = there[1:][-2:]
             if young and asked % 4 == 0:
@@ -116,24 +120,34 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
         step()
     for adapter in there:
         engine.remove_lora(adapter.lora_int_id)
+    before = memory or (0, 0)
     return {
         "changes": changes,
         "requests": answered,
         "seconds": seconds,
-        "gpu_bytes_more": gpu_memory() - memory,
+        "gpu_bytes_more": gpu_memory() - before[0],
+        "main_bytes_more": main_memory() - before[1],
         **{f"{what}_p50": sorted(each)[len(each) // 2] for what, each in taken.items() if each},
         **{f"{what}_most": max(each) for what, each in taken.items() if each},
     }
 
 
 def gpu_memory() -> int:
-    """Bytes in use of all GPUs, whoever uses them; 0 without any."""
+    """Bytes in use of the GPUs that there are for this process, whoever uses them; 0 without any."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if own := os.getenv("CUDA_VISIBLE_DEVICES"):
+        words.append(f"--id={own}")
     try:
         found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
     return sum(int(line) * 2**20 for line in found.split())
+
+
+def main_memory() -> int:
+    """Bytes of main memory of this process and of those that it has started."""
+    own = psutil.Process()
+    return sum(each.memory_info().rss for each in [own, *own.children(recursive=True)])
 
 
 def main(path: str) -> int:
