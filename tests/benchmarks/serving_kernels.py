@@ -5,7 +5,7 @@
 Bundles are of q, k and v of a model (`serving.py make` makes such). A step calls the operators of all layers for so
 many tokens, each of another adapter at random, or for prompts of 160 tokens; beside it the same number of products
 with the weights of q, k and v. Before anything is timed, kernels are held against the plain operators on the CPU. With
---cuts other ways to cut the work of each kernel are tried, see `kernels.Cuts`.
+--cuts other ways to cut the work of each kernel are tried, see `Cuts`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorazip_core.bundle.reader import Bundle
-from lorazip_core.serving import kernels
-from lorazip_core.serving.kernels import Cuts, Expand, Shrink
+from lorazip_core.serving.kernels import cores, terms
+from lorazip_core.serving.kernels.cuts import Cuts, Expand, Shrink
 from lorazip_core.serving.layers import Layer, Slice
 from lorazip_core.serving.store import AdapterStore
 from lorazip_core.serving.tiles import FEW
@@ -32,8 +33,8 @@ from lorazip_core.serving.tiles import FEW
 GPU = torch.device("cuda")
 PROMPT = 160
 REPEATS = 20
-CUTS: dict[str, tuple[list[Shrink], list[Expand]]] = {
-    "TERMS_OF_FEW": (
+CUTS: dict[tuple[str, str], tuple[list[Shrink], list[Expand]]] = {
+    ("terms", "OF_FEW"): (
         [
             *(Shrink(8, 512, warps, groups=groups) for warps in (1, 2) for groups in (4, 8)),
             *(Shrink(4, 1024, warps, groups=8) for warps in (1, 2, 4)),
@@ -42,15 +43,15 @@ CUTS: dict[str, tuple[list[Shrink], list[Expand]]] = {
         ],
         [Expand(columns, warps) for columns in (256, 512, 1024) for warps in (1, 2)],
     ),
-    "TERMS_OF_MANY": (
+    ("terms", "OF_MANY"): (
         [Shrink(splits, columns, 4, terms=16) for splits in (2, 4, 8) for columns in (64, 128)],
         [Expand(columns, warps) for columns in (32, 64, 128) for warps in (2, 4)],
     ),
-    "BASES_OF_FEW": (
+    ("bases", "OF_FEW"): (
         [Shrink(splits, columns, warps) for splits in (8, 16) for columns in (64, 128) for warps in (1, 2)],
         [Expand(columns, warps) for columns in (64, 128, 256) for warps in (1, 2)],
     ),
-    "BASES_OF_MANY": (
+    ("bases", "OF_MANY"): (
         [Shrink(splits, columns, 4) for splits in (1, 2) for columns in (64, 128)],
         [Expand(columns, warps) for columns in (64, 128, 256) for warps in (4, 8)],
     ),
@@ -153,7 +154,7 @@ def products(layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
 
 
 @contextmanager
-def cut(name: str, cuts: Cuts) -> Iterator[None]:
+def cut(kernels: ModuleType, name: str, cuts: Cuts) -> Iterator[None]:
     before = getattr(kernels, name)
     setattr(kernels, name, cuts)
     try:
@@ -165,7 +166,6 @@ def cut(name: str, cuts: Cuts) -> Iterator[None]:
 def measure(path: Path, options: argparse.Namespace) -> None:
     bundle = Bundle(path)
     store = AdapterStore(bundle, layers_of(bundle), device=GPU, dtype=torch.bfloat16)
-    kind = "TERMS" if store.kinds == ["terms"] else "BASES"
     print(f"{path.name}: {len(store.numbers):,} adapters, {store.nbytes / 1e6:,.1f} MB, {store.kinds}", flush=True)
     for tokens, each in ((40, 1), (FEW + 8, PROMPT)):
         print(f"  kernels are off by {furthest(bundle, store, tokens, each):.1e} at {tokens} tokens", flush=True)
@@ -178,22 +178,22 @@ def measure(path: Path, options: argparse.Namespace) -> None:
         print(f"  {tokens:,} tokens: {told}", flush=True)
     if options.cuts:
         few, many = [load for load in loads if load[0] <= FEW], [load for load in loads if load[0] > FEW]
-        try_cuts(store, f"{kind}_OF_FEW", few)
-        try_cuts(store, f"{kind}_OF_MANY", many)
+        try_cuts(store, "OF_FEW", few)
+        try_cuts(store, "OF_MANY", many)
 
 
 def try_cuts(store: AdapterStore, name: str, loads: Sequence[tuple[int, int]]) -> None:
     """Print how long a kernel takes for all loads, cut as it is and in other ways."""
+    kind, kernels = ("terms", terms) if store.kinds == ["terms"] else ("bases", cores)
     steps = [Step(store, *load, 0) for load in loads]
     usual: Cuts = getattr(kernels, name)
-    of_first = [usual, *(usual._replace(shrink=shrink) for shrink in CUTS[name][0])]
-    of_second = [usual, *(usual._replace(expand=expand) for expand in CUTS[name][1])]
-    kind = name.partition("_")[0].lower()
+    of_first = [usual, *(usual._replace(shrink=shrink) for shrink in CUTS[kind, name][0])]
+    of_second = [usual, *(usual._replace(expand=expand) for expand in CUTS[kind, name][1])]
     for which, (kernel, tried) in enumerate(((f"_shrink_{kind}", of_first), (f"_expand_{kind}", of_second))):
         for cuts in tried:
-            with cut(name, cuts):
+            with cut(kernels, name, cuts):
                 taken = [dict(kernel_times(step.adapters))[kernel] for step in steps]
-            print(f"  {name} {cuts[which]}: {' '.join(f'{each:.3f}' for each in taken)} ms", flush=True)
+            print(f"  {kind} {name} {cuts[which]}: {' '.join(f'{each:.3f}' for each in taken)} ms", flush=True)
 
 
 def _counts(text: str) -> list[int]:

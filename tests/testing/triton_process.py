@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.store import NONE, AdapterStore
 from testing.device_tables import computed, inputs, layers
 
-CUTS = "TERMS_OF_FEW", "TERMS_OF_MANY", "BASES_OF_FEW", "BASES_OF_MANY"
 KERNELS = "_shrink_terms", "_expand_terms", "_shrink_bases", "_expand_bases"
 
 
@@ -86,18 +86,23 @@ def by_kernels(case: Case) -> Any:
 
     store = case.store()
     x, y = case.inputs(store)
-    usual = {name: getattr(kernels, name) for name in CUTS}
-    try:
-        if case.small:
-            for name in CUTS:
-                many = {"terms": 16} if name == "TERMS_OF_MANY" else {}
-                shrink = kernels.Shrink(1, 16, 1, groups=2, **many)
-                setattr(kernels, name, kernels.Cuts(shrink, kernels.Expand(16, 1)))
+    with _small_cuts() if case.small else nullcontext():
         found = computed(store, case.layer, x, case.numbers(store), y, case.padding, operators=kernels)
-    finally:
-        for name, cuts in usual.items():
-            setattr(kernels, name, cuts)
     return found.float().numpy()
+
+
+@contextmanager
+def _small_cuts() -> Iterator[None]:
+    from lorazip_core.serving.kernels import cores, terms
+    from lorazip_core.serving.kernels.cuts import Cuts, Expand, Shrink
+
+    small = Cuts(Shrink(1, 16, 1, groups=2), Expand(16, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cores, terms):
+            patch.setattr(module, "OF_FEW", small)
+            patch.setattr(module, "OF_MANY", small)
+        patch.setattr(terms, "OF_MANY", small._replace(shrink=small.shrink._replace(terms=16)))
+        yield
 
 
 def compiled(case: Case) -> set[tuple[str, str]]:
@@ -106,7 +111,7 @@ def compiled(case: Case) -> set[tuple[str, str]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from lorazip_core.serving import kernels
+    from lorazip_core.serving.kernels import cores, terms
 
     class Driver:
         """As much of one as compiling asks for."""
@@ -136,12 +141,9 @@ def compiled(case: Case) -> set[tuple[str, str]]:
 
     found: set[tuple[str, str]] = set()
     triton.runtime.driver.set_active(Driver())
-    originals = {name: getattr(kernels, name) for name in KERNELS}
-    try:
-        for name, kernel in originals.items():
-            setattr(kernels, name, OnlyCompiled(kernel))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            module = terms if name.endswith("terms") else cores
+            patch.setattr(module, name, OnlyCompiled(getattr(module, name)))
         by_kernels(case)
-    finally:
-        for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
     return found
