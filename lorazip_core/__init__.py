@@ -1,3 +1,3 @@
 """Compress collections of LoRA adapters into shared-basis bundles, prove the loss and export them again."""
 
-__version__ = "0.10.0"
+__version__ = "0.10.1"
