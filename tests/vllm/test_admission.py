@@ -23,13 +23,6 @@ ONE, OTHER = "fv_capitalize", "fv_ag_news"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("admitted") / "bundle"
-    compress(sample_path(), folder, CompressOptions())
-    return folder
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of one adapter, by another name."""
     root = tmp_path_factory.mktemp("other")

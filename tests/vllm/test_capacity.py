@@ -21,13 +21,6 @@ GPU = 10**9
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "bundle"
-    compress(sample_path(), folder, CompressOptions())
-    return folder
-
-
-@pytest.fixture(scope="module")
 def base(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model of two files, whose modules fit, with 1,000,000 bytes more."""
     folder = tmp_path_factory.mktemp("base")
