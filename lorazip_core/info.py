@@ -17,7 +17,7 @@ from .schemes.scheme import Size
 from .vllm.capacity import ServingInfo, serving_info
 
 if TYPE_CHECKING:
-    from .serving.resident import Resident
+    from .serving.resident_size import ResidentSize
 
 
 class ModuleShape(Struct, frozen=True):
@@ -182,13 +182,11 @@ def info(path: Path, *, resident: bool = False, serving: Serving | None = None) 
     )
 
 
-def _held(bundle: Bundle) -> Resident:
+def _held(bundle: Bundle) -> ResidentSize:
     """What a device holds of the bundle."""
-    import torch  # and what needs it: not for whoever reads the manifest only
+    from .serving.resident_size import resident_size  # loads PyTorch: not for whoever reads the manifest only
 
-    from .serving.resident import Resident
-
-    return Resident.of(bundle, torch.device("cpu"))
+    return resident_size(bundle)
 
 
 def _original(bundle: Bundle, adapter: AdapterEntry) -> int:

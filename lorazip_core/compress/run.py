@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from ..adapter.collection import Collection, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import CPU, find_device
+from ..base.device import find_device
 from ..base.errors import UsageError
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
@@ -39,7 +39,7 @@ from ..reading.packs import Budget
 from ..reading.scan import Scan, scan_for
 from ..reading.updates import Updates
 from ..schemes.registry import shared_scheme
-from ..serving.resident import Resident
+from ..serving.resident_size import ResidentSize, resident_size
 from .alone import Alone
 from .assemble import Assembly
 from .attempt import Attempt, Taken, first_attempt
@@ -178,7 +178,7 @@ def compress_by_frontier(
         while True:
             encoded, clusters, told = run.encode(attempt)
             manifest, size = run.assemble(writer, attempt, encoded, clusters)
-            held = Resident.of(Bundle(building.path), CPU) if options.objective == "resident" else None
+            held = resident_size(Bundle(building.path)) if options.objective == "resident" else None
             following = attempt and attempt.following(manifest, _taken(manifest, size, held, options.chosen))
             if following is None:
                 break
@@ -212,7 +212,7 @@ def _planned(
     return frontier(spectra, scanned, step, options) if predict else None, attempt
 
 
-def _taken(manifest: Manifest, size: int, held: Resident | None, scheme: str) -> Taken:
+def _taken(manifest: Manifest, size: int, held: ResidentSize | None, scheme: str) -> Taken:
     """What is counted of a bundle: the bytes of its files, or what is ``held`` of it."""
     if held is not None:
         own = sum(held.own_bytes)
@@ -347,7 +347,7 @@ def _report(
     size: int,
     seconds: float,
     device: torch.device,
-    held: Resident | None,
+    held: ResidentSize | None,
 ) -> CompressReport:
     adapters = manifest.adapters
     worst = max(adapters, key=lambda adapter: adapter.squared_error)

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct
 from ..adapter.collection import Collection, Company, open_collection
 from ..adapter.notes import notes
 from ..base.atomic import check_output, resumable_directory
-from ..base.device import CPU, find_device
+from ..base.device import find_device
 from ..base.errors import AdapterError, AdapterErrors
 from ..base.filesystem import check_space
 from ..base.progress import Progress, Silent
@@ -30,7 +30,7 @@ from ..bundle.writer import BundleWriter, not_of_bundle
 from ..compress.pieces import Pieces
 from ..reading.memory import Bounds, Task, working_within
 from ..reading.scan import scan_for
-from ..serving.resident import Resident
+from ..serving.resident_size import resident_size
 from .addition import Addition
 from .carry import Staying
 from .manner import check_limit, individual_options
@@ -166,7 +166,7 @@ def _above_budget(manifest: Manifest, size: int, path: Path) -> str | None:
     if budget is UNSET:
         return None
     if manifest.parameters.objective == "resident":
-        size, where = Resident.of(Bundle(path), CPU).nbytes, " on a device"
+        size, where = resident_size(Bundle(path)).nbytes, " on a device"
     if size <= budget:
         return None
     return f"it takes {megabytes(size)}{where} now, more than the «budget» of {megabytes(budget)} that it was made for"

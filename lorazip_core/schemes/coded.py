@@ -103,6 +103,11 @@ class Coded(PackedScheme, SteppedScheme):
 
         return own_bytes(resident["starts"].numpy(), resident["forms"].numpy(), size).tolist()
 
+    def joined_bytes(self, own: Mapping[str, Joined], sizes: Sequence[Size]) -> int:
+        from .coded_resident import joined_bytes
+
+        return joined_bytes(own["u"], own["v"])
+
     def apply(self, resident: Mapping[str, Tensor], size: Size, x: Tensor, places: Tensor) -> Tensor:
         from .coded_resident import components
 

@@ -27,6 +27,8 @@ from .scheme import Size
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .joined import Joined
+
 COMPONENT_BYTES = 4 + 2 + 2
 """Of a component in ``at``, ``forms`` and ``scale``."""
 _MOST_BYTES = 2**31
@@ -64,6 +66,18 @@ def own_bytes(starts: NDArray[np.int32], forms: NDArray[np.uint8], size: Size) -
     """[n]: what every adapter adds to `lay_out`, which gave these ``starts`` and ``forms``."""
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(_sizes(forms, size) + COMPONENT_BYTES)])
     return START_BYTES + np.diff(ends[starts])
+
+
+def joined_bytes(u: Joined, v: Joined) -> int:
+    """What an adapter adds to `lay_out` of all its modules, whose components are these: `own_bytes` of it, sooner."""
+    total = START_BYTES * len(u.shapes) + COMPONENT_BYTES * int(u.shapes[:, 0].sum())
+    for side in (u, v):
+        lengths = side.shapes[:, 1]
+        for length in np.unique(lengths).tolist():
+            alike = [side.pieces[place].numpy() for place in np.flatnonzero(lengths == length).tolist()]
+            forms = forms_of(np.concatenate(alike).reshape(-1, length))
+            total += int(packed_bytes(forms.astype(np.int64), length).sum())
+    return total
 
 
 def components(resident: Mapping[str, Tensor], size: Size, rows: Tensor) -> dict[str, Tensor]:

@@ -376,6 +376,12 @@ class PackedScheme(IndividualScheme):
         u, v = (Joined.of([getattr(terms, side) for terms in modules]) for side in ("u", "v"))
         return JoinedTerms(u, v, torch.cat([terms.scale for terms in modules]))
 
+    def joined_bytes(self, own: Mapping[str, Joined], sizes: Sequence[Size]) -> int:
+        """What an adapter with modules of these ``sizes`` adds to `resident`, in all of them together."""
+        modules = [dict(zip(own, tensors, strict=True)) for tensors in zip(*own.values(), strict=True)]
+        pairs = zip(modules, sizes, strict=True)
+        return sum(sum(self.resident_bytes(self.resident([module]), size)) for module, size in pairs)
+
     @abstractmethod
     def typical_bytes(self, size: Size) -> int:
         """About what an update of this size takes where nothing is asked for; how much it is, only weights can tell."""

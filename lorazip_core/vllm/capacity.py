@@ -14,7 +14,7 @@ from ..bundle.reader import Bundle
 from ..export.vllm import max_lora_rank
 
 if TYPE_CHECKING:
-    from ..serving.resident import Resident
+    from ..serving.resident_size import ResidentSize
 
 _ITEMSIZE = 2  # of bf16
 
@@ -54,7 +54,7 @@ class ServingInfo(Struct, frozen=True):
 
 
 def serving_info(
-    bundle: Bundle, held: Resident, *, gpu_memory: int | None, cache_share: float, model: Path | None
+    bundle: Bundle, held: ResidentSize, *, gpu_memory: int | None, cache_share: float, model: Path | None
 ) -> ServingInfo:
     """Compare what is ``held`` of a bundle with slots, and with a GPU of ``gpu_memory`` bytes if that is given.
 

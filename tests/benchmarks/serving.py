@@ -172,7 +172,7 @@ def rows(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for, in the order in which they are named."""
     found: list[Row] = []
     wanted = options.rows
-    how = ("--serving",) if "stock-bytes" in wanted else ()  # which reads the bundle: a minute if it is large
+    how = ("--serving",) if "stock-bytes" in wanted else ()  # which reads the bundle
     bundles = {path: _info(path, *how) for path in options.bundles} if {"bundle", "stock-bytes"} & set(wanted) else {}
     stock = read_stock(options.adapters) if options.adapters else None
     for kind in wanted:
