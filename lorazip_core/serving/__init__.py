@@ -1,7 +1,7 @@
 """A bundle in memory, to be served: `resident` has what a device holds of it, and the reference of what is computed.
 
-`resident_size` counts its bytes without holding it. `servable` says which adapters can be served exactly. `attach` puts a
-bundle on a loaded Transformers model, which is `served` then: each row of a batch with its own adapter.
+`resident_size` counts its bytes without holding it. `servable` says which adapters can be served exactly. `attach` puts
+a bundle on a loaded Transformers model, which is `served` then: each row of a batch with its own adapter.
 
 For engines the same lies in tables, whose tensors keep their addresses:
 
