@@ -158,9 +158,13 @@ def _render_serving(compared: ServingInfo, resident: int) -> None:
         model = "" if memory.bytes_model is None else f" {megabytes(memory.bytes_model)} for the base model,"
         console.line(
             f"GPU          {megabytes(memory.bytes)}:{model} {megabytes(memory.bytes_cache)} for the KV cache"
-            f" and all else, {megabytes(memory.bytes_adapters)} for adapters"
+            f" and all else, {_left(memory.bytes_adapters)}"
         )
         console.line(f"fits         {count(memory.fit, 'adapter')} like these, or {count(slots.fit or 0, 'slot')}")
+
+
+def _left(size: int) -> str:
+    return f"{megabytes(size)} for adapters" if size >= 0 else f"which is {megabytes(-size)} too much"
 
 
 def _alone(adapter: AdapterInfo) -> str:

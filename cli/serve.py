@@ -34,6 +34,7 @@ def serve(
 ) -> int:
     """Serve all adapters of a bundle at once, with vLLM."""
     check_bundle_path(bundle)
+    from lorazip_core.vllm.address import check_free
     from lorazip_core.vllm.launch import plan
     from lorazip_core.vllm.versions import installed
 
@@ -53,6 +54,7 @@ def serve(
     if dry_run:
         console.line(launch.text())
         return 0
+    check_free(launch.host, launch.port)
     if not quiet:
         console.say(launch.text())
     console.flush()

@@ -35,6 +35,7 @@ OPTIONS = {
     "model": "--model",
     "objective": "--objective",
     "output": "-o",
+    "port": "--port",
     "prompt_tokens": "--prompt-tokens",
     "prune": "--prune",
     "rank": "--rank",

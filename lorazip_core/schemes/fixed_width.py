@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 ODD = 16
 """In a form, beside its bits: all codes are odd."""
 _BITS = 15
-_AT_ONCE = 2**9  # vectors that are packed together: more leave the cache of a processor, fewer have threads wait
+_AT_ONCE = (
+    2**9
+)  # vectors that are packed together: more leave the processor's cache; after fewer, threads wait for the interpreter
 _LENGTHS = np.array([number.bit_length() for number in range(128)], np.uint8)
 
 Numbers = TypeVar("Numbers", int, "Tensor", NDArray[np.int64])

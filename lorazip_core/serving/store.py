@@ -35,7 +35,7 @@ from .tiles import Grouped, batch, most_ints
 
 NONE = -1
 """Instead of a number: no adapter."""
-_PACKERS = 4  # threads: with more, each waits for others so long that loading takes longer
+_LOADERS = 4  # threads that read, unpack and pack: with more, they wait for the interpreter, and loading takes longer
 
 
 class Call(NamedTuple):
@@ -191,7 +191,7 @@ class AdapterStore:
         by_file: defaultdict[str, list[AdapterEntry]] = defaultdict(list)
         for adapter in members:
             by_file[str(adapter.individual)].append(adapter)
-        packed = in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"), workers=_PACKERS)
+        packed = in_order(partial(self._packed, bundle), by_file.values(), torch.device("cpu"), workers=_LOADERS)
         with closing(packed) as files:
             table = TermsTable(chain.from_iterable(files), self._sizes, device, spare)
         for row, adapter in enumerate(chain.from_iterable(by_file.values())):

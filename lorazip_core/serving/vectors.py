@@ -21,7 +21,7 @@ from ..schemes.fixed_width import unpack as unpack_codes
 FLOATS = {torch.bfloat16: 32, torch.float16: 33, torch.float32: 34}
 """The form of a vector of such elements."""
 ALIGNED = 4
-_AT_ONCE = 2**9  # vectors
+_AT_ONCE = 2**9  # vectors that are looked at together, as in `fixed_width`
 
 Bytes = NDArray[np.uint8]
 
@@ -51,23 +51,25 @@ def pack(owners: Sequence[Sequence[Tensor]]) -> list[Packed]:
     for number, each in enumerate(matrices):
         alike.setdefault((each.shape[1], each.dtype), []).append(number)
     kind, sizes, forms = owner * 0, owner * 0, np.zeros(len(owner), np.uint8)
-    kinds: list[tuple[Tensor, NDArray[np.int64]]] = []
+    kinds: list[tuple[list[Tensor], NDArray[np.int64]]] = []
     for (length, dtype), numbers in alike.items():
         places = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
-        rows = torch.cat([matrices[number] for number in numbers])
+        own = [matrices[number] for number in numbers]
         if dtype == torch.int8:
-            forms[places] = _forms(rows.numpy())
+            own = [torch.cat(own)]
+            forms[places] = _forms(own[0].numpy())
             sizes[places] = packed_bytes(forms[places].astype(np.int64), length)
         else:
             forms[places] = FLOATS[dtype]
             sizes[places] = length * dtype.itemsize
         kind[places] = len(kinds)
-        kinds.append((rows, places))
+        kinds.append((own, places))
     sizes = -(-sizes // ALIGNED) * ALIGNED
     at, order = owner * 0, np.lexsort((forms, kind, owner))  # where they lie, those of one form side by side
     at[order] = np.cumsum(sizes[order]) - sizes[order]
     data = np.zeros(sizes.sum(), np.uint8)
-    for rows, places in kinds:
+    for own, places in kinds:
+        rows = own[0] if len(own) == 1 else torch.cat(own)  # of floats, of one kind at a time: they are large
         for some, packed in _packed(rows, forms[places]) if len(rows) else ():
             _put(data, at[places[some]], packed)
     begins = np.cumsum(np.append(0, np.bincount(owner, sizes, len(owners)))).astype(np.int64)

@@ -91,7 +91,8 @@ class Admission:
         """Check a request to hold an adapter, whose ``lora_path`` becomes that of its `Source`."""
         identity = self._identity(request)
         if not self._known(request.lora_int_id, identity):
-            self.find(request.lora_name, request.lora_path)
+            if identity.source != self.source or not self.serves(identity.name):  # what is held needs no disk
+                self.find(request.lora_name, request.lora_path)
             self._refuse_second_id(request, self._added)
         request.lora_path = str(identity.source)
 
@@ -180,4 +181,4 @@ def _no_adapter(name: str, bundle: Bundle) -> ValueError:
 
 def _hint(names: NearNames, wrong: str) -> str:
     near = names.find(wrong, 1, _RATIO)
-    return f" ({did_you_mean(near)})" if near else ""
+    return f" ({did_you_mean(near)})" if near and near != [wrong] else ""

@@ -2,7 +2,8 @@
 
 These names of vLLM are given another value where a bundle is served:
 
-- ``InputProcessor._validate_lora``: a request for an adapter that is not there is refused;
+- ``InputProcessor``: its ``__init__`` opens the bundle, and ``_validate_lora`` refuses requests for adapters that are
+  not there;
 - ``add_lora`` and ``remove_lora`` of ``AsyncLLM`` and ``LLMEngine``: a request under way keeps its adapter;
 - of ``OpenAIServingModels``, the list of models, loading and unloading.
 
@@ -12,11 +13,13 @@ Each function here wraps one of these. Where an engine serves no bundle, it call
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from copy import copy
 from functools import cache, wraps
 from http import HTTPStatus
 from typing import Any
+from weakref import WeakValueDictionary
 
 from prometheus_client import Counter
 from vllm.entrypoints.openai.models.serving import ErrorResponse, OpenAIServingModels, create_error_response
@@ -33,6 +36,8 @@ _requests = Counter("lorazip_requests", "Requests for each adapter of a bundle",
 
 Method = Callable[..., Awaitable[Any]]
 
+_OF_ENGINE = "Call to add_lora method failed: "
+_OF_WORKER = re.compile(r"Worker failed with error '(.*)', please check the stack trace", re.DOTALL)
 _WAIT = 0.02
 """Seconds between looks at whether requests are done that use an adapter which is to be removed."""
 
@@ -40,6 +45,7 @@ _WAIT = 0.02
 @cache
 def install() -> None:
     """Teach it."""
+    InputProcessor.__init__ = _beginning(InputProcessor.__init__)
     InputProcessor._validate_lora = _validating(InputProcessor._validate_lora)
     AsyncLLM.add_lora = _adding_async(AsyncLLM.add_lora)
     AsyncLLM.remove_lora = _removing_async(AsyncLLM.remove_lora)
@@ -67,6 +73,17 @@ class BundleResolver(LoRAResolver):
 def _request(known: Admission, name: str) -> LoRARequest:
     """For an adapter of the first bundle. vLLM gives it an id of its own."""
     return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(known.source))
+
+
+def _beginning(stock: Callable[..., None]) -> Callable[..., None]:
+    """Of `InputProcessor`: what is known of the bundle is known from the start, wherever that is moved meanwhile."""
+
+    @wraps(stock)
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        stock(self, *arguments, **options)
+        admission(self)
+
+    return begin
 
 
 def _validating(stock: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -186,7 +203,10 @@ def _resolving(stock: Method) -> Method:
     async def resolve(self: Any, lora_name: str) -> Any:
         if (known := _admission(self)) is None:
             return await stock(self, lora_name)
-        found = await asyncio.shield(_kept(stock(self, lora_name)))
+        if _is_unknown(self, known, lora_name):
+            found: Any = _missing(f"LoRA adapter {lora_name} does not exist")
+        else:
+            found = await asyncio.shield(_kept(stock(self, lora_name)))
         if _is_missing(found) and (hint := known.hint(lora_name)):
             raise VLLMNotFoundError(f"The model `{lora_name}` does not exist{hint}")
         return found
@@ -202,17 +222,18 @@ def _loading(stock: Method) -> Method:
         if (known := _admission(self)) is None:
             return await stock(self, request, *arguments, **options)
         name = request.lora_name
-        if name not in self.lora_requests and known.serves(name):
-            return _refused(f"adapter {name} is served already: unload it first")
-        try:
-            refuse_in_place(request)
-            # Reading a manifest takes a while, in which others are answered.
-            request.lora_path = str(await asyncio.to_thread(known.find, name, request.lora_path))
-        except ValueError as error:
-            return _refused(str(error))
-        answer = await stock(self, request, *arguments, **options)
+        async with _lock(self, name):
+            try:
+                refuse_in_place(request)
+                if name in self.lora_requests or known.serves(name):
+                    raise ValueError(f"adapter {name} is served already: unload it first")
+                # Reading a manifest takes a while, in which others are answered.
+                request.lora_path = str(await asyncio.to_thread(known.find, name, request.lora_path))
+            except ValueError as error:
+                return _refused(str(error))
+            answer = await stock(self, request, *arguments, **options)
         failed = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
-        return _refused(answer.error.message) if failed else answer  # the engine has no room, or the file is damaged
+        return _refused(_cause(answer.error.message)) if failed else answer  # no room, or the file is damaged
 
     return load
 
@@ -225,18 +246,35 @@ def _unloading(stock: Method) -> Method:
         if (known := _admission(self)) is None:
             return await stock(self, request)
         name = request.lora_name
-        if name not in self.lora_requests and known.serves(name):
-            await self.resolve_lora(name)  # it has no id yet, as nobody asked for it
-        adapter = self.lora_requests.get(name)
-        answer = await stock(self, request)
+        async with _lock(self, name):
+            if name not in self.lora_requests and known.serves(name):
+                await self.resolve_lora(name)  # it has no id yet, as nobody asked for it
+            adapter = self.lora_requests.get(name)
+            answer = await stock(self, request)
+        # Nobody who waits for the lock goes on before the next await, when the engine knows what leaves.
         if adapter is not None and self.lora_requests.get(name) is not adapter:
             await self.engine_client.remove_lora(adapter.lora_int_id)
         if _is_missing(answer) and (hint := known.hint(name)):
-            line = f"The lora adapter '{name}' cannot be found{hint}"
-            return create_error_response(message=line, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
+            return _missing(f"The lora adapter '{name}' cannot be found{hint}")
         return answer
 
     return unload
+
+
+def _lock(models: Any, name: str) -> asyncio.Lock:
+    """Held while the adapter of this name is loaded or unloaded, and kept no longer than somebody waits for it."""
+    locks: WeakValueDictionary[str, asyncio.Lock] = vars(models).setdefault("_lorazip", WeakValueDictionary())
+    return locks.setdefault(name, asyncio.Lock())
+
+
+def _is_unknown(models: Any, known: Admission, name: str) -> bool:
+    """Whether there is no adapter of this name, and none just being loaded.
+
+    vLLM need not be asked then, which keeps a lock for every name that it was ever asked for.
+    """
+    ours_alone = all(isinstance(each, BundleResolver) for each in models.lora_resolvers)
+    there = name in models.lora_requests or known.serves(name) or name in vars(models).get("_lorazip", ())
+    return ours_alone and not there
 
 
 def _admission(models: Any) -> Admission | None:
@@ -249,6 +287,16 @@ def _admission(models: Any) -> Admission | None:
 
 def _is_missing(answer: Any) -> bool:
     return isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND
+
+
+def _missing(message: str) -> Any:
+    return create_error_response(message=message, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
+
+
+def _cause(message: str) -> str:
+    """What a worker said, out of what the engine makes of it."""
+    found = _OF_WORKER.search(message)
+    return found[1] if found else message.removeprefix(_OF_ENGINE)
 
 
 def _refused(message: str) -> Any:

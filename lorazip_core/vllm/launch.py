@@ -16,7 +16,7 @@ from ..bundle.reader import Bundle
 from ..export.vllm import RANKS
 from . import versions
 from .options import ADDITIONAL, Ours, understand
-from .servable import check_adapters
+from .servable import check_adapters, names_taken
 from .source import KEY
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
@@ -32,6 +32,9 @@ class Launch(NamedTuple):
     command: list[str]
     environment: dict[str, str]
     notes: list[str]
+    host: str | None
+    port: str | None
+    """Where it will listen; None where vLLM's default is."""
 
     def text(self) -> str:
         """The command as a shell takes it, variables first."""
@@ -57,14 +60,18 @@ def plan(
     which starts it.
 
     Raises UsageError for options that contradict lorazip's and for a model in a directory whose weights have other
-    shapes, LocalError for another vLLM, Unsupported for adapters that it cannot serve, and as opening a bundle does.
+    shapes, LocalError for another vLLM, Unsupported for adapters that it cannot serve, BundleDamaged for a file that is
+    not there or not as long as it was, and as opening a bundle does.
     """
     versions.check(version)
     bundle = Bundle(path)
     refuse_contradictions(path, bundle.manifest)
     settings = {"bundle": str(path.resolve()), "manifest_sha256": bundle.digest, "spare": spare}
-    given = understand(more, Ours(model, settings))
+    given = understand(more, Ours(model, settings, host, port))
     check_adapters(bundle)
+    bundle.check_sizes(file.path for file in bundle.manifest.files)
+    if taken := names_taken(given.served_model_names or [model], bundle):
+        raise UsageError(taken, "give the base model another --served-model-name")
     notes = _check_model(bundle.manifest, model)
     words = [sys.executable, *SERVER, "--model", model]
     for name, value in (("host", host), ("port", port)):
@@ -77,7 +84,8 @@ def plan(
     if given.max_lora_rank is None:
         words += ["--max-lora-rank", str(RANKS[0])]
     words += [ADDITIONAL, json.dumps(given.additional_config | {KEY: settings})]
-    return Launch([*words, *given.words], _variables(environment), notes)
+    where = (given.host if host is None else host), (given.port if port is None else str(port))
+    return Launch([*words, *given.words], _variables(environment), notes, *where)
 
 
 def _batch(adapters: int, sequences: str | None) -> int:

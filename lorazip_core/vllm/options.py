@@ -15,8 +15,10 @@ from .source import KEY
 
 ADDITIONAL = "--additional-config"
 _CONFIG, _SERVERS = "--config", "--api-server-count"
-_KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs", "--pipeline-parallel-size", _SERVERS, _CONFIG)
+_ADDRESS = ("--host", "--port")
+_KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs", "--pipeline-parallel-size", _SERVERS, _CONFIG, *_ADDRESS)
 """Options with a value that are read, and passed on."""
+_NAMES = "--served-model-name"
 _SHORT = {"--pipeline-parallel-size": "-pp", _SERVERS: "-asc"}
 
 
@@ -26,6 +28,10 @@ class Given(NamedTuple):
     max_loras: str | None
     max_lora_rank: str | None
     max_num_seqs: str | None
+    host: str | None
+    port: str | None
+    served_model_names: list[str]
+    """What the base model is called; nothing if only by its own name."""
     additional_config: dict[str, Any]
     """Of several objects, what the last one says of each key: vLLM would take the last one alone."""
     words: list[str]
@@ -38,6 +44,8 @@ class Ours(NamedTuple):
     model: str
     settings: dict[str, Any]
     """In ``additional_config``."""
+    host: str | None = None
+    port: int | None = None
 
 
 def understand(words: Sequence[str], ours: Ours) -> Given:
@@ -55,12 +63,16 @@ def understand(words: Sequence[str], ours: Ours) -> Given:
 
     objects = [known for each in both for known in each.additional_config]
     kept = [word for name in _KEPT for value in getattr(said, _field(name))[-1:] for word in (name, value)]
+    names: list[str] = next((each.served_model_name[-1] for each in reversed(both) if each.served_model_name), [])
     return Given(
         last("max_loras"),
         last("max_lora_rank"),
         last("max_num_seqs"),
+        last("host"),
+        last("port"),
+        names,
         {key: value for known in objects for key, value in known.items()},
-        [*said.others, *kept],
+        [*said.others, *kept, *(word for own in said.served_model_name[-1:] for word in (_NAMES, *own))],
     )
 
 
@@ -87,6 +99,7 @@ def _parse(words: Sequence[str], ours: Ours) -> argparse.Namespace:
             parser.add_argument(each.option, action="store_true")
     for name in _KEPT:
         parser.add_argument(name, *filter(None, [_SHORT.get(name)]), action="append", default=[])
+    parser.add_argument(_NAMES, action="append", nargs="+", default=[])
     said, others = parser.parse_known_args(words)
     said.others = others
     _refuse(said, ours)
@@ -99,6 +112,10 @@ def _refuse(said: argparse.Namespace, ours: Ours) -> None:
     for other in said.model:
         if other != ours.model:
             raise UsageError(f"two base models, and the second is {other}", "give one, as «model»")
+    for name in _ADDRESS:
+        own = getattr(ours, _field(name))
+        if own is not None and any(other != str(own) for other in getattr(said, _field(name))):
+            raise UsageError(f"two of {name}, and the first is {own}", "give it before -- alone")
     for known in said.additional_config:
         if known.get(KEY, ours.settings) != ours.settings:
             raise UsageError(f"{ADDITIONAL} has other settings at {KEY!r}", "leave them to lorazip")
@@ -122,7 +139,7 @@ def _in_file(path: Path, ours: Ours) -> list[argparse.Namespace]:
     found = []
     for key, words in read_options(path):
         try:
-            said = _parse(words, ours)
+            said = _parse(words, ours._replace(host=None, port=None))  # where the command has the last word
             if said.config:
                 raise UsageError("vLLM reads no second file")
         except UsageError as error:

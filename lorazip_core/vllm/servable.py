@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..base.errors import LocalError
 from ..bundle.manifest import AdapterEntry
@@ -12,8 +12,6 @@ from ..serving.servable import Takes, refuse, unservable
 TAKES: frozenset[Takes] = frozenset({"linear"})
 """The kinds of modules that are served."""
 _HINT = "make a bundle without them"
-
-
 _HEAD = "lm_head"
 
 
@@ -34,6 +32,16 @@ def _of_other_layers(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> dict[s
             elif "experts" in parts:
                 found[adapter.name] = f"{module.name} is of an expert, which is not served"
     return found
+
+
+def names_taken(names: Iterable[str], bundle: Bundle) -> str | None:
+    """That the base model has the name of an adapter among its ``names``, in words; None if it has not.
+
+    vLLM would answer with the base model whoever asks for that adapter.
+    """
+    adapters = {adapter.name for adapter in bundle.manifest.adapters}
+    taken = next((name for name in names if name in adapters), None)
+    return None if taken is None else f"{taken} is the name of an adapter and of the base model"
 
 
 def entry(bundle: Bundle, name: str) -> AdapterEntry:

@@ -6,6 +6,7 @@ The digest of the manifest is part of it, so that vLLM's prefix cache takes no a
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ KEY = "lorazip"
 _DIGITS = 16
 
 
-class Source(NamedTuple):
-    """A bundle, and what its manifest is known by."""
+@dataclass(frozen=True)
+class Source:
+    """A bundle, and what its manifest is known by: wherever it lies, it is the same one."""
 
-    bundle: Path
+    bundle: Path = field(compare=False)
     digest: str
 
     def __str__(self) -> str:
@@ -69,17 +71,17 @@ def settings(additional_config: Any) -> Settings | None:
 def source_of(path: str, default: Source) -> Source:
     """Of a ``lora_path``: one that was made here, the folder of a bundle, or ``lorazip:`` for the ``default``.
 
-    The same bundle elsewhere is the ``default``, too. Raises as `Bundle` for what is none.
+    Only for a folder is the disk looked at. Raises LocalError for no path at all, and as `Bundle` for what is none.
     """
+    if not path:
+        raise LocalError("there is no path", "give that of the folder of a bundle")
     head, _, rest = path.partition(":")
     if head != KEY:
-        found = Source(Path(path).absolute(), opened(Path(path)).digest[:_DIGITS])
-    else:
-        digest, _, folder = rest.partition(":")
-        if folder and not re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digest):
-            raise LocalError(f"{path}: {digest!r} is no digest of a bundle", "give the path of its folder")
-        found = Source(Path(folder), digest) if folder else default
-    return default if found.digest == default.digest else found
+        return Source(Path(path).absolute(), opened(Path(path)).digest[:_DIGITS])
+    digest, _, folder = rest.partition(":")
+    if folder and not re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digest):
+        raise LocalError(f"{path}: {digest!r} is no digest of a bundle", "give the path of its folder")
+    return Source(Path(folder), digest) if folder else default
 
 
 def opened(path: Path) -> Bundle:

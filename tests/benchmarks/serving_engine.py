@@ -11,6 +11,7 @@ Every line of that file is what was measured, written as soon as it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -80,7 +81,7 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
     there: list[LoRARequest] = []
     running: dict[str, int] = {}
     asked, answered, for_young = 0, 0, 0
-    memory: tuple[int, int] | None = None
+    memory = None
 
     def step() -> None:
         nonlocal answered
@@ -120,7 +121,7 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
         step()
     for adapter in there:
         engine.remove_lora(adapter.lora_int_id)
-    before = memory or (0, 0)
+    before = memory or (gpu_memory(), main_memory())
     return {
         "changes": changes,
         "requests": answered,
@@ -135,7 +136,7 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
 def gpu_memory() -> int:
     """Bytes in use of the GPUs that there are for this process, whoever uses them; 0 without any."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    if own := os.getenv("CUDA_VISIBLE_DEVICES"):
+    if (own := os.getenv("CUDA_VISIBLE_DEVICES")) is not None:
         words.append(f"--id={own}")
     try:
         found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -146,8 +147,11 @@ def gpu_memory() -> int:
 
 def main_memory() -> int:
     """Bytes of main memory of this process and of those that it has started."""
-    own = psutil.Process()
-    return sum(each.memory_info().rss for each in [own, *own.children(recursive=True)])
+    own, found = psutil.Process(), 0
+    for each in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += each.memory_info().rss
+    return found
 
 
 def main(path: str) -> int:

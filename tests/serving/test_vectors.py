@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorazip_core.schemes import fixed_width
 from lorazip_core.schemes.fixed_width import ODD, packed_bytes
+from lorazip_core.serving import vectors as module
 from lorazip_core.serving.vectors import ALIGNED, FLOATS, Packed, pack, unpack
 
 DTYPES = [torch.int8, *FLOATS, torch.float64]
@@ -92,7 +94,9 @@ def test_floats_of_an_owner_have_one_form() -> None:
     assert alone.forms.tolist() == [FLOATS[torch.float16]]
 
 
-def test_more_than_are_packed_together() -> None:
+def test_more_than_are_packed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixed_width, "_AT_ONCE", 7)
+    monkeypatch.setattr(module, "_AT_ONCE", 11)
     largest = torch.arange(600)[:, None] % 7 + 1
     codes = (
         (torch.rand(600, 9, generator=torch.Generator().manual_seed(0)) * 2 * largest - largest).round().to(torch.int8)

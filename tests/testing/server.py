@@ -43,6 +43,15 @@ class Server:
                 return error.code, str(json.load(error)["error"]["message"])
         raise AssertionError(f"{path} {body}: {answer}")
 
+    def status(self, path: str, body: dict[str, Any]) -> int:
+        """That of the answer to a request."""
+        try:
+            self.text(path, body)
+        except HTTPError as error:
+            with error:
+                return error.code
+        return 200
+
     def models(self) -> list[str]:
         """All names under which it answers."""
         return [model["id"] for model in self.ask("/v1/models")["data"]]

@@ -104,6 +104,7 @@ class TestNamesThatAreNearlyThere:
         assert known.hint("customr-7") == ""
         known.added(added)
         assert known.hint("customr-7") == hint
+        assert known.hint("customer-7") == ""  # nobody meant what was asked for
         known.removing(7)
         assert known.hint("customr-7") == ""
         known.gone(7)
@@ -125,6 +126,40 @@ class TestSources:
         """Else any bundle that comes to lie there would be taken for the one that was asked for."""
         with pytest.raises(LocalError, match="is no digest of a bundle"):
             source_of(f"lorazip:{digest}:{bundle}", Source(bundle, "0" * 16))
+
+    def test_a_bundle_is_the_same_one_wherever_it_lies(self, bundle: Path, tmp_path: Path) -> None:
+        moved = shutil.copytree(bundle, tmp_path / "moved")
+        found = source_of(str(moved), Source(bundle, Bundle(bundle).digest[:16]))
+        assert found == Source(bundle, Bundle(bundle).digest[:16])
+        assert found.bundle == moved  # where the other may be gone
+        assert found != Source(moved, "0" * 16)
+
+    def test_no_path_is_not_that_of_where_the_server_was_started(self, known: Admission) -> None:
+        with pytest.raises(ValueError, match="adapter a: there is no path"):
+            known.find("a", "")
+        with pytest.raises(ValueError, match="there is no path"):
+            known.admit(request("a", 7, ""))
+
+    def test_what_is_held_needs_no_disk(self, bundle: Path, tmp_path: Path) -> None:
+        place = shutil.copytree(bundle, tmp_path / "bundle")
+        found = settings({"lorazip": {"bundle": str(place)}})
+        assert found is not None
+        known = Admission(found.source)
+        place.rename(tmp_path / "elsewhere")
+        for number, name in enumerate((ONE, OTHER)):
+            own = request(name, number, str(found.source))
+            known.adding(own)
+            known.added(own)
+            known.admit(own)
+        known.removing(0)
+        known.gone(0)
+        with pytest.raises(ValueError, match=f"adapter {ONE}: {place} is not a directory"):
+            known.adding(request(ONE, 2, str(found.source)))
+        again = request(ONE, 2, str(tmp_path / "elsewhere"))
+        known.adding(again)
+        known.added(again)
+        assert known.serves(ONE)
+        assert again.lora_path.endswith("elsewhere")
 
     def test_another_bundle_at_its_place_is_noticed(self, bundle: Path) -> None:
         with pytest.raises(LocalError, match="is another bundle now"):

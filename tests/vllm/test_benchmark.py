@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm.version", reason="needs vLLM (make test-vllm)")
 
@@ -58,3 +59,5 @@ def test_adapters_come_and_go_in_a_bundle_of_repeated_ones(tmp_path: Path, monke
     assert row["changed"]["requests"] > 0
     assert 0 < row["changed"]["load_p50"] <= row["changed"]["load_most"] < row["changed"]["seconds"]
     assert row["changed"]["unload_p50"] > 0
+    assert row["changed"]["gpu_bytes_more"] == 0 or torch.cuda.is_available()
+    assert abs(row["changed"]["main_bytes_more"]) < 2**30

@@ -109,6 +109,8 @@ def test_the_listing_says_it(bundle: Path, base: Path, asked: Any, capsys: pytes
     )
     [fits] = [line for line in lines if line.startswith("fits ")]
     assert fits.startswith(f"fits         {fit:,} adapters like these, or ")
+    assert main(["info", str(bundle), "--serving", "--gpu-memory", "1MB", "--model", str(base)]) == 0
+    assert ", 0.3 MB for the KV cache and all else, which is 6.9 MB too much\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,12 @@ from testing.random_bundle import make_bundle
 
 import lorazip_core.vllm.versions as versions
 from lorazip_cli.main import main
-from lorazip_core.base.errors import LocalError, Unsupported, UsageError
+from lorazip_core.base.errors import BundleDamaged, LocalError, Unsupported, UsageError
 from lorazip_core.bundle.manifest import read_manifest
 from lorazip_core.compress.run import compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
+from lorazip_core.vllm.address import check_free
 from lorazip_core.vllm.launch import Launch, plan
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -171,6 +174,30 @@ class TestCommand:
         assert launch(bundle, "-pp", "1").command == [*plain, "--pipeline-parallel-size", "1"]
         assert launch(bundle, "--api_server_count=1").command == [*plain, "--api-server-count", "1"]
 
+    @pytest.mark.parametrize(
+        "more", [("--served-model-name", "other", "fv_capitalize"), ("--served_model_name=fv_ag_news",)]
+    )
+    def test_the_base_model_has_no_name_of_an_adapter(self, bundle: Path, more: tuple[str, ...]) -> None:
+        """It would answer for that."""
+        with pytest.raises(UsageError, match=r"fv_\w+ is the name of an adapter and of the base model"):
+            launch(bundle, *more)
+        with pytest.raises(UsageError, match="fv_capitalize is the name of an adapter and of the base model"):
+            launch(bundle, model="fv_capitalize")
+
+    def test_other_names_of_the_base_model_are_passed_on(self, bundle: Path) -> None:
+        made = launch(bundle, "--served-model-name", "a", "b", "--seed", "1")
+        assert made.command[-5:] == ["--seed", "1", "--served-model-name", "a", "b"]
+
+    def test_where_it_listens(self, bundle: Path) -> None:
+        assert launch(bundle)[-2:] == (None, None)
+        assert launch(bundle, host="::1", port=80)[-2:] == ("::1", "80")
+        made = launch(bundle, "--port", "90", "--host=a")
+        assert made[-2:] == ("a", "90")
+        assert (option(made, "--host"), option(made, "--port")) == ("a", "90")
+        assert launch(bundle, "--port=90", port=90).port == "90"
+        with pytest.raises(UsageError, match=r"two of --port, and the first is 90 \(give it before -- alone\)"):
+            launch(bundle, "--port", "91", port=90)
+
     def test_another_vllm_is_refused(self, bundle: Path) -> None:
         with pytest.raises(LocalError):
             launch(bundle, version="0.23.0")
@@ -209,6 +236,15 @@ class TestFile:
     def test_vllm_reads_it_only_as_two_words(self, bundle: Path, file: Path) -> None:
         file.write_text("seed: 1")
         assert option(launch(bundle, f"--config={file}"), "--config") == str(file)
+
+    def test_the_command_has_the_last_word_on_where_it_listens(self, bundle: Path, file: Path) -> None:
+        file.write_text("port: 90\nhost: a")
+        assert launch(bundle, "--config", str(file))[-2:] == ("a", "90")
+        assert launch(bundle, "--config", str(file), port=80)[-2:] == ("a", "80")
+        file.write_text("served-model-name: [a, fv_capitalize]")
+        with pytest.raises(UsageError, match="fv_capitalize is the name of an adapter and of the base model"):
+            launch(bundle, "--config", str(file))
+        launch(bundle, "--config", str(file), "--served-model-name", "a")
 
     def test_its_settings_are_joined_with_others(self, bundle: Path, file: Path) -> None:
         """vLLM would take those of the command alone."""
@@ -283,6 +319,17 @@ def test_where_plugins_are_chosen_ours_is(bundle: Path, chosen: str | None, then
 
 
 class TestChecks:
+    def test_every_file_has_to_be_there_and_as_long_as_it_was(self, bundle: Path, tmp_path: Path) -> None:
+        """An engine would find that out after a minute."""
+        changed = shutil.copytree(bundle, tmp_path / "changed")
+        file = changed / str(read_manifest(changed, ()).adapters[0].individual)
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(BundleDamaged, match=f"{file.name}: .* bytes"):
+            launch(changed)
+        file.unlink()
+        with pytest.raises(BundleDamaged, match=f"{file.name}: No such file"):
+            launch(changed)
+
     @pytest.mark.parametrize(("model", "notes"), [(BASE.lower(), 0), ("org/other", 1)])
     def test_another_name_is_noted(self, bundle: Path, model: str, notes: int) -> None:
         found = launch(bundle, model=model).notes
@@ -403,3 +450,19 @@ class TestServe:
         assert capsys.readouterr().err == (
             "lorazip: error: vLLM is not installed in this environment (install a release from 0.24 to 0.33)\n"
         )
+
+
+class TestAddress:
+    @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
+    def test_where_another_server_listens(self, host: str | None) -> None:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1" if host else "0.0.0.0", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            with pytest.raises(LocalError, match=rf"port {port} is in use \(end the other server"):
+                check_free(host, str(port))
+        check_free(host, str(port))
+
+    @pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", "80"), (None, "x"), (None, "65536")])
+    def test_what_is_none_is_for_vllm_to_refuse(self, host: str | None, port: str) -> None:
+        check_free(host, port)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,23 @@ def test_one_that_was_there_from_the_start_goes_and_comes_back(server: Server, l
     server.load("old4", living.second)
     ask("old4", living.first)
     assert free(server, living) == SPARE
+
+
+def test_one_that_is_unloaded_while_it_is_loaded(server: Server, living: LivingLlama, ask: Any) -> None:
+    """Whoever is told that it is unloaded finds it gone, and its place free."""
+    body = {"lora_name": "old4", "lora_path": str(living.second)}
+    server.unload("old4")
+    with traffic(server, living, {"old0": [living.first]}), ThreadPoolExecutor() as pool:
+        for wait in [*range(0, 40, 2)] * 2:  # milliseconds, of which a load takes some
+            loading = pool.submit(server.status, LOAD, body)
+            time.sleep(wait / 1000)
+            unloaded = server.status(UNLOAD, {"lora_name": "old4"})
+            assert loading.result() == 200
+            assert server.status(UNLOAD, {"lora_name": "old4"}) == (200 if unloaded == 404 else 404)
+            assert server.fails(COMPLETE, {"model": "old4", "prompt": [9]})[0] == 404
+    assert free(server, living) == SPARE + 1
+    server.load("old4", living.second)
+    ask("old4", living.first)
 
 
 def test_one_that_shares_nothing_has_room_among_those_that_share_bases(
