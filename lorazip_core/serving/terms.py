@@ -24,13 +24,14 @@ from torch import Tensor
 from ..base.errors import LocalError
 from ..schemes.joined import Joined
 from ..schemes.scheme import JoinedTerms, Size, Terms
-from .spans import Spans
-from .vectors import pack
+from .spans import Piece, Spans, moved
+from .vectors import ALIGNED, pack
 
 _MARGIN = 16  # bytes after the last vector: codes are read from whole words
 _SPARE = 1.5  # how much larger an adapter may be, that comes later, than those that are there are on average
 _TYPICAL_TERMS, _TYPICAL_BITS = 4, 4  # of a module, and of an element, where none are there
 _MOST_TERMS = 16  # of one module, if none that is there has more
+_CRUMBS = 1  # room for each adapter besides, in parts as large as the largest: spans are rarely filled to the end
 
 
 TILE = 1
@@ -97,6 +98,14 @@ class PackedTerms(NamedTuple):
     data: NDArray[np.uint8]
     """[bytes]"""
 
+    def term_edges(self) -> NDArray[np.int64]:
+        """Between which terms it may be cut: those of a module are side by side."""
+        return np.append(0, np.cumsum(self.counts))
+
+    def data_edges(self) -> NDArray[np.int64]:
+        """At which bytes it may be cut: between any two vectors."""
+        return np.append(np.sort(self.at, None), len(self.data))
+
 
 def pack_terms(adapters: Sequence[AdapterTerms]) -> list[PackedTerms]:
     """Pack adapters, many in less time than one by one."""
@@ -110,10 +119,8 @@ class _Held(NamedTuple):
     """What an adapter has of the table."""
 
     row: int
-    first: int
-    terms: int
-    at: int
-    bytes: int
+    terms: list[Piece]
+    data: list[Piece]
 
 
 class TermsTable:
@@ -130,13 +137,11 @@ class TermsTable:
         """
         packs = deque(adapters)
         count = len(packs)
-        terms, size = sum(len(each.scale) for each in packs), sum(len(each.data) for each in packs)
-        if spare and packs:
-            more_terms, more_bytes = _SPARE * terms / count, _SPARE * size / count
-        else:
-            more_terms = _TYPICAL_TERMS * len(sizes)
-            more_bytes = _TYPICAL_TERMS * _TYPICAL_BITS / 8 * sum(map(sum, sizes))
-        terms, size = terms + math.ceil(spare * more_terms), size + math.ceil(spare * more_bytes)
+        vectors = [_TYPICAL_BITS / 8 * length for size in sizes for length in size]
+        typical = _TYPICAL_TERMS * sum(vectors), max(vectors, default=0)
+        terms = _room(map(PackedTerms.term_edges, packs), spare, (_TYPICAL_TERMS * len(sizes), _TYPICAL_TERMS))
+        size = _room(map(PackedTerms.data_edges, packs), spare, typical)
+        size = -(-size // ALIGNED) * ALIGNED
         self.most = max([_MOST_TERMS if spare else 1, *(most for each in packs for most in each.counts.tolist())])
         self.index = torch.zeros(len(sizes), count + spare, 2, dtype=torch.int32, device=device)
         self.at = torch.zeros(terms, 2, dtype=torch.int64, device=device)
@@ -160,8 +165,7 @@ class TermsTable:
         """Free a row. Nothing on the device changes but that the row has no terms."""
         held = self._held.pop(row)
         self.index[:, row] = 0
-        self._terms.give(held.first, held.terms)
-        self._data.give(held.at, held.bytes)
+        self._give(held.terms, held.data)
         self._rows.give(row, 1)
 
     @property
@@ -172,41 +176,60 @@ class TermsTable:
     def _put(self, adapters: Iterable[PackedTerms]) -> list[int]:
         """Put one adapter into a free row, or the first ones into rows 0, 1, …; the rows are returned.
 
-        Their terms lie side by side, so that all but ``data`` is written at once.
+        All but ``data`` is written at once.
         """
-        rows, indices, first = list[int](), list[NDArray[np.int32]](), 0
+        rows, indices, places = list[int](), list[NDArray[np.int32]](), [np.zeros(0, np.int64)]
         ats, forms, scales = [np.zeros((0, 2), np.int64)], [np.zeros((0, 2), np.uint8)], [torch.zeros(0)]
         for adapter in adapters:
-            held = self._take(len(adapter.scale), len(adapter.data))
+            edges = adapter.term_edges()
+            held = self._take(edges, adapter.data_edges())
             self._held[held.row] = held
-            self.data[held.at : held.at + held.bytes] = torch.from_numpy(adapter.data)
+            for begin, start, length in held.data:
+                self.data[start : start + length] = torch.from_numpy(adapter.data[begin : begin + length])
             index = np.zeros((len(self.index), 2), np.int32)
-            ends = held.first + np.cumsum(adapter.counts)
-            index[adapter.modules] = np.stack([ends - adapter.counts, adapter.counts], 1)
-            first = first if rows else held.first
+            index[adapter.modules] = np.stack([moved(held.terms, edges[:-1]), adapter.counts], 1)
             rows.append(held.row)
             indices.append(index)
-            ats.append(adapter.at + held.at)
+            places.append(moved(held.terms, np.arange(edges[-1])))
+            ats.append(moved(held.data, adapter.at))
             forms.append(adapter.forms)
             scales.append(adapter.scale)
-        scale, device = torch.cat(scales), self.data.device
-        written = slice(first, first + len(scale))
+        device = self.data.device
+        written = torch.from_numpy(np.concatenate(places)).to(device)
         self.at[written] = torch.from_numpy(np.concatenate(ats)).to(device)
         self.forms[written] = torch.from_numpy(np.concatenate(forms)).to(device)
-        self.scale[written] = scale.to(device)
+        self.scale[written] = torch.cat(scales).to(device)
         if rows:
             self.index[:, rows] = torch.from_numpy(np.stack(indices, 1)).to(device)
         return rows
 
-    def _take(self, count: int, size: int) -> _Held:
-        row, first, at = self._rows.take(1), self._terms.take(count), self._data.take(size)
-        if row is None or first is None or at is None:
-            for spans, start, length in ((self._rows, row, 1), (self._terms, first, count), (self._data, at, size)):
-                if start is not None:
-                    spans.give(start, length)
-            raise LocalError(
-                f"no room for an adapter of {count:,} terms and {size:,} bytes: {self._rows.free:,} rows, "
-                f"{self._terms.free:,} terms and {self._data.free:,} bytes are free",
-                "remove others, or start the server with more room",
-            )
-        return _Held(row, first, count, at, size)
+    def _take(self, term_edges: NDArray[np.int64], data_edges: NDArray[np.int64]) -> _Held:
+        row, terms, data = self._rows.take(1), self._terms.take_pieces(term_edges), self._data.take_pieces(data_edges)
+        if row is not None and terms is not None and data is not None:
+            return _Held(row, terms, data)
+        if row is not None:
+            self._rows.give(row, 1)
+        self._give(terms or [], data or [])
+        raise LocalError(
+            f"no room for an adapter of {term_edges[-1]:,} terms and {data_edges[-1]:,} bytes: {self._rows.free:,} "
+            f"rows, {self._terms.free:,} terms and {self._data.free:,} bytes are free",
+            "remove others, or start the server with more room",
+        )
+
+    def _give(self, terms: list[Piece], data: list[Piece]) -> None:
+        for spans, pieces in ((self._terms, terms), (self._data, data)):
+            for piece in pieces:
+                spans.give(piece.start, piece.length)
+
+
+def _room(edges: Iterable[NDArray[np.int64]], spare: int, typical: tuple[float, float]) -> int:
+    """How many elements there have to be for adapters that may be cut at these ``edges``, and ``spare`` more.
+
+    What one takes that comes later, and the largest of its parts, is as of these, or ``typical`` where there are none.
+    """
+    taken = [(int(each[-1]), int(np.diff(each).max(initial=0))) for each in edges]
+    held = sum(length for length, _ in taken)
+    if not spare:
+        return held
+    length, largest = np.mean(taken, 0) * (_SPARE, 1) if taken else typical
+    return held + math.ceil(spare * length + (len(taken) + spare) * _CRUMBS * largest)

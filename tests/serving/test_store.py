@@ -23,6 +23,7 @@ from lorazip_core.maintain.remove import remove
 from lorazip_core.schemes.registry import SCHEMES
 from lorazip_core.serving.resident import NONE, Resident
 from lorazip_core.serving.store import AdapterStore
+from lorazip_core.serving.terms import TermsTable
 
 CPU = torch.device("cpu")
 NAMES = [sketch.name for sketch in SKETCHES]
@@ -224,6 +225,61 @@ def test_a_full_table_refuses_and_nothing_is_taken(bundle: Bundle, resident: Res
         with pytest.raises(LocalError, match="no room for"):
             store.add(bundle, entry(bundle, name))
         check(store, resident, held | dict.fromkeys(added, name))
+
+
+def uneven(tmp_path: Path, random: np.random.Generator) -> Bundle:
+    """Adapters with codes, of 2 to 4 components and modules."""
+    sketches = [
+        Sketch(f"c{number}", "coded", sorted(random.permutation(4)[: random.integers(2, 5)].tolist()), rank)
+        for number, rank in enumerate(random.integers(2, 5, 24).tolist())
+    ]
+    return Bundle(make_bundle(tmp_path, sketches=sketches))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swaps_of_uneven_adapters_never_fail_where_a_place_is_free(seed: int, tmp_path: Path) -> None:
+    """All that come have at most 1.5 times the average."""
+    random = np.random.default_rng(seed)
+    bundle = uneven(tmp_path, random)
+    store, resident = store_of(bundle, spare=4), Resident.of(bundle, CPU)
+    sizes = {adapter.name: len(store._packed(bundle, [adapter])[0].data) for adapter in bundle.manifest.adapters}
+    names = [name for name, size in sizes.items() if size <= 1.5 * np.mean([*sizes.values()])]
+    held = {number: name for name, number in store.numbers.items()}
+    for turn in range(120):
+        if len(held) == len(sizes) + 3:
+            remove_one(store, held, random)
+        name = str(random.choice(names))
+        held[store.add(bundle, entry(bundle, name))] = name
+        if turn % 6 == 5:
+            check(store, resident, held, seed=turn)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adapters_in_pieces_compute_the_same(seed: int, tmp_path: Path) -> None:
+    """Some go, and others come until one does not fit, so that hardly anything is free in one piece."""
+    random = np.random.default_rng(seed)
+    bundle = uneven(tmp_path, random)
+    store, resident = store_of(bundle), Resident.of(bundle, CPU)
+    [table] = store._tables
+    assert isinstance(table, TermsTable)
+    held = {number: name for name, number in store.numbers.items()}
+    names = list(held.values())
+    for turn in range(12):
+        for _ in range(3):
+            remove_one(store, held, random)
+        name = str(random.choice(names))
+        while (number := added_if_there_is_room(store, bundle, name)) is not None:
+            held[number] = name
+            name = str(random.choice(names))
+        check(store, resident, held, seed=turn)
+    pieces = [(len(own.terms), len(own.data)) for own in table._held.values()]
+    assert (np.max(pieces, 0) > 1).all()
+
+
+def remove_one(store: AdapterStore, held: dict[int, str], random: np.random.Generator) -> None:
+    number = int(random.choice(list(held)))
+    store.remove(number)
+    del held[number]
 
 
 def test_where_one_kind_of_room_is_missing_the_others_are_not_taken(tmp_path: Path) -> None:
