@@ -54,7 +54,7 @@ class _PartSize(NamedTuple):
 
 
 def resident_size(bundle: Bundle) -> ResidentSize:
-    """The bytes of `Resident.of` all adapters of a bundle. Raises as that does."""
+    """The bytes of `Resident.of` all adapters of a bundle. Raises as `stored`, and not for what would be too much."""
     by_file: defaultdict[object, list[int]] = defaultdict(list)
     for row, adapter in enumerate(bundle.manifest.adapters):
         file = adapter.individual if adapter.cluster is None else bundle.shard(adapter).path
