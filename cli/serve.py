@@ -54,7 +54,8 @@ def serve(
     if dry_run:
         console.line(launch.text())
         return 0
-    check_free(launch.host, launch.port)
+    if launch.address:
+        check_free(launch.address)
     if not quiet:
         console.say(launch.text())
     console.flush()

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 ODD = 16
 """In a form, beside its bits: all codes are odd."""
 _BITS = 15
-_AT_ONCE = (
-    2**9
-)  # vectors that are packed together: more leave the processor's cache; after fewer, threads wait for the interpreter
+_AT_ONCE = 2**9
+"""Vectors that are packed together: more leave the processor's cache; after fewer, threads wait for the interpreter."""
 _LENGTHS = np.array([number.bit_length() for number in range(128)], np.uint8)
 
 Numbers = TypeVar("Numbers", int, "Tensor", NDArray[np.int64])

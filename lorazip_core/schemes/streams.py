@@ -23,9 +23,7 @@ PER_BYTE = {5: 1, 3: 2, 2: 7, 1: 127}
 
 _PER_OCTAVE = 8  # classes of deviation: finer ones cost more in tables of Huffman codes than they save
 _FULL = 2**15  # codes in a stream that is worth a table of its own
-_AT_ONCE = (
-    2**9
-)  # vectors that are measured together: more leave the processor's cache; after fewer, threads wait for the interpreter
+_AT_ONCE = 2**9  # vectors that are measured together, for the reasons of `fixed_width`
 _READ = 2**18  # bytes that zlib is given at a time
 _STREAMS = 2**8  # at most: their numbers are bytes
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..base.errors import LocalError
 from .forbidden import forbidden_in
 from .needs import WITH_A_BUNDLE, missing
-from .servable import check_adapters, names_taken
+from .servable import check_adapters
 from .source import KEY, opened, settings
 
 
@@ -49,9 +49,6 @@ def _prepared(vllm_config: Any) -> dict[str, Any]:
         raise LocalError(f"this vLLM has no {', '.join(lacking)}", "install another release of it")
     bundle = found.source.open()
     _check(found.source.bundle, bundle.digest)
-    served = vllm_config.model_config.served_model_name
-    if taken := names_taken([served] if isinstance(served, str) else served or [], bundle):
-        raise LocalError(taken, "give the base model another served_model_name")
     from . import frontend
 
     frontend.install()

@@ -5,7 +5,8 @@ These names of vLLM are given another value where a bundle is served:
 - ``InputProcessor``: its ``__init__`` opens the bundle, and ``_validate_lora`` refuses requests for adapters that are
   not there;
 - ``add_lora`` and ``remove_lora`` of ``AsyncLLM`` and ``LLMEngine``: a request under way keeps its adapter;
-- of ``OpenAIServingModels``, the list of models, loading and unloading.
+- of ``OpenAIServingModels``, its ``__init__``, which refuses a base model that has the name of an adapter, the list of
+  models, loading and unloading.
 
 Each function here wraps one of these. Where an engine serves no bundle, it calls that and does nothing else.
 """
@@ -30,7 +31,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from ..base.errors import LocalError
 from .admission import Admission, admission, refuse_in_place
+from .servable import names_taken
 
 _requests = Counter("lorazip_requests", "Requests for each adapter of a bundle", ["adapter"])
 
@@ -51,6 +54,7 @@ def install() -> None:
     AsyncLLM.remove_lora = _removing_async(AsyncLLM.remove_lora)
     LLMEngine.add_lora = _adding(LLMEngine.add_lora)
     LLMEngine.remove_lora = _removing(LLMEngine.remove_lora)
+    OpenAIServingModels.__init__ = _naming(OpenAIServingModels.__init__)
     for name, wrapped in {
         "show_available_models": _listing,
         "resolve_lora": _resolving,
@@ -178,6 +182,19 @@ def _used(engine: Any, adapter_id: int) -> bool:
     """Whether a request that is not done has the adapter with this id."""
     adapters = (state.lora_request for state in engine.output_processor.request_states.values())
     return any(adapter is not None and adapter.lora_int_id == adapter_id for adapter in adapters)
+
+
+def _naming(stock: Callable[..., None]) -> Callable[..., None]:
+    """Raises LocalError where the base model would answer for an adapter."""
+
+    @wraps(stock)
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        stock(self, *arguments, **options)
+        known = admission(self.engine_client.input_processor)
+        if known and (taken := names_taken((path.name for path in self.base_model_paths), known.names)):
+            raise LocalError(taken, "give the base model another served_model_name")
+
+    return begin
 
 
 def _listing(stock: Method) -> Method:

@@ -15,6 +15,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle
 from ..export.vllm import RANKS
 from . import versions
+from .address import Address
 from .options import ADDITIONAL, Ours, understand
 from .servable import check_adapters, names_taken
 from .source import KEY
@@ -32,9 +33,8 @@ class Launch(NamedTuple):
     command: list[str]
     environment: dict[str, str]
     notes: list[str]
-    host: str | None
-    port: str | None
-    """Where it will listen; None where vLLM's default is."""
+    address: Address | None
+    """Where it will listen; None at a socket in the file system."""
 
     def text(self) -> str:
         """The command as a shell takes it, variables first."""
@@ -70,7 +70,8 @@ def plan(
     given = understand(more, Ours(model, settings, host, port))
     check_adapters(bundle)
     bundle.check_sizes(file.path for file in bundle.manifest.files)
-    if taken := names_taken(given.served_model_names or [model], bundle):
+    names = {adapter.name for adapter in bundle.manifest.adapters}
+    if taken := names_taken(given.served_model_names or [model], names):
         raise UsageError(taken, "give the base model another --served-model-name")
     notes = _check_model(bundle.manifest, model)
     words = [sys.executable, *SERVER, "--model", model]
@@ -84,8 +85,8 @@ def plan(
     if given.max_lora_rank is None:
         words += ["--max-lora-rank", str(RANKS[0])]
     words += [ADDITIONAL, json.dumps(given.additional_config | {KEY: settings})]
-    where = (given.host if host is None else host), (given.port if port is None else str(port))
-    return Launch([*words, *given.words], _variables(environment), notes, *where)
+    address = Address(given.host if host is None else host, given.port if port is None else str(port))
+    return Launch([*words, *given.words], _variables(environment), notes, None if given.uds else address)
 
 
 def _batch(adapters: int, sequences: str | None) -> int:

@@ -15,8 +15,17 @@ from .source import KEY
 
 ADDITIONAL = "--additional-config"
 _CONFIG, _SERVERS = "--config", "--api-server-count"
-_ADDRESS = ("--host", "--port")
-_KEPT = ("--max-loras", "--max-lora-rank", "--max-num-seqs", "--pipeline-parallel-size", _SERVERS, _CONFIG, *_ADDRESS)
+_ADDRESS, _SOCKET = ("--host", "--port"), "--uds"
+_KEPT = (
+    "--max-loras",
+    "--max-lora-rank",
+    "--max-num-seqs",
+    "--pipeline-parallel-size",
+    _SERVERS,
+    _CONFIG,
+    *_ADDRESS,
+    _SOCKET,
+)
 """Options with a value that are read, and passed on."""
 _NAMES = "--served-model-name"
 _SHORT = {"--pipeline-parallel-size": "-pp", _SERVERS: "-asc"}
@@ -30,6 +39,8 @@ class Given(NamedTuple):
     max_num_seqs: str | None
     host: str | None
     port: str | None
+    uds: str | None
+    """A socket in the file system, instead of an address."""
     served_model_names: list[str]
     """What the base model is called; nothing if only by its own name."""
     additional_config: dict[str, Any]
@@ -70,6 +81,7 @@ def understand(words: Sequence[str], ours: Ours) -> Given:
         last("max_num_seqs"),
         last("host"),
         last("port"),
+        last("uds"),
         names,
         {key: value for known in objects for key, value in known.items()},
         [*said.others, *kept, *(word for own in said.served_model_name[-1:] for word in (_NAMES, *own))],

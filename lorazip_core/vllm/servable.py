@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..base.errors import LocalError
 from ..bundle.manifest import AdapterEntry
@@ -34,12 +34,11 @@ def _of_other_layers(bundle: Bundle, adapters: Sequence[AdapterEntry]) -> dict[s
     return found
 
 
-def names_taken(names: Iterable[str], bundle: Bundle) -> str | None:
-    """That the base model has the name of an adapter among its ``names``, in words; None if it has not.
+def names_taken(names: Iterable[str], adapters: Collection[str]) -> str | None:
+    """That the base model has the name of one of ``adapters`` among its ``names``, in words; None if it has not.
 
     vLLM would answer with the base model whoever asks for that adapter.
     """
-    adapters = {adapter.name for adapter in bundle.manifest.adapters}
     taken = next((name for name in names if name in adapters), None)
     return None if taken is None else f"{taken} is the name of an adapter and of the base model"
 

@@ -121,13 +121,13 @@ def change(llm: LLM, of: Batch, to_add: list[LoRARequest], changes: int) -> dict
         step()
     for adapter in there:
         engine.remove_lora(adapter.lora_int_id)
-    before = memory or (gpu_memory(), main_memory())
+    assert memory is not None  # there is at least one change
     return {
         "changes": changes,
         "requests": answered,
         "seconds": seconds,
-        "gpu_bytes_more": gpu_memory() - before[0],
-        "main_bytes_more": main_memory() - before[1],
+        "gpu_bytes_more": gpu_memory() - memory[0],
+        "main_bytes_more": main_memory() - memory[1],
         **{f"{what}_p50": sorted(each)[len(each) // 2] for what, each in taken.items() if each},
         **{f"{what}_most": max(each) for what, each in taken.items() if each},
     }

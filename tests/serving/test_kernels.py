@@ -11,7 +11,7 @@ import pytest
 import torch
 from testing import random_bundle
 from testing.device_tables import expected
-from testing.random_bundle import Sketch, make_bundle
+from testing.random_bundle import UNEVEN, Sketch, make_bundle
 from testing.triton_process import KERNELS, Case, by_kernels, compiled, triton_process
 
 from lorazip_core.bundle.reader import Bundle
@@ -31,15 +31,6 @@ SCHEMES_OF = {
 OTHERS = torch.float32, torch.float16
 ROUNDING = {torch.float32: 0.5, torch.float16: 0.5, torch.bfloat16: 1.0}  # the interpreter rounds bf16 towards 0
 MANY = 530  # more than 512: wide tiles, and products by tensor cores
-UNEVEN = [
-    Sketch("d", "joint", [1, 3], 3),
-    Sketch("f", "diag", [0, 1], 2),
-    Sketch("g", "original", [0, 1, 2, 3], 19, dtype=torch.float16),
-    Sketch("h", "original", [2], 1, dtype=torch.float32),
-    Sketch("i", "svd", [1, 2, 3], 3),
-    Sketch("za", "coded", [0, 2, 3], 4, dropped=[2]),
-]
-"""Ranks of 0 to 19, each adapter with modules of its own."""
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,15 @@ SKETCHES = [
 ALIKE = [replace(sketch, extras=SKETCHES[0].extras) if sketch.name in "dg" else sketch for sketch in SKETCHES]
 """The same where three adapters have equal extras."""
 OF_FORMAT_1 = [sketch for sketch in SKETCHES if sketch.scheme != "coded"]
+UNEVEN = [
+    Sketch("d", "joint", [1, 3], 3),
+    Sketch("f", "diag", [0, 1], 2),
+    Sketch("g", "original", [0, 1, 2, 3], 19, dtype=torch.float16),
+    Sketch("h", "original", [2], 1, dtype=torch.float32),
+    Sketch("i", "svd", [1, 2, 3], 3),
+    Sketch("za", "coded", [0, 2, 3], 4, dropped=[2]),
+]
+"""Ranks of 0 to 19, each adapter with modules of its own."""
 Clusters = tuple[tuple[str, list[list[str]]], ...]
 """Of every cluster its scheme and the adapters of its shards."""
 CLUSTERS: Clusters = (("joint", [["a", "b/c", "z"], ["d"]]), ("diag", [["e", "f"]]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from testing.broken import edit_manifest
@@ -36,6 +36,23 @@ def known(bundle: Path) -> Admission:
     found = settings({"lorazip": {"bundle": str(bundle)}})
     assert found is not None
     return Admission(found.source)
+
+
+class Moved(NamedTuple):
+    """What is known of a bundle that was moved since."""
+
+    known: Admission
+    before: Path
+    now: Path
+
+
+@pytest.fixture
+def moved(bundle: Path, tmp_path: Path) -> Moved:
+    place = shutil.copytree(bundle, tmp_path / "bundle")
+    found = settings({"lorazip": {"bundle": str(place)}})
+    assert found is not None
+    known = Admission(found.source)
+    return Moved(known, place, place.rename(tmp_path / "elsewhere"))
 
 
 def request(name: str, adapter_id: int, path: str = "lorazip:") -> Any:
@@ -81,15 +98,10 @@ class TestNamesThatAreNearlyThere:
         with pytest.raises(ValueError, match=f"^there is no adapter other in {bundle}$"):
             known.admit(request("other", 7))
 
-    def test_it_is_told_without_the_bundle(self, bundle: Path, tmp_path: Path) -> None:
-        """Which may have been moved since; what is no ValueError would be taken for a fault of the engine."""
-        moved = shutil.copytree(bundle, tmp_path / "bundle")
-        found = settings({"lorazip": {"bundle": str(moved)}})
-        assert found is not None
-        known = Admission(found.source)
-        moved.rename(tmp_path / "elsewhere")
+    def test_it_is_told_without_the_bundle(self, moved: Moved) -> None:
+        """What is no ValueError would be taken for a fault of the engine."""
         with pytest.raises(ValueError, match="did you mean 'fv_capitalize'"):
-            known.admit(request("fv_capitalise", 7))
+            moved.known.admit(request("fv_capitalise", 7))
 
     def test_of_one_to_be_added_its_bundle_has_it(self, known: Admission, other: Path) -> None:
         with pytest.raises(ValueError, match=rf"no adapter customr-7 in {other} \(did you mean 'customer-7'\?\)$"):
@@ -140,26 +152,22 @@ class TestSources:
         with pytest.raises(ValueError, match="there is no path"):
             known.admit(request("a", 7, ""))
 
-    def test_what_is_held_needs_no_disk(self, bundle: Path, tmp_path: Path) -> None:
-        place = shutil.copytree(bundle, tmp_path / "bundle")
-        found = settings({"lorazip": {"bundle": str(place)}})
-        assert found is not None
-        known = Admission(found.source)
-        place.rename(tmp_path / "elsewhere")
+    def test_what_is_held_needs_no_disk(self, moved: Moved) -> None:
+        known, before, now = moved
         for number, name in enumerate((ONE, OTHER)):
-            own = request(name, number, str(found.source))
+            own = request(name, number, str(known.source))
             known.adding(own)
             known.added(own)
             known.admit(own)
         known.removing(0)
         known.gone(0)
-        with pytest.raises(ValueError, match=f"adapter {ONE}: {place} is not a directory"):
-            known.adding(request(ONE, 2, str(found.source)))
-        again = request(ONE, 2, str(tmp_path / "elsewhere"))
+        with pytest.raises(ValueError, match=f"adapter {ONE}: {before} is not a directory"):
+            known.adding(request(ONE, 2, str(known.source)))
+        again = request(ONE, 2, str(now))
         known.adding(again)
         known.added(again)
         assert known.serves(ONE)
-        assert again.lora_path.endswith("elsewhere")
+        assert again.lora_path.endswith(str(now))
 
     def test_another_bundle_at_its_place_is_noticed(self, bundle: Path) -> None:
         with pytest.raises(LocalError, match="is another bundle now"):

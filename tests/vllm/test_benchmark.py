@@ -60,4 +60,4 @@ def test_adapters_come_and_go_in_a_bundle_of_repeated_ones(tmp_path: Path, monke
     assert 0 < row["changed"]["load_p50"] <= row["changed"]["load_most"] < row["changed"]["seconds"]
     assert row["changed"]["unload_p50"] > 0
     assert row["changed"]["gpu_bytes_more"] == 0 or torch.cuda.is_available()
-    assert abs(row["changed"]["main_bytes_more"]) < 2**30
+    assert abs(row["changed"]["main_bytes_more"]) < 2**29  # a process with vLLM takes more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="needs vLLM (make test-vllm)")
 
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.models.serving import BaseModelPath, OpenAIServingModels
 from vllm.exceptions import VLLMNotFoundError
+from vllm.v1.engine.input_processor import InputProcessor
 
+from lorazip_core.base.errors import LocalError
 from lorazip_core.vllm import frontend
-from lorazip_core.vllm.admission import Admission
+from lorazip_core.vllm.admission import Admission, admission
 from lorazip_core.vllm.source import settings
 
 
@@ -30,6 +33,43 @@ def models(bundle: Path) -> Any:
     made.lora_requests, made.lora_resolvers, made.lora_resolver_lock = {}, [], defaultdict(asyncio.Lock)
     made.engine_client = SimpleNamespace(input_processor=SimpleNamespace(_lorazip=Admission(found.source)))
     return made
+
+
+def test_the_bundle_is_opened_at_the_start(bundle: Path, tmp_path: Path) -> None:
+    """And may be anywhere else when the first request comes."""
+    frontend.install()
+    place = shutil.copytree(bundle, tmp_path / "bundle")
+    processor: Any = object.__new__(InputProcessor)
+    processor.vllm_config = SimpleNamespace(additional_config={"lorazip": {"bundle": str(place)}})
+    frontend._beginning(lambda self: None)(processor)
+    assert hasattr(InputProcessor.__init__, "__wrapped__")
+    place.rename(tmp_path / "elsewhere")
+    known = admission(processor)
+    assert known is not None
+    assert known.serves("fv_capitalize")
+
+
+def test_the_base_model_has_no_name_of_an_adapter(models: Any) -> None:
+    begin = frontend._naming(lambda self: None)
+    models.base_model_paths = [BaseModelPath("a", "path"), BaseModelPath("b", "path")]
+    begin(models)
+    models.base_model_paths[1].name = "fv_capitalize"
+    with pytest.raises(LocalError, match="fv_capitalize is the name of an adapter and of the base model"):
+        begin(models)
+    assert hasattr(OpenAIServingModels.__init__, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no room",
+        "Call to add_lora method failed: no room",
+        "Call to add_lora method failed: Worker failed with error 'no room', please check the stack trace above "
+        "for the root cause",
+    ],
+)
+def test_of_a_refusal_the_cause_is_told(message: str) -> None:
+    assert frontend._cause(message) == "no room"
 
 
 def test_names_that_are_nowhere_take_no_memory(models: Any) -> None:

@@ -24,7 +24,7 @@ from lorazip_core.bundle.manifest import read_manifest
 from lorazip_core.compress.run import compress
 from lorazip_core.planning.options import CompressOptions
 from lorazip_core.sample import sample_path
-from lorazip_core.vllm.address import check_free
+from lorazip_core.vllm.address import Address, check_free
 from lorazip_core.vllm.launch import Launch, plan
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -189,14 +189,19 @@ class TestCommand:
         assert made.command[-5:] == ["--seed", "1", "--served-model-name", "a", "b"]
 
     def test_where_it_listens(self, bundle: Path) -> None:
-        assert launch(bundle)[-2:] == (None, None)
-        assert launch(bundle, host="::1", port=80)[-2:] == ("::1", "80")
+        assert launch(bundle).address == (None, None)
+        assert launch(bundle, host="::1", port=80).address == ("::1", "80")
         made = launch(bundle, "--port", "90", "--host=a")
-        assert made[-2:] == ("a", "90")
+        assert made.address == ("a", "90")
         assert (option(made, "--host"), option(made, "--port")) == ("a", "90")
-        assert launch(bundle, "--port=90", port=90).port == "90"
+        assert launch(bundle, "--port=90", port=90).address == (None, "90")
         with pytest.raises(UsageError, match=r"two of --port, and the first is 90 \(give it before -- alone\)"):
             launch(bundle, "--port", "91", port=90)
+
+    def test_at_a_socket_in_the_file_system_no_port_is_taken(self, bundle: Path) -> None:
+        made = launch(bundle, "--uds", "/tmp/socket", port=80)
+        assert made.address is None
+        assert option(made, "--uds") == "/tmp/socket"
 
     def test_another_vllm_is_refused(self, bundle: Path) -> None:
         with pytest.raises(LocalError):
@@ -239,8 +244,10 @@ class TestFile:
 
     def test_the_command_has_the_last_word_on_where_it_listens(self, bundle: Path, file: Path) -> None:
         file.write_text("port: 90\nhost: a")
-        assert launch(bundle, "--config", str(file))[-2:] == ("a", "90")
-        assert launch(bundle, "--config", str(file), port=80)[-2:] == ("a", "80")
+        assert launch(bundle, "--config", str(file)).address == ("a", "90")
+        assert launch(bundle, "--config", str(file), port=80).address == ("a", "80")
+        file.write_text("uds: /tmp/socket")
+        assert launch(bundle, "--config", str(file)).address is None
         file.write_text("served-model-name: [a, fv_capitalize]")
         with pytest.raises(UsageError, match="fv_capitalize is the name of an adapter and of the base model"):
             launch(bundle, "--config", str(file))
@@ -460,9 +467,12 @@ class TestAddress:
             other.listen()
             port = other.getsockname()[1]
             with pytest.raises(LocalError, match=rf"port {port} is in use \(end the other server"):
-                check_free(host, str(port))
-        check_free(host, str(port))
+                check_free(Address(host, str(port)))
+
+    @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
+    def test_where_none_does(self, host: str | None) -> None:
+        check_free(Address(host, "0"))  # any port that is free
 
     @pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", "80"), (None, "x"), (None, "65536")])
     def test_what_is_none_is_for_vllm_to_refuse(self, host: str | None, port: str) -> None:
-        check_free(host, port)
+        check_free(Address(host, port))

@@ -227,7 +227,7 @@ def test_more_than_there_is_room_for(server: Server, living: LivingLlama, ask: A
         server.load(recipe.name, living.second)
     status, line = server.fails(LOAD, {"lora_name": NEW[SPARE].name, "lora_path": str(living.second)})
     assert status == 400
-    assert f"no room for adapter {NEW[SPARE].name} (remove others, or start the server with more room)" in line
+    assert line == f"no room for adapter {NEW[SPARE].name} (remove others, or start the server with more room)"
     for recipe in NEW[:SPARE]:
         ask(recipe.name, living.second)
         server.unload(recipe.name)
